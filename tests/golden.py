@@ -1,0 +1,92 @@
+"""Deterministic weights, inputs and frames, by which the authors' code made the numbers in tests/goldens.
+
+A tensor is drawn from PCG64 seeded with the CRC-32 of its name, and scaled by what its name says it is.
+"""
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent / "goldens"
+
+
+def golden(name: str) -> dict:
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+def _uniform(name: str, shape) -> np.ndarray:
+    return np.random.Generator(np.random.PCG64(zlib.crc32(name.encode()))).random(tuple(shape))
+
+
+def entry(name: str, shape) -> Tensor:
+    """A checkpoint entry: weights of variance 1 / fan-in, norm weights around 1, variances in [0.5, 1.5)."""
+    if name.endswith("num_batches_tracked"):
+        return torch.zeros(tuple(shape), dtype=torch.long)
+    u = _uniform(name, shape)
+    if name.endswith("running_var"):
+        values = 0.5 + u
+    elif name.endswith("running_mean"):
+        values = 0.2 * (u - 0.5)
+    elif len(shape) >= 2 and name.endswith("weight"):
+        values = (u - 0.5) * 2.0 * math.sqrt(3.0 / max(1, math.prod(shape[1:])))
+    elif name.endswith("weight"):
+        values = 1.0 + 0.2 * (u - 0.5)
+    else:
+        values = 0.1 * (u - 0.5)
+    return torch.from_numpy(np.asarray(values, dtype=np.float32)).reshape(tuple(shape))
+
+
+def state_dict(keys: dict[str, list[int]], scale: dict[str, float]) -> dict[str, Tensor]:
+    """All entries of a checkpoint; `scale` maps patterns of names to factors."""
+    entries = {}
+    for key, shape in keys.items():
+        factor = math.prod(f for pattern, f in scale.items() if fnmatch.fnmatchcase(key, pattern))
+        entries[key] = entry(key, shape) if factor == 1 else entry(key, shape) * factor
+    return entries
+
+
+def image(name: str, shape) -> Tensor:
+    """An input in [-2, 2)."""
+    return torch.from_numpy(((_uniform("image:" + name, shape) - 0.5) * 4.0).astype(np.float32))
+
+
+def frames(name: str, count: int, height: int, width: int) -> tuple[list[Tensor], list[list[int]]]:
+    """A video of a textured square over a rolling background, and its boxes xywh, all integers."""
+    rng = np.random.Generator(np.random.PCG64(zlib.crc32(("frames:" + name).encode())))
+
+    def texture(h: int, w: int, cell: int) -> np.ndarray:
+        grid = rng.integers(0, 256, size=(-(-h // cell), -(-w // cell), 3), dtype=np.int64)
+        return np.kron(grid, np.ones((cell, cell, 1), dtype=np.int64))[:h, :w]
+
+    ground = (texture(height, width, 40) + texture(height, width, 12) + 2 * texture(height, width, 4)) // 4
+    w, h = int(rng.integers(40, 90)), int(rng.integers(40, 90))
+    target = (2 * texture(h, w, 10) + texture(h, w, 3)) // 3
+    x0, y0 = int(rng.integers(20, width - w - 100)), int(rng.integers(20, height - h - 60))
+    vx, vy = int(rng.integers(-4, 9)), int(rng.integers(-3, 6))
+    images, boxes = [], []
+    for t in range(count):
+        picture = np.roll(ground, (t, 2 * t), axis=(0, 1)).copy()
+        x, y = min(max(x0 + vx * t, 0), width - w), min(max(y0 + vy * t, 0), height - h)
+        picture[y : y + h, x : x + w] = target
+        images.append(torch.from_numpy(picture.astype(np.uint8)).permute(2, 0, 1))
+        boxes.append([x, y, w, h])
+    return images, boxes
+
+
+def assert_summary(value: Tensor, summary: dict, tolerance: float) -> None:
+    """Compare a tensor with the shape, moments and sampled entries that a golden file keeps of it."""
+    assert list(value.shape) == summary["shape"]
+    flat = value.detach().double().flatten()
+    expected = torch.tensor(summary["value"], dtype=torch.float64)
+    assert (flat[torch.tensor(summary["index"])] - expected).abs().max() <= tolerance
+    for moment in ("mean", "std", "min", "max"):
+        if moment in summary:
+            got = flat.std(unbiased=False) if moment == "std" else getattr(flat, moment)()
+            assert abs(got - summary[moment]) <= tolerance, moment

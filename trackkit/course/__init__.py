@@ -1,0 +1,38 @@
+"""What lessons are made of: figures, widgets, exercise checks and the notebook tools.
+
+The rest of the library never imports this package. Lessons use the names below; heavy parts (matplotlib,
+ipywidgets, nbclient) are imported when they are first needed.
+"""
+from __future__ import annotations
+
+from trackkit.course.checks import check
+from trackkit.course.figures import (
+    animation,
+    draw_boxes,
+    figure_curves,
+    figure_frames,
+    figure_heatmap,
+    figure_lines,
+    figure_success,
+    show,
+    show_source,
+)
+from trackkit.course.widgets import Explorer, Player, choice, number, switch
+
+__all__ = [
+    "Explorer",
+    "Player",
+    "animation",
+    "check",
+    "choice",
+    "draw_boxes",
+    "figure_curves",
+    "figure_frames",
+    "figure_heatmap",
+    "figure_lines",
+    "figure_success",
+    "number",
+    "show",
+    "show_source",
+    "switch",
+]

@@ -1,0 +1,333 @@
+"""Pictures for lessons, widgets and videos: boxes on frames, figures, animations, source listings.
+
+Functions called `figure_*` return a matplotlib `Figure`; `show` puts it into a notebook as a small PNG with a
+text for screen readers. `draw_boxes` and `animation` need Pillow only, so the command line can use them
+without matplotlib, which is imported when the first figure is made.
+"""
+from __future__ import annotations
+
+import inspect
+import io
+import itertools
+import sys
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as ListLike
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    Picture = Figure | Image.Image | Tensor | np.ndarray
+
+MAX_WIDTH = 640
+# Okabe and Ito's colours: told apart with any colour vision. Every colour also has its own line pattern.
+COLOURS = ("#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442", "#D55E00", "#0072B2")
+_DASHES = ((1, 0), (8, 4), (3, 3), (12, 3))  # drawn and skipped lengths in line widths; (1, 0) is solid
+_LINESTYLES = ("-", "--", ":", "-.")
+
+
+def to_image(frame: Tensor | np.ndarray) -> Image.Image:
+    """A uint8 frame, (3, H, W) or (H, W, 3) or grey (H, W), as a Pillow image.
+
+    Raises ValueError for another type of number or shape.
+    """
+    array = frame.detach().cpu().numpy() if isinstance(frame, Tensor) else np.asarray(frame)
+    if array.dtype != np.uint8:
+        raise ValueError(f"a picture has uint8 pixels, got {array.dtype}; multiply and round first")
+    if array.ndim == 3 and array.shape[0] == 3:
+        array = array.transpose(1, 2, 0)
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
+        raise ValueError(f"a picture has shape (3, H, W), (H, W, 3) or (H, W), got {tuple(array.shape)}")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def draw_boxes(
+    frame: Tensor, boxes: Mapping[str, Tensor | ListLike[float] | None], legend: bool = True, scale: float = 1.0
+) -> Tensor:
+    """Draw named boxes on a frame: uint8 (3, H, W) -> uint8 (3, round(H * scale), round(W * scale)).
+
+    `boxes` maps a name to `xywh` in frame pixels, shape (4,). A box that is None, not finite or empty is not
+    drawn and keeps its colour, which follows from its place in the mapping, as does its line pattern.
+    Outlines stay thin when the frame is resized by `scale`. `legend` writes the names in the corner.
+    """
+    image = to_image(frame).convert("RGB")
+    if scale != 1:
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        image = image.resize(size, Image.Resampling.BILINEAR)
+    draw = ImageDraw.Draw(image)
+    line = max(2, round(image.width / 240))
+    for index, box in enumerate(boxes.values()):
+        corners = _corners(box, scale)
+        if corners is not None:
+            _rectangle(draw, corners, index, line)
+    if legend and boxes:
+        _legend(draw, list(boxes), image.width, line)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def _corners(box: Tensor | ListLike[float] | None, scale: float) -> tuple[float, float, float, float] | None:
+    if box is None:
+        return None
+    x, y, w, h = (float(v) * scale for v in box)
+    if not np.isfinite([x, y, w, h]).all() or w <= 0 or h <= 0:
+        return None
+    return x, y, x + w, y + h
+
+
+def _style(index: int) -> tuple[str, tuple[int, int]]:
+    return COLOURS[index % len(COLOURS)], _DASHES[index % len(_DASHES)]
+
+
+def _rectangle(draw: ImageDraw.ImageDraw, corners: tuple[float, float, float, float], index: int, line: int) -> None:
+    colour, dash = _style(index)
+    x1, y1, x2, y2 = (round(v) for v in corners)
+    ring = [(x1, y1), (x2, y1), (x2, y2), (x1, y2), (x1, y1)]
+    draw.line(ring, fill="black", width=line + 2)  # a dark rim keeps light colours visible on light frames
+    for start, end in itertools.pairwise(ring):
+        _dashed(draw, start, end, colour, dash, line)
+
+
+def _dashed(draw, start, end, colour: str, dash: tuple[int, int], line: int) -> None:
+    length = max(abs(end[0] - start[0]), abs(end[1] - start[1]))
+    on, off = dash[0] * line, dash[1] * line
+    if off == 0 or length == 0:
+        draw.line([start, end], fill=colour, width=line)
+        return
+    step = np.sign([end[0] - start[0], end[1] - start[1]])
+    for at in range(0, length, on + off):
+        a, b = start + step * at, start + step * min(at + on, length)
+        draw.line([tuple(a.tolist()), tuple(b.tolist())], fill=colour, width=line)
+
+
+def _legend(draw: ImageDraw.ImageDraw, names: list[str], width: int, line: int) -> None:
+    size = max(10, round(width / 32))
+    font = ImageFont.load_default(size)
+    text_width = max(draw.textlength(name, font=font) for name in names)
+    row, swatch = round(size * 1.3), 2 * size
+    draw.rectangle((0, 0, swatch + text_width + size, row * len(names) + 3), fill="#202020")
+    for index, name in enumerate(names):
+        colour, dash = _style(index)
+        middle = row * index + row // 2 + 2
+        _dashed(draw, (size // 3, middle), (size // 3 + round(1.3 * size), middle), colour, dash, line)
+        draw.text((swatch, middle), name, fill="white", font=font, anchor="lm")
+
+
+def to_png(picture: Picture) -> bytes:
+    """A figure, Pillow image or uint8 array as PNG bytes, at most 640 px wide, with at most 128 colours."""
+    if isinstance(picture, (Tensor, np.ndarray)):
+        picture = to_image(picture)
+    if not isinstance(picture, Image.Image):
+        buffer = io.BytesIO()
+        width = picture.get_size_inches()[0]
+        picture.savefig(buffer, format="png", dpi=min(100, MAX_WIDTH / width))
+        picture = Image.open(buffer)
+    image = picture.convert("RGB")
+    if image.width > MAX_WIDTH:
+        image = image.resize((MAX_WIDTH, round(image.height * MAX_WIDTH / image.width)), Image.Resampling.BILINEAR)
+    buffer = io.BytesIO()
+    image.quantize(128, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
+    return buffer.getvalue()
+
+
+def show(picture: Picture, *, alt: str, caption: str | None = None) -> None:
+    """Display a figure, Pillow image or uint8 frame in a notebook as a PNG of at most 640 px.
+
+    `alt` says in words what the picture shows, with the numbers that matter: screen readers read it, and
+    strict nbval compares it (but not the pixels). `caption` is set below in italics. A pyplot figure is closed.
+    """
+    from IPython.display import display
+
+    bundle = {"image/png": to_png(picture), "text/plain": _spoken("Picture", alt)}
+    display(bundle, metadata={"image/png": {"alt": alt}}, raw=True)
+    if caption is not None:
+        display({"text/markdown": f"*{caption}*", "text/plain": caption}, raw=True)
+    if "matplotlib.pyplot" in sys.modules and not isinstance(picture, (Image.Image, Tensor, np.ndarray)):
+        sys.modules["matplotlib.pyplot"].close(picture)  # or the inline backend shows it a second time
+
+
+def _spoken(kind: str, alt: str) -> str:
+    if not alt.strip():
+        raise ValueError("alt must say in words what the picture shows")
+    return f"{kind}: {alt}"
+
+
+def show_source(*objects: Any) -> None:
+    """Display the source of library functions or classes as highlighted code.
+
+    The listing is part of the notebook's compared output, so a lesson that shows old code fails strict nbval.
+    """
+    from IPython.display import display
+
+    for item in objects:
+        source = inspect.getsource(item).rstrip()
+        title = f"{item.__module__}.{item.__qualname__}"
+        display({"text/markdown": f"`{title}`\n```python\n{source}\n```", "text/plain": source}, raw=True)
+
+
+class APNG:
+    """A short animation that a notebook stores and plays as one PNG file.
+
+    Attributes: data, the bytes of the file; alt, its text for screen readers; frames, how many it was given.
+    """
+
+    def __init__(self, data: bytes, alt: str, frames: int):
+        self.data, self.alt, self.frames = data, alt, frames
+        self._text = _spoken(f"Animation of {frames} frames", alt)
+
+    def __repr__(self) -> str:
+        return self._text
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
+        return {"image/png": self.data, "text/plain": self._text}, {"image/png": {"alt": self.alt}}
+
+
+def animation(
+    frames: Iterable[Tensor],
+    boxes_by_name: Mapping[str, ListLike] | None = None,
+    *,
+    alt: str,
+    width: int = 320,
+    fps: float = 10,
+    max_bytes: int = 100_000,
+) -> APNG:
+    """Frames with moving boxes as an animated PNG of at most `max_bytes`.
+
+    frames: T uint8 (3, H, W) of one size. boxes_by_name: name -> (T, 4) `xywh` in frame pixels (None or NaN
+    rows are not drawn). The file starts at `width` pixels and 64 colours; to meet `max_bytes` it goes to 32,
+    then 16 colours, then to smaller widths down to 120. All frames share a palette, so it does not flicker.
+
+    Raises ValueError for no frames, tracks of another length, or when even the smallest version is too large.
+    """
+    frames = list(frames)
+    tracks = dict(boxes_by_name or {})
+    for name, track in tracks.items():
+        if len(track) != len(frames):
+            raise ValueError(f"track {name!r} has {len(track)} boxes for {len(frames)} frames")
+    if not frames:
+        raise ValueError("an animation needs at least one frame")
+    while width >= 120:
+        scale = width / frames[0].shape[2]
+        drawn = [
+            to_image(draw_boxes(frame, {name: track[i] for name, track in tracks.items()}, scale=scale))
+            for i, frame in enumerate(frames)
+        ]
+        for colours in (64, 32, 16):
+            data = _encode(drawn, colours, fps)
+            if len(data) <= max_bytes:
+                return APNG(data, alt, len(frames))
+        width = int(width * 0.8)
+    raise ValueError(f"{len(frames)} frames do not fit into {max_bytes} bytes; give fewer, for example frames[::2]")
+
+
+def _encode(images: list[Image.Image], colours: int, fps: float) -> bytes:
+    sample = images[:: max(1, len(images) // 6)]
+    mosaic = Image.new("RGB", (images[0].width, images[0].height * len(sample)))
+    for row, image in enumerate(sample):
+        mosaic.paste(image, (0, row * image.height))
+    palette = mosaic.quantize(colours, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    first, *rest = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
+    buffer = io.BytesIO()
+    first.save(buffer, "png", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+    return buffer.getvalue()
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=100, layout="constrained")
+
+
+def figure_frames(
+    frames: ListLike[Tensor],
+    boxes: ListLike[Mapping[str, Any]] | None = None,
+    titles: ListLike[str] | None = None,
+    columns: int = 5,
+) -> Figure:
+    """A contact sheet: frames side by side, `columns` in a row, with named boxes and titles.
+
+    frames: uint8 (3, H, W). boxes: for each frame a mapping from name to `xywh`; the legend is on the first.
+    """
+    columns = min(columns, len(frames))
+    rows = -(-len(frames) // columns)
+    cell = 6.4 / columns
+    height = cell * frames[0].shape[1] / frames[0].shape[2] + (0.3 if titles else 0.05)
+    fig = _figure(6.4, rows * height)
+    for index, frame in enumerate(frames):
+        ax = fig.add_subplot(rows, columns, index + 1)
+        scale = max(cell * 100, 200) / frame.shape[2]
+        ax.imshow(to_image(draw_boxes(frame, boxes[index] if boxes else {}, legend=index == 0, scale=scale)))
+        ax.set_axis_off()
+        if titles:
+            ax.set_title(titles[index], fontsize=8)
+    return fig
+
+
+def figure_heatmap(maps: Mapping[str, Tensor], image: Tensor | None = None, mark_peak: bool = True) -> Figure:
+    """Score, label or attention maps side by side, each with its own colour bar.
+
+    maps: title -> float (h, w). image: a uint8 (3, H, W) picture shown first, such as the search crop.
+    `mark_peak` puts a cross on each map's maximum.
+    """
+    panels = len(maps) + (image is not None)
+    fig = _figure(6.4, 6.4 / panels * (0.8 if panels > 1 else 0.6) + 0.2)
+    if image is not None:
+        ax = fig.add_subplot(1, panels, 1)
+        ax.imshow(to_image(image))
+        ax.set_axis_off()
+    for index, (title, values) in enumerate(maps.items(), start=panels - len(maps) + 1):
+        values = torch.as_tensor(values).detach().cpu()
+        ax = fig.add_subplot(1, panels, index)
+        fig.colorbar(ax.imshow(values, cmap="viridis"), ax=ax, shrink=0.8).ax.tick_params(labelsize=7)
+        ax.set_title(title, fontsize=9)
+        ax.tick_params(labelsize=7)
+        if mark_peak:
+            row, column = divmod(int(values.argmax()), values.shape[1])
+            ax.plot(column, row, marker="x", color="#D55E00", markersize=9, markeredgewidth=2)
+    return fig
+
+
+def figure_lines(
+    curves: Mapping[str, ListLike[float]], x: ListLike[float] | None = None, xlabel: str = "", ylabel: str = ""
+) -> Figure:
+    """Curves over a common axis: name -> values, all of one length, each with its own colour and line pattern.
+
+    x: their positions; None numbers them from 0.
+    """
+    fig = _figure(6.4, 3.0)
+    ax = fig.add_subplot()
+    for index, (name, values) in enumerate(curves.items()):
+        style = {"color": COLOURS[index % len(COLOURS)], "linestyle": _LINESTYLES[index % len(_LINESTYLES)]}
+        ax.plot(range(len(values)) if x is None else x, values, label=name, **style)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    return fig
+
+
+def figure_curves(log: ListLike[Mapping[str, Any]], keys: ListLike[str] = ("loss",)) -> Figure:
+    """Training curves from the log that `training.train` returns: rows with "step" and the given keys.
+
+    Rows without a key (another stage) leave a gap in its curve.
+    """
+    curves = {key: [row.get(key, float("nan")) for row in log] for key in keys}
+    return figure_lines(curves, [row["step"] for row in log], xlabel="step", ylabel=", ".join(keys))
+
+
+def figure_success(overlaps: Mapping[str, Tensor]) -> Figure:
+    """Success plot: for each tracker the share of frames whose overlap exceeds the threshold on the x-axis.
+
+    overlaps: name -> (N,) IoU of each frame that counts. The legend states the average overlap (AO).
+    """
+    thresholds = torch.linspace(0, 1, 101, dtype=torch.float64)
+    curves = {
+        f"{name} (AO {values.double().mean():.3f})": (values.double() > thresholds[:, None]).double().mean(1)
+        for name, values in overlaps.items()
+    }
+    fig = figure_lines(curves, thresholds, xlabel="overlap threshold", ylabel="success rate")
+    fig.axes[0].set(xlim=(0, 1), ylim=(0, 1))
+    return fig

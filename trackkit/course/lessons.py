@@ -1,0 +1,82 @@
+"""Build lessons: run a notebook and write it back in the one form in which it is committed.
+
+A lesson's .ipynb is its source, its test (strict nbval) and its assignment (nbgrader's cell metadata). Beside
+`build` this module gives the other notebook tools by name: `lint` finds what will break, `student` takes the
+solutions out, `start` gives a learner a copy to work on, `solution_cells` and `same_code` serve the tests.
+"""
+from __future__ import annotations
+
+import os
+from datetime import datetime
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+
+from trackkit.course.assignments import LessonError, clear, same_code, solution_cells, start, student, write
+from trackkit.course.lint import Finding, findings, lint
+
+__all__ = ["Finding", "LessonError", "build", "lint", "normalise", "same_code", "solution_cells", "start", "student"]
+
+# One thread and the tiny scale: what strict nbval and CI use too, so outputs agree to the printed digit.
+ENVIRONMENT = {"TRACKKIT_SCALE": "tiny", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+
+
+def build(path: str | Path, timeout: int = 120) -> float:
+    """Run a lesson in a fresh kernel and write it back in normal form; returns the seconds its cells took.
+
+    The kernel works in the lesson's folder at TRACKKIT_SCALE=tiny with one thread; `timeout` seconds are allowed
+    for each cell. The file is replaced only if all went well.
+
+    Raises LessonError when a cell fails, or when the result has findings of `lint`.
+    """
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError
+
+    path = Path(path)
+    notebook = nbformat.read(path, as_version=4)
+    clear(notebook)
+    client = NotebookClient(
+        notebook,
+        timeout=timeout,
+        kernel_name="python3",
+        store_widget_state=False,
+        resources={"metadata": {"path": str(path.resolve().parent)}},
+    )
+    try:
+        client.execute(env={**os.environ, **ENVIRONMENT})
+    except (CellExecutionError, CellTimeoutError) as error:
+        raise LessonError(f"{path}: {error}") from error
+    seconds = sum(_seconds(cell) for cell in notebook.cells)
+    normalise(notebook)
+    found = findings(notebook, path)
+    if found:
+        raise LessonError("\n".join(map(str, found)))
+    write(notebook, path)
+    return seconds
+
+
+def normalise(notebook: NotebookNode) -> None:
+    """Bring an executed notebook into the form in which it is committed, in place.
+
+    Cell ids become cell-1..n, kernelspec python3, volatile metadata goes. Widget views, which mean nothing
+    without their kernel, go too, so that every page shows the PNG beside them.
+    """
+    notebook.metadata = NotebookNode(
+        kernelspec={"display_name": "Python 3", "language": "python", "name": "python3"},
+        language_info={"name": "python"},
+    )
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    for index, cell in enumerate(notebook.cells, start=1):
+        cell.id = f"cell-{index}"
+        cell.metadata = NotebookNode({k: v for k, v in cell.metadata.items() if k in ("tags", "nbgrader", "jupyter")})
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+
+
+def _seconds(cell: NotebookNode) -> float:
+    times = cell.metadata.get("execution", {})
+    if "shell.execute_reply" not in times:
+        return 0.0
+    begin, end = (datetime.fromisoformat(times[key]) for key in ("iopub.execute_input", "shell.execute_reply"))
+    return (end - begin).total_seconds()

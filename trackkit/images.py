@@ -1,0 +1,116 @@
+"""Image files <-> frames: uint8 tensors (3, H, W), RGB.
+
+Frames come back as a permuted (H, W, 3) array, so that the channels lie innermost in memory: crops are cut
+several times faster from that layout. EXIF orientation is ignored, as boxes are drawn on the stored pixels.
+"""
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from trackkit.errors import DataError
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
+REDUCTIONS = (1, 2, 4, 8)
+
+
+def read_image(path: str | os.PathLike, reduce: int = 1) -> Tensor:
+    """Read an image file as uint8 (3, H, W), RGB; with `reduce` 2, 4 or 8 as ceil(H / reduce) x ceil(W / reduce).
+
+    A JPEG is decoded at the reduced size (libjpeg's scaled DCT), which takes a fraction of the time; other
+    formats are averaged over blocks. Grey, palette and CMYK images become RGB, an alpha channel is dropped,
+    16-bit images keep their upper 8 bits.
+
+    Raises DataError, with the file and what to do, when it is missing, empty, cut short or no image.
+    """
+    if reduce not in REDUCTIONS:
+        raise DataError(f"a frame can be reduced by 1, 2, 4 or 8, not by {reduce!r}")
+    try:
+        if reduce == 1 and Path(path).suffix.lower() in (".jpg", ".jpeg"):
+            frame = _decode_whole_jpeg(path)
+            if frame is not None:
+                return frame
+        with Image.open(path) as image:
+            return _to_frame(_reduced(image, reduce), path)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow's broken PNG
+        raise _unreadable(path, error) from error
+
+
+def image_size(path: str | os.PathLike) -> tuple[int, int]:
+    """Width and height of an image file, from its header only. Raises DataError as `read_image` does."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _unreadable(path, error) from error
+
+
+def encode_jpeg(frame: Tensor, quality: int = 90) -> bytes:
+    """A uint8 frame (3, H, W) as JPEG bytes: 4:2:0, default DCT, no metadata, the same bytes every time.
+
+    Raises DataError for another shape or type.
+    """
+    if frame.dtype != torch.uint8 or frame.ndim != 3 or frame.shape[0] != 3:
+        raise DataError(f"a frame must be uint8 of shape (3, H, W), got {frame.dtype} {tuple(frame.shape)}")
+    buffer = io.BytesIO()
+    pixels = np.ascontiguousarray(frame.cpu().permute(1, 2, 0).numpy())
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
+    return buffer.getvalue()
+
+
+def _decode_whole_jpeg(path: str | os.PathLike) -> Tensor | None:
+    """Decode by torchvision: the same pixels as Pillow's in about half the time. None: leave it to Pillow."""
+    import torchvision.io  # slow to import, and reduced or other frames do not need it
+
+    data = np.fromfile(path, dtype=np.uint8)
+    if data.size == 0:
+        return None
+    try:
+        return torchvision.io.decode_jpeg(torch.from_numpy(data), mode=torchvision.io.ImageReadMode.RGB)
+    except RuntimeError:  # CMYK, not a JPEG or damaged: Pillow can read the first two and explains the last
+        return None
+
+
+def _reduced(image: Image.Image, reduce: int) -> Image.Image:
+    if reduce == 1:
+        return image
+    width, height = image.size
+    if image.format == "JPEG":  # rounding down makes draft() pick the scale 1/reduce itself
+        image.draft("RGB", (max(width // reduce, 1), max(height // reduce, 1)))
+    done = next(r for r in REDUCTIONS if -(-width // r) <= image.width and -(-height // r) <= image.height)
+    if image.mode in ("P", "1", "PA"):  # palette numbers must not be averaged
+        image = image.convert("RGB")
+    return image if done == reduce else image.reduce(reduce // done)
+
+
+def _to_frame(image: Image.Image, path: str | os.PathLike) -> Tensor:
+    if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow's own conversion would clip at 255
+        pixels = np.asarray(image).astype(np.int64)
+        if pixels.min() < 0 or pixels.max() > 0xFFFF:
+            raise DataError(f"{path}: integers outside 0..65535; save the frame with 8 or 16 bits a channel")
+        grey = torch.from_numpy((pixels >> 8).astype(np.uint8))
+        return grey[..., None].repeat(1, 1, 3).permute(2, 0, 1)
+    if image.mode == "F":
+        raise DataError(f"{path}: floating-point pixels have no fixed range; save the frame with 8 or 16 bits a channel")
+    image.load()
+    pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _unreadable(path: str | os.PathLike, error: Exception) -> DataError:
+    path = Path(path)
+    if not path.exists():
+        state = "there is no such file" if path.parent.is_dir() else f"there is no folder {path.parent}"
+    elif path.is_file() and path.stat().st_size == 0:
+        state = "the file is empty"
+    elif isinstance(error, UnidentifiedImageError):
+        state = "it is not an image in a known format"
+    else:
+        state = str(error)
+    return DataError(f"cannot read frame {path}: {state}. Extract or download this sequence again")

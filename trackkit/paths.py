@@ -1,0 +1,108 @@
+"""Where things live: the user's home for runs and caches, the data set, and files that are never half written.
+
+Nothing is remembered in a settings file. A path is an argument, else an environment variable
+(`TRACKKIT_HOME`, `TRACKKIT_GOT10K`), else a default that works on a machine with nothing set up.
+"""
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from trackkit.errors import DataError, TrackkitError
+
+SAMPLES = Path(__file__).resolve().parent.parent / "data_samples"  # beside the package in a checkout
+_WRITE_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EEXIST, errno.ENOTDIR}
+
+
+def home() -> Path:
+    """Folder for runs, results and caches: `TRACKKIT_HOME`, else `~/.cache/trackkit`. Not created here."""
+    return Path(os.environ.get("TRACKKIT_HOME") or Path.home() / ".cache" / "trackkit").expanduser()
+
+
+def data_root(argument: str | os.PathLike | None = None) -> Path:
+    """Root of the data set: the argument, else `TRACKKIT_GOT10K`, else the samples that come with a checkout.
+
+    The first of the three that is given is used; when it does not exist the others are not tried, since a
+    misspelt path must not silently train on other data.
+
+    Raises DataError that says what was looked for and the command that mends it.
+    """
+    variable = os.environ.get("TRACKKIT_GOT10K")
+    if argument is not None:
+        root, source = Path(argument).expanduser(), "the path that was given"
+    elif variable:
+        root, source = Path(variable).expanduser(), "the environment variable TRACKKIT_GOT10K"
+    else:
+        root, source = SAMPLES, "the samples beside the installed package (nothing else was given)"
+    if root.is_dir() and (root != SAMPLES or any(root.iterdir())):
+        return root
+    state = "is empty" if root.is_dir() else "is a file, not a folder" if root.exists() else "does not exist"
+    raise DataError(
+        f"no data set: {root} {state}; it comes from {source}. Give the folder that holds GOT-10k's train/, val/ and "
+        "test/ as an argument or in TRACKKIT_GOT10K, or make a small data set: trackkit synth --samples DIR"
+    )
+
+
+def writable(path: str | os.PathLike) -> Path:
+    """Create the folder `path` if need be and return it once a file could be written in it.
+
+    Raises DataError that names the folder and the reason: no permission, a file in the way, a full or
+    read-only disk.
+    """
+    path = Path(path).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    return path
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+    """Give the block a temporary file to write that replaces `path` when the block ends without an error.
+
+        with atomic_write("results/boxes.txt") as partial:
+            partial.write_text(text)
+
+    The temporary file lies beside the target and keeps its suffix; it is flushed to disk and then renamed, so a
+    reader, or a run that was killed, sees the old file or the new one, never a part. Missing parent folders
+    are created. Of several writers at once the last one wins. After an error nothing has changed.
+
+    Raises DataError when the place cannot be written.
+    """
+    path = Path(path).expanduser()
+    partial = path.parent / f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}{path.suffix}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with suppress(OSError):  # the folder itself may be what is missing
+            partial.unlink()
+        if error.errno in _WRITE_ERRORS:
+            raise _cannot_write(path, error) from error
+        raise
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _cannot_write(path: Path, error: OSError) -> TrackkitError:
+    reason = error.strerror or str(error)
+    blocker = next((p for p in (path, *path.parents) if p.is_file()), None)
+    if blocker is not None and blocker != path:
+        reason = f"{blocker} is a file where a folder is needed"
+    return DataError(
+        f"cannot write {path}: {reason}. Choose another place by an argument or TRACKKIT_HOME, "
+        "or mend the permissions or the space there"
+    )

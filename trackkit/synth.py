@@ -1,0 +1,170 @@
+"""Procedural video with dials: the embedded default data set, and an endless stream of training samples.
+
+A scene has a textured background, a target, clutter, things that look like the target and things that pass
+in front of it; a dial for each attribute sets how much of it there is, and every label is computed rather
+than annotated. The same seed gives the same bytes on every machine (see `trackkit.textures`).
+
+    config = SynthConfig()                        # a bit of everything
+    config = SynthConfig.only("occlusion")        # one attribute, all else still
+    dataset = SynthDataset(config, seed=0, length=1000)
+    dataset[7].frame(3), dataset[7].boxes_xywh    # sequence 7 depends on (config, seed, 7) alone
+"""
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trackkit.crops import Windows
+from trackkit.errors import DataError
+from trackkit.scenes import Scene
+from trackkit.sequences import Sequence
+from trackkit.textures import Draw
+
+BANKS = ("train", "val", "test")  # each has textures and outlines of its own
+
+
+@dataclass(frozen=True)
+class SynthConfig:
+    """A world: the size of its videos and a dial 0..1 for each attribute; the defaults mix them all.
+
+    Attributes:
+        width, height: pixels. frames: frames of a video. split: "train", "val" or "test", three worlds with
+            different textures and outlines.
+        vary: draw the strength of each attribute anew for each video, between 0 and its dial (0 in a third
+            of the videos); otherwise all videos have exactly the dials.
+        motion: smooth motion. fast: jerky motion of the target, a shaking camera. camera: pan, zoom and roll.
+        scale, rotation, aspect: of the target, in the plane. deformation: its outline and texture bend.
+        articulation: it has parts that swing (limbs, wings, a chain). appearance: it takes on another
+            texture and turns out of the plane. occlusion: things pass in front. out_of_view: it leaves the
+            frame for a while. distractors: others of its kind nearby. clutter: things in the background.
+        illumination: brightness, colour cast, a moving shadow. low_contrast, colourless: grey, soft pictures.
+        blur: of motion and focus. noise: of the sensor.
+
+    Raises DataError for a dial outside 0..1, an unknown split, or a size that makes no video.
+    """
+
+    width: int = 320
+    height: int = 240
+    frames: int = 24
+    split: str = "train"
+    vary: bool = True
+    motion: float = 1.0
+    fast: float = 0.6
+    camera: float = 0.8
+    scale: float = 0.7
+    rotation: float = 0.6
+    aspect: float = 0.8
+    deformation: float = 0.8
+    articulation: float = 1.0
+    appearance: float = 0.6
+    occlusion: float = 0.7
+    out_of_view: float = 0.4
+    distractors: float = 0.9
+    clutter: float = 0.8
+    illumination: float = 0.7
+    low_contrast: float = 0.9
+    colourless: float = 1.0
+    blur: float = 0.7
+    noise: float = 0.7
+
+    def __post_init__(self):
+        for name, low in (("width", 32), ("height", 32), ("frames", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < low:
+                raise DataError(f"SynthConfig: {name} must be an integer of at least {low}, got {value!r}")
+        if self.split not in BANKS:
+            raise DataError(f"SynthConfig: split must be one of {', '.join(BANKS)}, got {self.split!r}")
+        for name in ATTRIBUTES:
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise DataError(f"SynthConfig: the dial {name} must be a number in 0..1, got {value!r}")
+
+    @classmethod
+    def still(cls, **changes) -> SynthConfig:
+        """A world in which nothing happens: all dials at 0, apart from `changes`."""
+        return cls(**({"vary": False} | dict.fromkeys(ATTRIBUTES, 0.0) | changes))
+
+    @classmethod
+    def only(cls, *attributes: str, strength: float = 1.0, **changes) -> SynthConfig:
+        """A world with just the named attributes, at `strength`; `changes` are further fields.
+
+        Raises DataError for a name that is no attribute.
+        """
+        for name in attributes:
+            if name not in ATTRIBUTES:
+                raise DataError(f"no attribute {name!r}; there are {', '.join(ATTRIBUTES)}")
+        return cls.still(**(dict.fromkeys(attributes, strength) | changes))
+
+    @property
+    def bank(self) -> int:
+        """Number of the split's bank of textures and outlines."""
+        return BANKS.index(self.split)
+
+    def draw_strengths(self, draw: Draw) -> dict[str, float]:
+        """The strength of each attribute in one video."""
+        u = draw.unit(len(ATTRIBUTES))
+        share = np.maximum(u * 1.5 - 0.5, 0.0) if self.vary else np.ones(len(ATTRIBUTES))
+        return {name: float(getattr(self, name) * x) for name, x in zip(ATTRIBUTES, share, strict=True)}
+
+
+ATTRIBUTES = tuple(f.name for f in fields(SynthConfig) if f.type == "float")
+
+
+class SynthSequence(Sequence):
+    """One procedural video. Frames and windows are drawn when asked for; the labels are exact.
+
+    `scene` gives what a data set cannot: the outline behind occluders, masks, the strength of each dial.
+    """
+
+    def __init__(self, config: SynthConfig, *seed: int, name: str = ""):
+        self.scene = Scene(config, seed)
+        scene = self.scene
+        super().__init__(
+            name or "synth_" + "_".join(map(str, seed)),
+            config.frames,
+            torch.from_numpy(scene.boxes_xywh),
+            absent=torch.from_numpy(scene.absent),
+            cover=torch.from_numpy(scene.cover),
+            cut_by_image=torch.from_numpy(scene.cut),
+            attributes=scene.attributes,
+        )
+
+    def frame(self, index: int, reduce: int = 1) -> Tensor:
+        return torch.from_numpy(self.scene.render(index) if reduce == 1 else self.scene.reduced(index, reduce))
+
+    def frame_size(self, index: int) -> tuple[int, int]:
+        return self.scene.size
+
+    def crop(self, index: int, window: Windows, fill: Tensor | None = None) -> Tensor:
+        """The pixels of a window, drawn directly at the resolution of the crop: uint8 (3, size, size)."""
+        colour = None if fill is None else tuple(fill.round().to(torch.uint8).flatten().tolist())
+        left, top, side = int(window.left[0]), int(window.top[0]), int(window.side[0])
+        return torch.from_numpy(self.scene.render(index, left, top, side, window.size, colour))
+
+
+class SynthDataset:
+    """`length` procedural videos; number i depends on (config, seed, i) alone and is made when asked for.
+
+    With a large length this is an endless stream: making a video costs about a millisecond once the textures
+    of its split have been drawn (two seconds a process, spread over the first videos).
+    """
+
+    def __init__(self, config: SynthConfig | None = None, seed: int = 0, length: int = 10_000):
+        if length < 1:
+            raise DataError(f"SynthDataset: length must be at least 1, got {length}")
+        self.config, self.seed, self.length = config or SynthConfig(), seed, length
+        self.name = f"synth-{self.config.split}"
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> SynthSequence:
+        if not -self.length <= index < self.length:
+            raise IndexError(f"sequence {index} of {self.length}")
+        index %= self.length
+        return SynthSequence(self.config, self.seed, index, name=f"{self.name}_{self.seed}_{index:06d}")

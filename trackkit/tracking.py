@@ -1,0 +1,131 @@
+"""The tracking loop: one sequence, many in lock-step, or the frames of a user's own loop."""
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trackkit.sequences import Sequence
+from trackkit.trackers.base import Prediction, Tracker, join, take
+
+
+@dataclass(frozen=True)
+class Track:
+    """A tracker's run through one sequence of N frames; row 0 is the given box.
+
+    Attributes:
+        boxes_xywh: (N, 4) float64, frame pixels. scores: (N,), the first is 1.
+        seconds: (N,), time spent by the tracker, reading of frames excluded. In lock-step with others it is
+            this sequence's share of the time of the whole batch.
+    """
+
+    boxes_xywh: Tensor
+    scores: Tensor
+    seconds: Tensor
+
+
+def track(tracker: Tracker, sequence: Sequence) -> Track:
+    """Follow the first box of one sequence to its end."""
+    return next(track_many(tracker, [sequence], batch=1))[1]
+
+
+def track_many(tracker: Tracker, sequences, batch: int = 8) -> Iterator[tuple[int, Track]]:
+    """Follow many sequences, `batch` at a time as one batch; yields (index, Track) as each one ends.
+
+    When a sequence ends the next takes its place, so the batch stays full. The boxes do not depend on `batch`
+    beyond float rounding.
+    """
+    waiting = iter(range(len(sequences)))
+    slots: list[_Slot] = []
+    state = None
+    tracker.eval()
+    while True:
+        fresh = [_Slot(i, sequences[i]) for i, _ in zip(waiting, range(batch - len(slots)), strict=False)]
+        if fresh:
+            began = _now(tracker)
+            first_boxes = torch.cat([slot.sequence.boxes_xywh[:1] for slot in fresh])
+            started = tracker.start([slot.sequence.frame(0) for slot in fresh], first_boxes)
+            share = (_now(tracker) - began) / len(fresh)
+            for slot, box in zip(fresh, first_boxes, strict=True):
+                slot.add(box, torch.tensor(1.0), share)
+            state = started if state is None else join(state, started)
+            slots += fresh
+        ended = [slot for slot in slots if slot.done]
+        if ended:
+            keep = [k for k, slot in enumerate(slots) if not slot.done]
+            state = take(state, keep) if keep else None
+            slots = [slots[k] for k in keep]
+            for slot in ended:
+                yield slot.index, slot.track()
+            continue
+        if not slots:
+            return
+        frames = [slot.sequence.frame(len(slot.boxes)) for slot in slots]
+        began = _now(tracker)
+        state, prediction = tracker.step(state, frames)
+        share = (_now(tracker) - began) / len(slots)
+        for slot, box, score in zip(slots, prediction.box, prediction.score, strict=True):
+            slot.add(box, score, share)
+
+
+class _Slot:
+    """A sequence on its way through a tracker."""
+
+    def __init__(self, index: int, sequence: Sequence):
+        self.index, self.sequence = index, sequence
+        self.boxes: list[Tensor] = []
+        self.scores: list[Tensor] = []
+        self.seconds: list[float] = []
+
+    @property
+    def done(self) -> bool:
+        return len(self.boxes) == len(self.sequence)
+
+    def add(self, box: Tensor, score: Tensor, seconds: float) -> None:
+        self.boxes.append(box)
+        self.scores.append(score.cpu())
+        self.seconds.append(seconds)
+
+    def track(self) -> Track:
+        return Track(torch.stack(self.boxes), torch.stack(self.scores), torch.tensor(self.seconds, dtype=torch.float64))
+
+
+def _now(tracker: Tracker) -> float:
+    if tracker.device.type == "cuda":
+        torch.cuda.synchronize(tracker.device)
+    return time.perf_counter()
+
+
+class Online:
+    """A tracker for a loop of one's own, with the two calls of the GOT-10k toolkit.
+
+        online = Online(tracker)
+        online.init(image, (x, y, w, h))
+        box = online.update(next_image)
+
+    Images are uint8, (3, H, W) tensors or (H, W, 3) arrays, RGB. Boxes are left, top, width, height in pixels.
+    """
+
+    def __init__(self, tracker: Tracker):
+        self.tracker = tracker.eval()
+        self.state = None
+        self.prediction: Prediction | None = None
+
+    def init(self, image, box) -> None:
+        """Start at this box in this image."""
+        self.state = self.tracker.start([_as_frame(image)], torch.as_tensor(box, dtype=torch.float64).reshape(1, -1))
+
+    def update(self, image, maps: bool = False) -> tuple[float, float, float, float]:
+        """The target's box in the next image; `prediction` keeps the score and, if asked, the maps."""
+        if self.state is None:
+            raise RuntimeError("call init(image, box) before update(image)")
+        self.state, self.prediction = self.tracker.step(self.state, [_as_frame(image)], maps)
+        return tuple(self.prediction.box[0].tolist())
+
+
+def _as_frame(image) -> Tensor:
+    image = torch.as_tensor(image)
+    return image.permute(2, 0, 1) if image.ndim == 3 and image.shape[-1] == 3 and image.shape[0] != 3 else image

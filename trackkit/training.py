@@ -1,0 +1,305 @@
+"""One training loop for all trackers: stages, mixed precision, several GPUs, exact resume.
+
+A run is a folder: `log.jsonl` (one line every few steps), `state.safetensors` (everything needed to go on; also
+loads as a tracker) and, when the last stage is done, `tracker.safetensors`. Files are replaced whole, so a run that
+is killed at any moment continues from its last state with the same command, and on a CPU ends with the same
+weights as one that was never interrupted: each sample depends only on (seed, its number), each step's other
+random numbers only on (seed, the step).
+"""
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from trackkit import checkpoints
+from trackkit.errors import CheckpointError, TrackkitError
+from trackkit.paths import atomic_write, writable
+from trackkit.sampling import Samples, SampleSpec, batches
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from trackkit.trackers.base import Tracker
+
+SCALES = ("tiny", "laptop", "gpu", "paper")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training with one loss, one kind of sample and one set of trainable parameters.
+
+    Attributes:
+        name: shown in the progress bar and the log.
+        steps: optimiser steps. batch: samples in a step, over all processes together.
+        sample: what a sample is.
+        lr, lr_end: learning rate at the start and at the end of its exponential fall.
+        schedule_steps: the rate changes once in so many steps (an epoch, in the papers' words).
+        warmup: steps over which the rate rises linearly from 0.
+        momentum: of SGD with weight decay; None means AdamW.
+        weight_decay: on all trainable parameters.
+        clip: largest gradient norm, or None.
+        trainable: patterns (`fnmatch`) of parameter names; all others are frozen, with their norms' statistics.
+        loss: handed to the tracker's `loss`.
+    """
+
+    name: str
+    steps: int
+    batch: int
+    sample: SampleSpec
+    lr: float
+    lr_end: float
+    schedule_steps: int = 1
+    warmup: int = 0
+    momentum: float | None = None
+    weight_decay: float = 0.0
+    clip: float | None = None
+    trainable: tuple[str, ...] = ("*",)
+    loss: str = ""
+
+    def __post_init__(self):
+        if min(self.steps, self.batch, self.schedule_steps) < 1:
+            raise ValueError(f"stage {self.name}: steps, batch and schedule_steps must be at least 1")
+        if not 0 < self.lr_end <= self.lr:
+            raise ValueError(f"stage {self.name}: need 0 < lr_end <= lr, got {self.lr_end} and {self.lr}")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, 0-based."""
+        epochs = math.ceil(self.steps / self.schedule_steps)
+        fall = (self.lr_end / self.lr) ** (step // self.schedule_steps / epochs)
+        rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        return self.lr * fall * rise
+
+
+class _Loss(nn.Module):
+    """The tracker's loss as a `forward`, which is what data-parallel wrappers and autocast take hold of."""
+
+    def __init__(self, tracker: Tracker, kind: str):
+        super().__init__()
+        self.tracker, self.kind = tracker, kind
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.tracker.loss(batch, self.kind)
+
+
+def train(
+    tracker: Tracker,
+    stages: list[Stage],
+    sequences,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "no",
+    workers: int = 0,
+    save_seconds: float = 30.0,
+    log_steps: int = 20,
+    progress: bool = True,
+) -> list[dict]:
+    """Train through all stages, or go on where an earlier call with the same arguments stopped.
+
+    Args:
+        tracker: trained in place; its initial weights do not matter when a state exists.
+        sequences: a data set, see `sampling.Samples`.
+        out: the run's folder.
+        seed: of the samples and of dropout. (Seed the initial weights before making the tracker.)
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        precision: "no" (float32), "bf16" or "fp16".
+        workers: loader processes; they change the speed, not the samples.
+        save_seconds: least time between two saved states.
+        log_steps: steps between two lines of the log.
+
+    Returns the log as a list of {"stage", "step", "loss", ..., "lr", "samples_per_second"}; `step` counts over
+    all stages, the losses are means since the last line.
+
+    Raises CheckpointError if `out` holds another run, TrackkitError if the loss stops being finite.
+    """
+    out = writable(out)
+    accelerator = _accelerator(device, precision)
+    run = _Run(tracker, stages, sequences, out, seed, precision)
+    position = run.restore()
+    tracker.train()
+    total = sum(stage.steps for stage in stages)
+    bar = tqdm(total=total, initial=position, desc=type(tracker).__name__, disable=not progress or not accelerator.is_main_process)
+    try:
+        first = 0  # step at which the stage begins, counted over all stages
+        for stage in stages:
+            if position < first + stage.steps:
+                _train_stage(run, stage, first, position, accelerator, workers, save_seconds, log_steps, bar)
+                position = first + stage.steps
+            first += stage.steps
+    finally:
+        bar.close()
+    tracker.requires_grad_(True).eval()
+    if accelerator.is_main_process:
+        run.finish()
+    accelerator.wait_for_everyone()
+    return run.log
+
+
+def _train_stage(run: _Run, stage: Stage, first: int, position: int, accelerator, workers, save_seconds, log_steps, bar):
+    tracker, world = run.tracker, accelerator.num_processes
+    if stage.batch % world:
+        raise TrackkitError(f"stage {stage.name}: its batch of {stage.batch} cannot be shared by {world} processes")
+    freeze(tracker, stage.trainable)
+    optimizer = _optimizer(stage, tracker)
+    model, optimizer = accelerator.prepare(_Loss(tracker, stage.loss), optimizer)
+    if position > first:
+        run.restore_optimizer(optimizer, accelerator)
+    # offset by `first`, so that two stages never see the same samples
+    samples = Samples(run.sequences, stage.sample, run.seed + 1_000_003 * first, stage.steps * stage.batch)
+    loader = batches(
+        samples, stage.batch // world, position - first, stage.steps, workers, accelerator.process_index, world
+    )
+    sums, since, saved = {}, time.perf_counter(), time.perf_counter()
+    for step, batch in enumerate(loader, start=position):
+        torch.manual_seed(run.seed * 1_000_003 + step)
+        rate = stage.rate(step - first)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        losses = model({k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()})
+        accelerator.backward(losses["loss"])
+        if stage.clip is not None:
+            accelerator.clip_grad_norm_([p for p in tracker.parameters() if p.requires_grad], stage.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        for key, value in losses.items():
+            sums[key] = sums.get(key, 0) + value.detach()
+        bar.update()
+        last = step + 1 == first + stage.steps
+        logs, saves = (step + 1) % log_steps == 0 or last, last or time.perf_counter() - saved >= save_seconds
+        if not (logs or saves):
+            continue
+        if not math.isfinite(float(losses["loss"])):
+            raise TrackkitError(
+                f"the loss is {float(losses['loss'])} at step {step + 1}; {run.state_path} keeps the last good state. Lower the rate, "
+                "set a clip, or try precision no"
+            )
+        if logs:
+            count = (step % log_steps) + 1 if step + 1 - position >= log_steps else step + 1 - position
+            now = time.perf_counter()
+            record = {"stage": stage.name, "step": step + 1, "lr": rate}
+            record |= {key: round(float(value) / count, 6) for key, value in sums.items()}
+            record["samples_per_second"] = round(count * stage.batch / (now - since), 1)
+            run.log.append(record)
+            bar.set_postfix(loss=f"{record['loss']:.3f}")
+            sums, since = {}, now
+        if saves and accelerator.is_main_process:
+            run.save(step + 1, optimizer, accelerator)
+            saved = time.perf_counter()
+
+
+class _Run:
+    """The files of one run and what identifies it."""
+
+    def __init__(self, tracker: Tracker, stages: list[Stage], sequences, out: Path, seed: int, precision: str):
+        from trackkit.trackers import describe
+
+        self.tracker, self.sequences, self.seed = tracker, sequences, seed
+        self.state_path, self.final_path, self.log_path = out / "state.safetensors", out / "tracker.safetensors", out / "log.jsonl"
+        self.log: list[dict] = []
+        identity = {
+            **describe(tracker),
+            "stages": [dataclasses.asdict(stage) for stage in stages],
+            "seed": seed,
+            "precision": precision,
+            "data": f"{getattr(sequences, 'name', type(sequences).__name__)}, {len(sequences)} sequences",
+        }
+        self.identity = json.loads(json.dumps(identity))  # as it comes back from a file: lists for tuples
+        self._loaded: dict[str, Tensor] = {}
+        self._about: dict = {}
+
+    def restore(self) -> int:
+        """Load the state if there is one; returns the number of steps done."""
+        if not self.state_path.exists():
+            return 0
+        tensors, about = checkpoints.read(self.state_path)
+        odd = [key for key, value in self.identity.items() if about.get(key) != value]
+        if odd:
+            raise CheckpointError(
+                f"{self.state_path.parent} holds another run (other {', '.join(odd)}); choose another folder, or delete this one to start anew"
+            )
+        weights = {k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")}
+        checkpoints.load_strictly(self.tracker, weights, str(self.state_path))
+        self._loaded, self._about = tensors, about
+        self.log = [record for record in read_log(self.state_path.parent) if record["step"] <= about["step"]]
+        return about["step"]
+
+    def restore_optimizer(self, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
+        state = optimizer.state_dict()
+        entries: dict[int, dict] = {}
+        for key, value in self._loaded.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".", 2)
+                entries.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({"state": entries, "param_groups": state["param_groups"]})
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(self._about["scaler"])
+
+    def save(self, step: int, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
+        tensors = {f"weights.{k}": v for k, v in self.tracker.state_dict().items()}
+        for index, entry in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{k}": v for k, v in entry.items() if isinstance(v, Tensor)}
+        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+        # the log first: lines beyond the state are dropped on resume, missing ones could not be made up
+        with atomic_write(self.log_path, text=True) as file:
+            file.writelines(json.dumps(record) + "\n" for record in self.log)
+        checkpoints.write(self.state_path, tensors, {**self.identity, "step": step, "scaler": scaler})
+
+    def finish(self) -> None:
+        from trackkit.trackers import save
+
+        save(self.tracker, self.final_path, trained={k: self.identity[k] for k in ("seed", "precision", "data")})
+
+
+def freeze(tracker: nn.Module, trainable: tuple[str, ...]) -> None:
+    """Let only the parameters whose names match a pattern learn; frozen batch norms keep their statistics.
+
+    Raises TrackkitError for a pattern that matches nothing.
+    """
+    names = [name for name, _ in tracker.named_parameters()]
+    for pattern in trainable:
+        if not fnmatch.filter(names, pattern):
+            raise TrackkitError(f"no parameter of {type(tracker).__name__} matches {pattern!r}")
+    for name, parameter in tracker.named_parameters():
+        parameter.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in trainable))
+    tracker.train()
+    for module in tracker.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in module.parameters()):
+            module.eval()
+
+
+def read_log(run: str | Path) -> list[dict]:
+    """The log lines of a run's folder, oldest first; empty if it has none yet."""
+    path = Path(run) / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _optimizer(stage: Stage, tracker: nn.Module) -> torch.optim.Optimizer:
+    parameters = [p for p in tracker.parameters() if p.requires_grad]
+    if stage.momentum is None:
+        return torch.optim.AdamW(parameters, lr=stage.lr, weight_decay=stage.weight_decay)
+    return torch.optim.SGD(parameters, lr=stage.lr, momentum=stage.momentum, weight_decay=stage.weight_decay)
+
+
+def _accelerator(device: str, precision: str) -> Accelerator:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise TrackkitError(f'device must be "auto", "cpu" or "cuda", got {device!r}')
+    if device == "cuda" and not torch.cuda.is_available():
+        raise TrackkitError("device cuda: torch sees no GPU here; `trackkit doctor` says what it sees")
+    if "WORLD_SIZE" not in os.environ:  # accelerate keeps the first call's choices for the whole process
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=device == "cpu", mixed_precision=precision)

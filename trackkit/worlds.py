@@ -1,0 +1,377 @@
+"""Worlds: what is in a procedural video, where everything moves, and the labels that follow from it.
+
+`World` decides; `trackkit.scenes.Scene` draws it; `trackkit.synth` has the dials and the data sets.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trackkit.textures import (
+    ALPHA, BACKGROUNDS, SHAPES, SPRITE, TEXTURES, Draw, Floats, Ints, background, cosine, pack, shape, sine,
+    spline, texture,
+)  # fmt: skip
+
+SLOW, QUICK = 8, 3  # frames between the control points of smooth and of jerky motion
+POINTS = 400  # points that measure how much of the target is visible
+PIECE = 97  # where the piece of a texture that a sprite wears may begin, in texels
+
+@dataclass(frozen=True)
+class Part:
+    """One rigid piece of a body, hinged at (x, y) in the body's square from -1 to 1.
+
+    It reaches `length` from the hinge along `turn` (turns, 0.25 is down) and is `width` wide to each side of
+    that line; it swings by up to `swing` turns, `phase` turns of the body's rhythm behind.
+    """
+
+    x: float
+    y: float
+    length: float
+    width: float
+    turn: float = 0.25
+    swing: float = 0.0
+    phase: float = 0.0
+    plain: bool = True  # a limb or a trunk rather than a wavy blob
+    dress: int = 0  # parts with the same number share a texture
+
+
+# Drawn from the first to the last.
+SKELETONS: tuple[tuple[Part, ...], ...] = (
+    (  # walks upright
+        Part(0.05, -0.5, 0.75, 0.12, 0.25, 0.12, 0.5, dress=1),
+        Part(0.05, 0.0, 1.0, 0.15, 0.25, 0.09, 0.0, dress=2),
+        Part(-0.05, 0.0, 1.0, 0.15, 0.25, 0.09, 0.5, dress=2),
+        Part(0.0, -0.62, 0.78, 0.3, 0.25, 0.015, 0.0, dress=1),
+        Part(0.0, -0.55, 0.42, 0.2, 0.75, 0.03, 0.2, dress=3),
+        Part(-0.05, -0.5, 0.75, 0.12, 0.25, 0.12, 0.0, dress=1),
+    ),
+    (  # four legs
+        Part(0.55, 0.0, 0.8, 0.12, 0.25, 0.08, 0.4),
+        Part(-0.55, 0.0, 0.8, 0.12, 0.25, 0.08, 0.9),
+        Part(-0.75, -0.2, 0.55, 0.09, 0.55, 0.1, 0.3, dress=1),
+        Part(-0.85, -0.1, 1.7, 0.36, 0.0, 0.01, 0.0),
+        Part(0.6, -0.2, 0.55, 0.26, 0.9, 0.05, 0.6, dress=1),
+        Part(0.45, 0.0, 0.8, 0.12, 0.25, 0.08, 0.0),
+        Part(-0.45, 0.0, 0.8, 0.12, 0.25, 0.08, 0.5),
+    ),
+    (  # two wings
+        Part(0.1, 0.0, 0.95, 0.32, 0.88, 0.12, 0.0, plain=False),
+        Part(-0.1, 0.0, 0.95, 0.32, 0.62, 0.12, 0.5, plain=False),
+        Part(0.0, -0.55, 1.1, 0.26, 0.25, 0.02, 0.3, dress=1),
+    ),
+    (  # a chain that coils
+        Part(0.0, -0.95, 0.8, 0.24, 0.25, 0.09, 0.0),
+        Part(0.0, -0.35, 0.8, 0.3, 0.25, 0.11, 0.3),
+        Part(0.0, 0.2, 0.75, 0.24, 0.25, 0.13, 0.6, dress=1),
+    ),
+)
+RIGID = (Part(0.0, -1.0, 2.0, 1.0, plain=False),)
+
+
+@dataclass
+class Body:
+    """A thing in the world: what it looks like. Where it is lies in the world's arrays, part by part."""
+
+    role: str  # clutter, distractor, target or occluder
+    skeleton: tuple[Part, ...]
+    shapes: list[int]
+    textures: list[tuple[int, int, int]]  # per part: texture, left and top of the piece it wears
+    later: list[tuple[int, int, int]]  # what it wears in the end, under the dial `appearance`
+    tint: np.uint64
+    tint_weight: np.uint64
+
+
+def _swell(x: Floats) -> Floats:
+    """A factor that grows with x in -1..1, 1 at 0, and is inverted by -x."""
+    return (1 + x) / (1 - x)
+
+
+class World:
+    """Everything about one video but its pixels.
+
+    config: a `synth.SynthConfig`; seed: integers.
+
+    Attributes:
+        strengths: the strength of each dial in this video, 0..1. attributes: those of at least 0.5.
+        outline_xywh (T, 4): tight box of the target's whole outline, also where it is hidden or outside.
+        boxes_xywh (T, 4): its part inside the frame, as GOT-10k labels it; all zero where nothing is inside.
+        cover (T,): GOT-10k's levels 0..8 of the visible share of the target's area, measured on some hundred
+            points that move with it. absent (T,): nothing is visible. cut (T,): the outline crosses the border.
+    """
+
+    def __init__(self, config, seed: tuple[int, ...]):
+        self.config, self.frames = config, config.frames
+        self.size = (config.width, config.height)
+        draw = Draw(21, config.bank, *seed)
+        self.strengths = config.draw_strengths(draw)
+        self.attributes = tuple(name for name, s in self.strengths.items() if s >= 0.5)
+        self._backdrop = background(config.bank, draw.below(BACKGROUNDS))
+        self.bodies = self._cast(draw)
+        self.target = [body.role for body in self.bodies].index("target")
+        self._owner = np.array([b for b, body in enumerate(self.bodies) for _ in body.skeleton])
+        self._slot = [k for body in self.bodies for k in range(len(body.skeleton))]
+        self._target_parts = np.nonzero(self._owner == self.target)[0]
+        self._move(draw)
+        self._label()
+        self._light(draw)
+
+    # --- who is in it -------------------------------------------------------------------------------
+
+    def _cast(self, draw: Draw) -> list[Body]:
+        s = self.strengths
+        skeleton = SKELETONS[draw.below(len(SKELETONS))] if s["articulation"] > 0 else RIGID
+        wears = self._choose(draw)
+        target = self._body("target", draw, skeleton, wears)
+        bodies = [self._body("clutter", draw, RIGID, (wears, draw.below(TEXTURES))[draw.below(2)])
+                  for _ in range(int(s["clutter"] * 7 + 0.5))]  # fmt: skip
+        for k in range(int(s["distractors"] * 2 + 0.9)):
+            twin = self._body("distractor", draw, skeleton, wears)
+            twin.textures = [(which, (x + 29 * k + 17) % PIECE, (y + 41) % PIECE) for which, x, y in target.textures]
+            twin.later, twin.tint, twin.tint_weight = twin.textures, target.tint, target.tint_weight
+            if draw.below(2):
+                twin.shapes = target.shapes
+            bodies.append(twin)
+        bodies.append(target)
+        bodies += [self._body("occluder", draw, RIGID, draw.below(TEXTURES))
+                   for _ in range(int(s["occlusion"] * 2 + 0.9))]  # fmt: skip
+        return bodies
+
+    def _choose(self, draw: Draw) -> int:
+        """The target's texture: of three, the one least like the background, or most like it in dull worlds."""
+        def distance(which: int) -> int:
+            a, b = int(texture(self.config.bank, which).mean), int(self._backdrop.mean)
+            return sum(abs((a >> shift & 255) - (b >> shift & 255)) for shift in (0, 16, 32))
+
+        choice = [draw.below(TEXTURES) for _ in range(3)]
+        return (min if self.strengths["low_contrast"] > 0.3 else max)(choice, key=distance)
+
+    def _body(self, role: str, draw: Draw, skeleton: tuple[Part, ...], wears: int) -> Body:
+        def dresses(first: int) -> list[tuple[int, int, int]]:
+            whole = [first] + [first if draw.below(3) == 0 else draw.below(TEXTURES) for _ in range(3)]
+            return [(which, draw.below(PIECE), draw.below(PIECE)) for which in whole]
+
+        now, later = dresses(wears), dresses(draw.below(TEXTURES))
+        plain = role == "occluder" and draw.below(2) == 0
+        shapes = [draw.below(8) if part.plain or plain else 8 + draw.below(SHAPES - 8) for part in skeleton]
+        tint = pack(np.array([40 + draw.below(176) for _ in range(3)]))
+        return Body(role, skeleton, shapes, [now[p.dress] for p in skeleton], [later[p.dress] for p in skeleton],
+                    tint, np.uint64(draw.below(110)))  # fmt: skip
+
+    # --- where it moves -----------------------------------------------------------------------------
+
+    def _move(self, draw: Draw) -> None:
+        s, count, frames = self.strengths, len(self.bodies), self.frames
+        short = min(self.size)
+        # Smooth curves in -1..1: 7 for each body, and the last row for the camera; then 4 jerky ones.
+        slow = spline(draw.unit(count + 1, 7, frames // SLOW + 4) * 2 - 1, SLOW, frames)
+        quick = spline(draw.unit(4, frames // QUICK + 4) * 2 - 1, QUICK, frames)
+        slow_0, quick_0 = slow - slow[..., :1], quick - quick[..., :1]
+        u = draw.unit(count, 12)
+        target, roles = self.target, np.array([body.role for body in self.bodies])
+        twin, dead = roles == "distractor", (roles == "clutter") | (roles == "occluder")
+        alive = (~dead)[:, None]
+
+        # Sizes. `size` is the target's: the geometric mean of its half sides, in pixels.
+        size = short * draw.between(0.1, 0.19)
+        base = np.full(count, size)
+        base[roles == "clutter"] *= (0.4 + 0.8 * u[:, 0])[roles == "clutter"]
+        base[twin] *= (0.85 + 0.3 * u[:, 0])[twin]
+        base[roles == "occluder"] *= (0.55 + 0.35 * u[:, 0] + 0.45 * s["occlusion"])[roles == "occluder"]
+        zoom = _swell(s["camera"] * 0.14 * slow[count, 2])
+        radius = base[:, None] * _swell(alive * s["scale"] * 0.5 * slow[:count, 2]) * zoom
+        radius[target] = np.minimum(radius[target], 0.42 * short)
+
+        jointed = np.array([len(body.skeleton) > 1 for body in self.bodies])
+        roll = s["camera"] * 0.06 * slow_0[count, 3]
+        lean = np.where(jointed, 0.06, 1.0) * (u[:, 1] - 0.5)
+        angle = lean[:, None] + alive * s["rotation"] * 0.6 * slow_0[:count, 3] + roll
+
+        slim = 0.3 * (u[:, 2] - 0.5)
+        slim[roles == "occluder"] = np.where(u[:, 2] < 0.5, -0.3, 0.1)[roles == "occluder"]  # poles and boards
+        stretch = _swell(slim[:, None] + alive * 0.34 * s["aspect"] * slow[:count, 4])
+        half_w, half_h = radius * stretch, radius / stretch
+        time = np.arange(frames) / max(frames - 1, 1)
+        drift = s["appearance"] * np.clip(time * 1.15 + 0.15 * slow_0[target, 5], 0, 1)
+        half_w[target] *= 1 - 1.6 * s["appearance"] * drift * (1 - drift)  # turns out of the plane half-way
+        self._drift = np.floor(drift * 16 + 0.5).astype(np.int64)
+
+        centre = self._travel(draw, u, slow_0, quick_0, size, roll, zoom, np.stack([half_w, half_h]), roles)
+        self._join(u, slow, angle, half_w, half_h, centre)
+        # The background, from frame to texels.
+        k = draw.between(0.75, 1.4)
+        c, d = cosine(roll) * k / zoom, -sine(roll) * k / zoom
+        x, y = (self.size[axis] / 2 + self._camera[axis] for axis in (0, 1))
+        left, top = draw.between(0, 512), draw.between(0, 512)
+        self._to_backdrop = np.stack([c, -d, left - c * x + d * y, d, c, top - d * x - c * y])
+
+    def _travel(self, draw: Draw, u: Floats, slow: Floats, quick: Floats, size: float, roll: Floats, zoom: Floats,
+                half: Floats, roles: NDArray[np.str_]) -> Floats:  # fmt: skip
+        """Centres of all bodies in the frame, (count, 2, T). First the world, then the camera."""
+        s, count, frames, target = self.strengths, len(self.bodies), self.frames, self.target
+        middle = np.array([[self.size[0] / 2], [self.size[1] / 2]])
+        self._camera = min(self.size) * (0.3 * s["camera"] * slow[count, :2] + 0.05 * s["fast"] * quick[2:])
+        c, d = cosine(roll) * zoom, sine(roll) * zoom
+
+        def view(place: Floats) -> Floats:  # (..., 2, T): the camera turns and zooms about the frame's middle
+            x, y = place[..., 0, :] - middle[0], place[..., 1, :] - middle[1]
+            return np.stack([c * x - d * y, d * x + c * y], -2) + middle + self._camera
+
+        margin = 0.8 * size
+        start = margin + u[:, 3:5, None] * (2 * middle - 2 * margin)
+        path = start[target] + size * s["motion"] * (0.6 + 2.4 * s["motion"]) * slow[target, :2]
+        seen = view(path + s["fast"] * 2.6 * size * quick[:2])
+        for axis, length in enumerate(self.size):  # the target is reflected before it leaves the frame
+            span = length - 2 * margin
+            folded = (seen[axis] - margin) % (2 * span)
+            seen[axis] = margin + np.where(folded > span, 2 * span - folded, folded)
+        if s["out_of_view"] > 0:
+            self._leave(draw, seen, half[:, target].max(0))
+        centre = view(np.broadcast_to(start, (count, 2, frames)))
+        centre[target] = seen
+        near = np.minimum(3 * np.arange(frames) / frames, 1)  # twins keep their distance at first
+        for body in np.nonzero(roles == "distractor")[0]:
+            away = u[body, 5] + 0.12 * slow[body, 3]
+            far = size * (2.1 + 1.5 * u[body, 6])
+            centre[body] = seen + far * np.stack([cosine(away), sine(away)])
+            centre[body] += (0.5 + 0.5 * u[body, 7]) * size * near * slow[body, :2]
+        occluders = np.nonzero(roles == "occluder")[0]
+        for k, body in enumerate(occluders):  # each crosses the target's path at a moment of its own
+            moment = (0.35 + 0.45 * (k + u[body, 5]) / len(occluders)) * (frames - 1)
+            extent = half[:, body].max(-1) + half[:, target].max(-1)
+            ahead = np.concatenate([cosine(u[body, 6:7]), sine(u[body, 6:7])])
+            aside = np.array([-ahead[1], ahead[0]]) * (0.9 * size * (1 - s["occlusion"]) * (1 if u[body, 8] < 0.5 else -1))
+            clear = 1.3 * np.sqrt(extent[0] * extent[0] + extent[1] * extent[1])  # not in the way at first
+            speed = max(clear / max(moment, 1.0), size * (0.1 + 0.12 * u[body, 7]))
+            meet = (seen[:, int(moment)] + aside)[:, None]
+            centre[body] = meet + ahead[:, None] * (speed * (np.arange(frames) - moment))
+        self._velocity = np.diff(seen, axis=1, append=seen[:, -1:])
+        return centre
+
+    def _leave(self, draw: Draw, seen: Floats, radius: Floats) -> None:
+        """Let the target leave through a side of the frame for a while, and come back."""
+        axis, far = draw.below(2), draw.below(2)
+        outside = self.size[axis] + 1.3 * radius if far else -1.3 * radius
+        moment, ramp = draw.between(0.4, 0.7) * self.frames, 0.22 * self.frames
+        x = np.clip(1.3 - np.abs(np.arange(self.frames) - moment) / ramp, 0, 1)
+        x = x * x * (3 - 2 * x) * self.strengths["out_of_view"]
+        seen[axis] += x * (outside - seen[axis])
+
+    def _join(self, u: Floats, slow: Floats, angle: Floats, half_w: Floats, half_h: Floats, centre: Floats) -> None:
+        """Maps between the frame and every part's square, (6, P, T): x' = a u + b v + e, y' = c u + d v + f."""
+        s, own, frames = self.strengths, self._owner, np.arange(self.frames)
+        cos, sin = cosine(angle), sine(angle)
+        a, b, e = (cos * half_w)[own], (-sin * half_h)[own], centre[own, 0]
+        c, d, f = (sin * half_w)[own], (cos * half_h)[own], centre[own, 1]
+        parts = [part for body in self.bodies for part in body.skeleton]
+        x, y, length, width, turn, swing, phase = np.array(
+            [[p.x, p.y, p.length, p.width, p.turn, p.swing, p.phase] for p in parts]
+        ).T[..., None]
+        beat = (u[:, 9:10] + (0.05 + 0.07 * u[:, 10:11]) * frames)[own] + phase
+        turn = turn + swing * s["articulation"] * (0.7 + 0.3 * slow[:-1, 6])[own] * sine(beat) - 0.25
+        # A part's own axes: u across, v from the hinge outwards.
+        pa, pb, pc, pd = cosine(turn) * width, -sine(turn) * length / 2, sine(turn) * width, cosine(turn) * length / 2
+        whole = length == 2  # a body of one part turns about its middle
+        pe, pf = np.where(whole, 0.0, x + 0.85 * pb), np.where(whole, 0.0, y + 0.85 * pd)
+        m = np.stack([a * pa + b * pc, a * pb + b * pd, a * pe + b * pf + e,
+                      c * pa + d * pc, c * pb + d * pd, c * pe + d * pf + f])  # fmt: skip
+        det = m[0] * m[4] - m[1] * m[3]
+        self._to_frame = m
+        self._to_part = np.stack([m[4], -m[1], m[1] * m[5] - m[4] * m[2], -m[3], m[0], m[3] * m[2] - m[0] * m[5]]) / det
+        # Bending: two shears of the part's square, u + p sin(v), then v + q sin(u); each has an exact inverse.
+        soft = np.array([body.role in ("target", "distractor") for body in self.bodies])[own, None]
+        amount = soft * s["deformation"] * np.where(whole, 0.2, 0.12) * (0.75 + 0.25 * slow[:-1, 5][own])
+        self._bend = np.stack([amount, 0.8 * amount])
+        self._bent_parts = (amount != 0).any(1)
+        self._bend_waves = (0.18 + 0.15 * u[own, 11]).tolist()  # turns of the sine for each unit of the square
+        speed = np.stack([0.03 + 0.05 * u[own, 9:10], -0.03 - 0.05 * u[own, 10:11]])
+        self._bend_phase = (speed * frames + u[own, 10:11]) % 1.0
+        self._reach = np.stack([np.abs(m[0]) * (1 + amount) + np.abs(m[1]) * (1 + amount),
+                                np.abs(m[3]) * (1 + amount) + np.abs(m[4]) * (1 + amount)])  # fmt: skip
+
+    # --- labels -------------------------------------------------------------------------------------
+
+    def _shape(self, part: int):
+        return shape(self.config.bank, self.bodies[self._owner[part]].shapes[self._slot[part]])
+
+    def _place(self, part: int, points: Floats) -> Floats:
+        """Points (N, 2) of a part's square in the pixels of all frames: (2, T, N)."""
+        u, v = points[None, :, 0], points[None, :, 1]
+        if self._bent_parts[part]:
+            (p, q), (first, second) = self._bend[:, part, :, None], self._bend_phase[:, part, :, None]
+            u = u + p * sine(v * self._bend_waves[part] + first)
+            v = v + q * sine(u * self._bend_waves[part] + second)
+        m = self._to_frame[:, part, :, None]
+        return np.stack([m[0] * u + m[1] * v + m[2], m[3] * u + m[4] * v + m[5]])
+
+    def _inside(self, part: int, frames: Ints, x: Floats, y: Floats) -> NDArray[np.bool_]:
+        """Which points (T', N), in the pixels of the given frames, lie on a part."""
+        m = self._to_part[:, part, frames, None]
+        u, v = m[0] * x + m[1] * y + m[2], m[3] * x + m[4] * y + m[5]
+        if self._bent_parts[part]:
+            (p, q), (first, second) = self._bend[:, part, frames, None], self._bend_phase[:, part, frames, None]
+            v = v - q * sine(u * self._bend_waves[part] + second)
+            u = u - p * sine(v * self._bend_waves[part] + first)
+        column = np.clip((u + 1) * (SPRITE // 2), 0, SPRITE - 1).astype(np.int64)
+        row = np.clip((v + 1) * (SPRITE // 2), 0, SPRITE - 1).astype(np.int64)
+        return self._shape(part).inside.take(row * SPRITE + column)
+
+    def _label(self) -> None:
+        parts = self._target_parts
+        edge = np.concatenate([self._place(part, self._shape(part).outline) for part in parts], -1)
+        low, high, limit = edge.min(-1), edge.max(-1), np.array(self.size)[:, None]
+        self.outline_xywh = np.concatenate([low, high - low]).T
+        seen_low, seen_high = np.clip(low, 0, limit), np.clip(high, 0, limit)
+        self.boxes_xywh = np.concatenate([seen_low, seen_high - seen_low]).T
+        self.boxes_xywh[(seen_high <= seen_low).any(0)] = 0
+        self.cut = ((low < 0) | (high > limit)).any(0)
+
+        # Points spread evenly over the target: as many on each part as its area asks for.
+        first = self._to_frame[:, parts, 0]
+        area = np.abs(first[0] * first[4] - first[1] * first[3]) * [len(self._shape(part).points) for part in parts]
+        total, points = area.sum(), []
+        for k, part in enumerate(parts):
+            spread = self._place(part, self._shape(part).points[: max(int(POINTS * area[k] / total), 8)])
+            for later in parts[k + 1 :]:  # what lies under a later part of the target would count twice
+                spread = spread[..., ~self._inside(later, np.array([0]), spread[0, :1], spread[1, :1])[0]]
+            points.append(spread)
+        x, y = np.concatenate(points, -1)
+        shown = (x >= 0) & (x < self.size[0]) & (y >= 0) & (y < self.size[1])
+        if parts[-1] + 1 < len(self._owner):
+            middle, reach = self._to_frame[2::3, parts[-1] + 1 :], self._reach[:, parts[-1] + 1 :]
+            touch = ((middle - reach < high[:, None]) & (middle + reach > low[:, None])).all(0)
+            for part, frames in enumerate(touch, parts[-1] + 1):
+                at = np.nonzero(frames)[0]
+                if len(at):
+                    shown[at] &= ~self._inside(part, at, x[at], y[at])
+        count, total = shown.sum(1), shown.shape[1]
+        steps = (20 * count + 3 * total - 1) // (3 * total)  # of 15 %, upwards
+        self.cover = np.where(count == total, 8, np.minimum(steps, 7))
+        self.absent = count == 0
+
+    # --- light --------------------------------------------------------------------------------------
+
+    def _light(self, draw: Draw) -> None:
+        s, frames = self.strengths, self.frames
+        wave = spline(draw.unit(8, frames // SLOW + 4) * 2 - 1, SLOW, frames)
+        dull = s["low_contrast"] * 0.68
+        mood = s["illumination"]
+        gain = (1 - dull) * (1 - mood * (0.32 + 0.32 * wave[0]))
+        room = 1 - gain
+        lift = room * np.clip(0.45 * dull + mood * (0.3 + 0.45 * wave[1]), 0.0, 0.9)
+        cast = 1 + 0.25 * mood * wave[2:5]
+        self._gain = np.floor(gain * 256 + 0.5).astype(np.int64)
+        bias = np.minimum(np.floor(lift * cast * 255), 255 - ((255 * self._gain) >> 8) - 1)
+        self._bias = pack(np.maximum(bias, 0).astype(np.int64).T)
+        self._shadow_turn, self._shadow_at = draw.between(0, 1), 0.5 + 0.6 * wave[5]
+        self._shadow_depth = int(mood * 150 * draw.between(0.3, 1))
+        self._grey = np.uint64(int(s["colourless"] * 236 + 0.5))
+        along = self._velocity * 0.5 * s["blur"]
+        length = np.sqrt((along * along).sum(0))
+        along = along * np.minimum(1, 9 / np.maximum(length, 1e-9))
+        soft = s["blur"] * (1.6 + 1.4 * wave[6])
+        self._smear = np.stack([along, np.stack([soft, 0.6 * soft]) * 0.7071], 0)  # (2 passes, 2, T) pixels
+        self._smear[1, 1] += 0.4 * soft
+        self._noise = s["noise"] * 0.2
+        self._noise_at = np.floor(draw.unit(frames, 2) * 256).astype(np.int64)
