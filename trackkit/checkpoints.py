@@ -6,8 +6,7 @@ from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import load_file
-from safetensors.torch import save as serialize
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trackkit.errors import CheckpointError
@@ -20,8 +19,8 @@ def write(path: str | Path, tensors: dict[str, Tensor], about: dict) -> None:
     """Write tensors and a description (anything JSON holds) as one safetensors file, atomically."""
     contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     metadata = {"trackkit": json.dumps({"format": FORMAT, **about})}
-    with atomic_write(path) as file:
-        file.write(serialize(contiguous, metadata))
+    with atomic_write(path) as partial:
+        save_file(contiguous, partial, metadata=metadata)
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -35,7 +34,8 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise CheckpointError(f"{path}: no such checkpoint; `trackkit train` makes one")
     with path.open("rb") as file:
         head = file.read(9)
-    if head[:2] == b"PK" or head[:1] == b"\x80":
+    # safetensors begins with the length of its header in 8 bytes, then "{"; torch.save with PK or a pickle opcode
+    if head[:2] == b"PK" or head[:1] == b"\x80" and head[8:] != b"{":
         raise CheckpointError(
             f"{path}: a pickle (as torch.save writes it), not safetensors; it was not opened, because loading a pickle "
             "runs code. For an authors' checkpoint use trackkit.official"

@@ -97,7 +97,7 @@ def _to_frame(image: Image.Image, path: str | os.PathLike) -> Tensor:
         grey = torch.from_numpy((pixels >> 8).astype(np.uint8))
         return grey[..., None].repeat(1, 1, 3).permute(2, 0, 1)
     if image.mode == "F":
-        raise DataError(f"{path}: floating-point pixels have no fixed range; save the frame with 8 or 16 bits a channel")
+        raise DataError(f"{path}: floating-point pixels have no fixed range; save it with 8 or 16 bits a channel")
     image.load()
     pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)

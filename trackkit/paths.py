@@ -66,34 +66,32 @@ def writable(path: str | os.PathLike) -> Path:
 
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """Give the block a temporary file to write that replaces `path` when the block ends without an error.
+    """Give the block the path of a temporary file to write, which replaces `path` when the block ends well.
 
         with atomic_write("results/boxes.txt") as partial:
-            partial.write_text(text)
+            partial.write_text(lines)
 
-    The temporary file lies beside the target and keeps its suffix; it is flushed to disk and then renamed, so a
-    reader, or a run that was killed, sees the old file or the new one, never a part. Missing parent folders
-    are created. Of several writers at once the last one wins. After an error nothing has changed.
+    The temporary file exists already, beside the target and with the same suffix. It is flushed to disk and then
+    renamed, so a reader, or a run that was killed, sees the old file or the new one, never a part; after an
+    error nothing has changed. Missing parent folders are created. Of several writers at once the last wins.
 
     Raises DataError when the place cannot be written.
     """
     path = Path(path).expanduser()
+    # not tempfile: its files are private to the user, this one gets the permissions of any other file
     partial = path.parent / f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}{path.suffix}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
+        partial.touch(exist_ok=False)
         yield partial
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):  # the folder itself may be what is missing
             partial.unlink()
-        if error.errno in _WRITE_ERRORS:
+        if isinstance(error, OSError) and error.errno in _WRITE_ERRORS:
             raise _cannot_write(path, error) from error
-        raise
-    except BaseException:
-        partial.unlink(missing_ok=True)
         raise
 
 

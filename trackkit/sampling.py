@@ -7,6 +7,7 @@ of loader workers nor of GPUs nor an interruption changes what a tracker sees.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,7 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 from trackkit.boxes import xywh_to_cxcywh
 from trackkit.crops import Windows, context_side, reduction
 from trackkit.errors import DataError
+from trackkit.got10k import GOT10k
 from trackkit.sequences import Sequence
+from trackkit.synth import SynthConfig, SynthDataset
 
 log = logging.getLogger("trackkit")
 
@@ -212,6 +215,16 @@ class Samples(Dataset):
         if self.spec.brightness:
             crops = [(c * float(f)).round().clamp(0, 255).to(torch.uint8) for c, f in zip(crops, factors, strict=True)]
         return crops, boxes
+
+
+def training_set(root: str | os.PathLike | None = None, seed: int = 0):
+    """GOT-10k's train split under `root` or TRACKKIT_GOT10K; with neither, an endless procedural stream.
+
+    Raises DataError if the path holds no GOT-10k.
+    """
+    if root is None and not os.environ.get("TRACKKIT_GOT10K"):
+        return SynthDataset(SynthConfig(), seed=seed, length=1_000_000)
+    return GOT10k(root, "train")
 
 
 def batches(

@@ -45,7 +45,7 @@ class Sequence:
         if frames < 1:
             raise DataError(f"sequence {name} has no frames")
         if len(self.boxes_xywh) not in (0, 1, frames):
-            raise DataError(f"sequence {name}: {frames} frames but {len(self.boxes_xywh)} boxes; expected {frames}, or 1")
+            raise DataError(f"sequence {name}: {frames} frames but {len(self.boxes_xywh)} boxes; give {frames}, or 1")
         self._frames = frames
         self.absent = torch.zeros(frames, dtype=torch.bool) if absent is None else absent.bool()
         self.cover = torch.full((frames,), 8) if cover is None else cover.long()
@@ -189,8 +189,8 @@ def list_images(folder: Path) -> list[str]:
     """Names of the images in a folder in natural order. Raises DataError when there is no such folder."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of frames")
-    names = (entry.name for entry in os.scandir(folder))
-    return sorted((n for n in names if Path(n).suffix.lower() in SUFFIXES and not n.startswith(".")), key=natural_key)
+    names = (n for n in os.listdir(folder) if os.path.splitext(n)[1].lower() in SUFFIXES and not n.startswith("."))
+    return sorted(names, key=natural_key)
 
 
 def natural_key(name: str) -> list:

@@ -35,7 +35,7 @@ class SynthConfig:
     Attributes:
         width, height: pixels. frames: frames of a video. split: "train", "val" or "test", three worlds with
             different textures and outlines.
-        vary: draw the strength of each attribute anew for each video, between 0 and its dial (0 in a third
+        vary: draw the strength of each attribute anew for each video, between 0 and its dial (0 in half
             of the videos); otherwise all videos have exactly the dials.
         motion: smooth motion. fast: jerky motion of the target, a shaking camera. camera: pan, zoom and roll.
         scale, rotation, aspect: of the target, in the plane. deformation: its outline and texture bend.
@@ -108,7 +108,7 @@ class SynthConfig:
     def draw_strengths(self, draw: Draw) -> dict[str, float]:
         """The strength of each attribute in one video."""
         u = draw.unit(len(ATTRIBUTES))
-        share = np.maximum(u * 1.5 - 0.5, 0.0) if self.vary else np.ones(len(ATTRIBUTES))
+        share = np.maximum(u * 2 - 1, 0.0) if self.vary else np.ones(len(ATTRIBUTES))
         return {name: float(getattr(self, name) * x) for name, x in zip(ATTRIBUTES, share, strict=True)}
 
 
@@ -134,7 +134,13 @@ class SynthSequence(Sequence):
             attributes=scene.attributes,
         )
 
+    @property
+    def visible(self) -> Tensor:
+        """(N,) bool: frames that show some of the target."""
+        return ~self.absent
+
     def frame(self, index: int, reduce: int = 1) -> Tensor:
+        index = self._check_index(index)
         return torch.from_numpy(self.scene.render(index) if reduce == 1 else self.scene.reduced(index, reduce))
 
     def frame_size(self, index: int) -> tuple[int, int]:
@@ -142,6 +148,7 @@ class SynthSequence(Sequence):
 
     def crop(self, index: int, window: Windows, fill: Tensor | None = None) -> Tensor:
         """The pixels of a window, drawn directly at the resolution of the crop: uint8 (3, size, size)."""
+        index = self._check_index(index)
         colour = None if fill is None else tuple(fill.round().to(torch.uint8).flatten().tolist())
         left, top, side = int(window.left[0]), int(window.top[0]), int(window.side[0])
         return torch.from_numpy(self.scene.render(index, left, top, side, window.size, colour))

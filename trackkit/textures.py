@@ -47,7 +47,7 @@ class Draw:
 
     def below(self, count: int) -> int:
         """One integer in 0 .. count - 1."""
-        return (self._bits.random_raw() >> 11) * count >> 53
+        return int(self._bits.random_raw() >> 11) * count >> 53
 
 
 def _sine_table() -> Floats:
@@ -211,24 +211,19 @@ def dead_leaves(
 
 @dataclass(frozen=True)
 class Texture:
-    """A texture at 1, 1/2, 1/4 ... of its size. `levels`: (n, n) lanes."""
+    """A texture at 1, 1/2, 1/4 ... of its size, (n, n) lanes each, and its mean colour (red, green, blue)."""
 
     levels: tuple[Lanes, ...]
-
-    @property
-    def mean(self) -> np.uint64:
-        """The mean colour as lanes."""
-        last = self.levels[-1]
-        while len(last) > 1:
-            last = halve(last)
-        return last[0, 0]
+    mean: tuple[int, int, int]
 
 
 def _pyramid(lanes: Lanes, count: int) -> Texture:
     levels = [lanes]
     while len(levels) < count:
         levels.append(halve(levels[-1]))
-    return Texture(tuple(levels))
+    last = levels[-1]
+    mean = [int(((last >> np.uint64(16 * channel)) & np.uint64(255)).sum()) // last.size for channel in range(3)]
+    return Texture(tuple(levels), tuple(mean))
 
 
 @lru_cache(maxsize=3 * BACKGROUNDS)
@@ -236,38 +231,39 @@ def background(bank: int, index: int) -> Texture:
     """Background `index` of a bank: 512 texels along a side at level 0, every level with its first row and
     column repeated at the end."""
     draw = Draw(11, bank, index)
-    chroma = (12.0, 30.0, 55.0, 4.0)[index % 4]
-    palette = _palette(draw, 3 + draw.below(5), chroma, draw.between(20, 80), draw.between(140, 235))
+    middle, spread = draw.between(75, 180), draw.between(25, 80)
+    palette = _palette(draw, 3 + draw.below(5), (10.0, 24.0, 40.0, 4.0)[index % 4], middle - spread, middle + spread)
+    soft = draw.below(4)
     style = index // 4 % 4
     if style == 0:  # busy
-        lanes = dead_leaves(draw, 512, 1500, 3.5, 110, palette, 0.5, 70, 1, 0.3)
+        lanes = dead_leaves(draw, 512, 900, 5, 120, palette, 0.5, 36, 1 + soft, 0.3)
     elif style == 1:  # few large things, out of focus
-        lanes = dead_leaves(draw, 512, 220, 14, 180, palette, 1.0, 16, 10, 0.2)
+        lanes = dead_leaves(draw, 512, 160, 16, 200, palette, 1.0, 12, 8 + 4 * soft, 0.2)
     elif style == 2:  # walls, streets: corners and grain
-        lanes = dead_leaves(draw, 512, 500, 6, 140, palette, 0.6, 50, 1, 0.85)
-    else:  # foliage, ground: soft grain over leaves
-        lanes = dead_leaves(draw, 512, 900, 5, 60, palette, 0.8, 110, 2, 0.0)
-    levels = _pyramid(lanes, 6).levels
-    return Texture(tuple(np.ascontiguousarray(np.pad(level, (0, 1), mode="wrap")) for level in levels))
+        lanes = dead_leaves(draw, 512, 300, 9, 170, palette, 0.6, 30, 1 + soft, 0.85)
+    else:  # foliage, ground: grain over leaves
+        lanes = dead_leaves(draw, 512, 500, 7, 90, palette, 0.8, 70, 2 + 2 * soft, 0.0)
+    tile = _pyramid(lanes, 6)
+    return Texture(tuple(np.pad(level, (0, 1), mode="wrap") for level in tile.levels), tile.mean)
 
 
 @lru_cache(maxsize=3 * TEXTURES)
 def texture(bank: int, index: int) -> Texture:
     """Texture `index` for objects, 256 texels along a side; a sprite wears a 128 x 128 piece of it."""
     draw = Draw(12, bank, index)
-    chroma = (10.0, 35.0, 70.0, 5.0)[index % 4]
-    palette = _palette(draw, 2 + draw.below(4), chroma, draw.between(20, 90), draw.between(130, 240))
+    middle, spread = draw.between(70, 185), draw.between(25, 90)
+    palette = _palette(draw, 2 + draw.below(4), (10.0, 35.0, 65.0, 5.0)[index % 4], middle - spread, middle + spread)
     style = index // 4 % 5
     if style == 0:
-        lanes = dead_leaves(draw, 256, 260, 5, 50, palette, 0.7, 50, 1, 0.3)
+        lanes = dead_leaves(draw, 256, 200, 6, 60, palette, 0.7, 40, 1, 0.3)
     elif style == 1:  # faces, plain clothes: large soft patches
-        lanes = dead_leaves(draw, 256, 60, 12, 90, palette, 1.2, 14, 8, 0.1)
+        lanes = dead_leaves(draw, 256, 60, 12, 90, palette, 1.2, 12, 8, 0.1)
     elif style == 2:  # vehicles: plates and edges
-        lanes = dead_leaves(draw, 256, 110, 9, 80, palette, 0.8, 12, 1, 0.9)
+        lanes = dead_leaves(draw, 256, 90, 10, 80, palette, 0.8, 10, 1, 0.9)
     elif style == 3:  # fur, leaves
-        lanes = dead_leaves(draw, 256, 300, 5, 40, palette, 0.6, 120, 2, 0.0)
+        lanes = dead_leaves(draw, 256, 200, 6, 50, palette, 0.6, 90, 2, 0.0)
     else:
-        lanes = dead_leaves(draw, 256, 120, 7, 70, palette, 1.0, 40, 3, 0.4)
+        lanes = dead_leaves(draw, 256, 100, 8, 70, palette, 1.0, 30, 3, 0.4)
     return _pyramid(lanes, SPRITE_LEVELS)
 
 
@@ -277,12 +273,15 @@ def texture(bank: int, index: int) -> Texture:
 class Shape:
     """An outline inside the square from -1 to 1, drawn on a sprite.
 
-    outline: (OUTLINE, 2) vertices; points: (N, 2) an even grid over the inside. For each level: alpha
-    (n, n), already in its lane, and shade (n, n), a weight 0..256 that rounds the object off.
+    outline: (OUTLINE, 2) vertices. points: (N, 2) inside it, evenly spread, and so are the first n of them.
+    area: its area, of 4. inside: (SPRITE, SPRITE) bool. For each level: alpha (n, n), already in its lane, and shade (n, n), a
+    weight 0..256 that rounds the object off.
     """
 
     outline: Floats
     points: Floats
+    area: float
+    inside: NDArray[np.bool_]
     alpha: tuple[Lanes, ...]
     shade: tuple[Lanes, ...]
 
@@ -336,14 +335,16 @@ def shape(bank: int, index: int) -> Shape:
         shades.append(halve(shades[-1] - np.uint64(1)) + np.uint64(1))
     for level in alphas:  # sampling clamps at the rim, which must be clear
         level[0] = level[-1] = level[:, 0] = level[:, -1] = 0
-    grid = (np.arange(22) + 0.5) / 11 - 1
-    gx, gy = (grid[None] + 0 * grid[:, None]).ravel(), (grid[:, None] + 0 * grid[None]).ravel()
-    inside = np.sqrt(gx * gx + gy * gy) < radius[np.floor(_angle(gx, gy) * 1024).astype(np.int64) & 1023]
-    return Shape(outline, np.stack([gx[inside], gy[inside]], -1), tuple(alphas), tuple(shades))
+    # Roberts' R2 sequence: every beginning of it fills the square evenly.
+    spread = (np.arange(1, 1501)[:, None] * np.array([0.7548776662466927, 0.5698402909980532])) % 1.0 * 2 - 1
+    far = np.sqrt(spread[:, 0] * spread[:, 0] + spread[:, 1] * spread[:, 1])
+    points = spread[far < radius[np.floor(_angle(spread[:, 0], spread[:, 1]) * 1024).astype(np.int64) & 1023]]
+    area = 4 * int((away < edge).sum()) / (SPRITE * SPRITE)
+    return Shape(outline, points, area, away < edge, tuple(alphas), tuple(shades))
 
 
 @lru_cache(maxsize=1)
-def noise_tile() -> NDArray[np.int16]:
-    """(3, 256, 256) noise with bell-shaped values of standard deviation about 74."""
-    u = np.floor(Draw(14).unit(4, 3, 256, 256) * 128).astype(np.int16)
+def noise_tape() -> NDArray[np.int16]:
+    """2**19 noise values, bell-shaped, with a standard deviation of about 74."""
+    u = np.floor(Draw(14).unit(4, 1 << 19) * 128).astype(np.int16)
     return u[0] + u[1] + u[2] + u[3] - np.int16(254)

@@ -4,9 +4,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from trackkit.sequences import Sequence
 from trackkit.trackers.base import Prediction, Tracker, join, take
@@ -32,18 +34,19 @@ def track(tracker: Tracker, sequence: Sequence) -> Track:
     return next(track_many(tracker, [sequence], batch=1))[1]
 
 
-def track_many(tracker: Tracker, sequences, batch: int = 8) -> Iterator[tuple[int, Track]]:
+def track_many(tracker: Tracker, sequences, batch: int = 8, progress: bool = False) -> Iterator[tuple[int, Track]]:
     """Follow many sequences, `batch` at a time as one batch; yields (index, Track) as each one ends.
 
     When a sequence ends the next takes its place, so the batch stays full. The boxes do not depend on `batch`
-    beyond float rounding.
+    beyond float rounding. `progress` shows a bar that counts frames.
     """
+    bar = tqdm(total=sum(len(s) for s in sequences), desc="frames", disable=not progress)
     waiting = iter(range(len(sequences)))
     slots: list[_Slot] = []
     state = None
     tracker.eval()
     while True:
-        fresh = [_Slot(i, sequences[i]) for i, _ in zip(waiting, range(batch - len(slots)), strict=False)]
+        fresh = [_Slot(i, sequences[i]) for i in islice(waiting, batch - len(slots))]
         if fresh:
             began = _now(tracker)
             first_boxes = torch.cat([slot.sequence.boxes_xywh[:1] for slot in fresh])
@@ -53,6 +56,7 @@ def track_many(tracker: Tracker, sequences, batch: int = 8) -> Iterator[tuple[in
                 slot.add(box, torch.tensor(1.0), share)
             state = started if state is None else join(state, started)
             slots += fresh
+            bar.update(len(fresh))
         ended = [slot for slot in slots if slot.done]
         if ended:
             keep = [k for k, slot in enumerate(slots) if not slot.done]
@@ -62,6 +66,7 @@ def track_many(tracker: Tracker, sequences, batch: int = 8) -> Iterator[tuple[in
                 yield slot.index, slot.track()
             continue
         if not slots:
+            bar.close()
             return
         frames = [slot.sequence.frame(len(slot.boxes)) for slot in slots]
         began = _now(tracker)
@@ -69,6 +74,7 @@ def track_many(tracker: Tracker, sequences, batch: int = 8) -> Iterator[tuple[in
         share = (_now(tracker) - began) / len(slots)
         for slot, box, score in zip(slots, prediction.box, prediction.score, strict=True):
             slot.add(box, score, share)
+        bar.update(len(slots))
 
 
 class _Slot:

@@ -180,9 +180,10 @@ def _train_stage(run: _Run, stage: Stage, first: int, position: int, accelerator
         logs, saves = (step + 1) % log_steps == 0 or last, last or time.perf_counter() - saved >= save_seconds
         if not (logs or saves):
             continue
-        if not math.isfinite(float(losses["loss"])):
+        loss = losses["loss"].item()
+        if not math.isfinite(loss):
             raise TrackkitError(
-                f"the loss is {float(losses['loss'])} at step {step + 1}; {run.state_path} keeps the last good state. Lower the rate, "
+                f"the loss is {loss} at step {step + 1}; {run.state_path} keeps the last good state. Lower the rate, "
                 "set a clip, or try precision no"
             )
         if logs:
@@ -221,6 +222,8 @@ class _Run:
 
     def restore(self) -> int:
         """Load the state if there is one; returns the number of steps done."""
+        for partial in self.state_path.parent.glob(".state.*"):  # of a run that was killed while it wrote
+            partial.unlink(missing_ok=True)
         if not self.state_path.exists():
             return 0
         tensors, about = checkpoints.read(self.state_path)
@@ -252,8 +255,8 @@ class _Run:
             tensors |= {f"optimizer.{index}.{k}": v for k, v in entry.items() if isinstance(v, Tensor)}
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
         # the log first: lines beyond the state are dropped on resume, missing ones could not be made up
-        with atomic_write(self.log_path, text=True) as file:
-            file.writelines(json.dumps(record) + "\n" for record in self.log)
+        with atomic_write(self.log_path) as partial:
+            partial.write_text("".join(json.dumps(record) + "\n" for record in self.log))
         checkpoints.write(self.state_path, tensors, {**self.identity, "step": step, "scaler": scaler})
 
     def finish(self) -> None:

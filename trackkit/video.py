@@ -68,9 +68,9 @@ class VideoSequence(Sequence):
         wanted = self._stamps[index]
         key = self._keys[max(bisect.bisect_right(self._keys, wanted) - 1, 0)] if self._keys else self._stamps[0]
         # go on decoding unless the frame lies behind, or a key frame ahead is a shorter way
-        if self._frames is None or index <= self._index or key > self._stamps[self._index]:
+        if self._pictures is None or index <= self._index or key > self._stamps[self._index]:
             self._seek(key)
-        for picture in self._frames:
+        for picture in self._pictures:
             if (picture.pts if picture.pts is not None else picture.dts) >= wanted:
                 break
         else:
@@ -83,10 +83,10 @@ class VideoSequence(Sequence):
     def _seek(self, key: int) -> None:
         if self._container is None:
             self._container = self._open()
+            self._container.streams.video[0].thread_type = "AUTO"
         stream = self._container.streams.video[0]
-        stream.thread_type = "AUTO"
         self._container.seek(key, stream=stream, backward=True)
-        self._frames = self._container.decode(stream)
+        self._pictures = self._container.decode(stream)
 
     def _open(self) -> av.container.InputContainer:
         if not self.path.is_file():
@@ -101,14 +101,15 @@ class VideoSequence(Sequence):
         where = "" if index is None else f"frame {index} of {len(self._stamps)}: "
         reason = getattr(error, "strerror", None) or str(error)
         return DataError(
-            f"{self.path}: {where}cannot be decoded as video ({reason}). Convert it with `ffmpeg -i FILE -c:v libx264 out.mp4`"
+            f"{self.path}: {where}cannot be decoded as video ({reason}). "
+            "Convert it with `ffmpeg -i FILE -c:v libx264 out.mp4`"
         )
 
     def _reset(self) -> None:
-        self._container, self._frames, self._picture, self._index = None, None, None, -1
+        self._container, self._pictures, self._picture, self._index = None, None, None, -1
 
     def __getstate__(self) -> dict:  # an open file does not travel to a worker process; it is opened again there
-        return self.__dict__ | {"_container": None, "_frames": None, "_picture": None, "_index": -1}
+        return self.__dict__ | {"_container": None, "_pictures": None, "_picture": None, "_index": -1}
 
 
 def write_video(path: str | os.PathLike, frames: Iterable[Tensor], fps: float) -> Path:
@@ -131,9 +132,9 @@ def write_video(path: str | os.PathLike, frames: Iterable[Tensor], fps: float) -
             for index, frame in enumerate(frames):
                 if size is None:
                     size = frame.shape
-                    stream.height, stream.width = frame.shape[1] + frame.shape[1] % 2, frame.shape[2] + frame.shape[2] % 2
+                    stream.height, stream.width = size[1] + size[1] % 2, size[2] + size[2] % 2
                 if frame.shape != size:
-                    raise DataError(f"{path}: frame {index} is {tuple(frame.shape)}, the first is {tuple(size)}; use one size")
+                    raise DataError(f"{path}: frame {index} is {tuple(frame.shape)}, the first is {tuple(size)}")
                 pixels = frame.cpu().permute(1, 2, 0).numpy()
                 pixels = np.pad(pixels, ((0, size[1] % 2), (0, size[2] % 2), (0, 0)), mode="edge")
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")))

@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trackkit.textures import (
-    ALPHA, BACKGROUNDS, SHAPES, SPRITE, TEXTURES, Draw, Floats, Ints, background, cosine, pack, shape, sine,
+    BACKGROUNDS, OUTLINE, SHAPES, SPRITE, TEXTURES, Draw, Floats, Ints, background, cosine, pack, shape, sine,
     spline, texture,
 )  # fmt: skip
 
 SLOW, QUICK = 8, 3  # frames between the control points of smooth and of jerky motion
-POINTS = 400  # points that measure how much of the target is visible
+POINTS = 300  # points that measure how much of the target is visible
 PIECE = 97  # where the piece of a texture that a sprite wears may begin, in texels
 
 @dataclass(frozen=True)
@@ -141,8 +141,8 @@ class World:
     def _choose(self, draw: Draw) -> int:
         """The target's texture: of three, the one least like the background, or most like it in dull worlds."""
         def distance(which: int) -> int:
-            a, b = int(texture(self.config.bank, which).mean), int(self._backdrop.mean)
-            return sum(abs((a >> shift & 255) - (b >> shift & 255)) for shift in (0, 16, 32))
+            pair = zip(texture(self.config.bank, which).mean, self._backdrop.mean, strict=True)
+            return sum(abs(a - b) for a, b in pair)
 
         choice = [draw.below(TEXTURES) for _ in range(3)]
         return (min if self.strengths["low_contrast"] > 0.3 else max)(choice, key=distance)
@@ -284,7 +284,7 @@ class World:
         amount = soft * s["deformation"] * np.where(whole, 0.2, 0.12) * (0.75 + 0.25 * slow[:-1, 5][own])
         self._bend = np.stack([amount, 0.8 * amount])
         self._bent_parts = (amount != 0).any(1)
-        self._bend_waves = (0.18 + 0.15 * u[own, 11]).tolist()  # turns of the sine for each unit of the square
+        self._bend_waves = 0.18 + 0.15 * u[own, 11]  # turns of the sine for each unit of the square
         speed = np.stack([0.03 + 0.05 * u[own, 9:10], -0.03 - 0.05 * u[own, 10:11]])
         self._bend_phase = (speed * frames + u[own, 10:11]) % 1.0
         self._reach = np.stack([np.abs(m[0]) * (1 + amount) + np.abs(m[1]) * (1 + amount),
@@ -295,18 +295,19 @@ class World:
     def _shape(self, part: int):
         return shape(self.config.bank, self.bodies[self._owner[part]].shapes[self._slot[part]])
 
-    def _place(self, part: int, points: Floats) -> Floats:
-        """Points (N, 2) of a part's square in the pixels of all frames: (2, T, N)."""
-        u, v = points[None, :, 0], points[None, :, 1]
-        if self._bent_parts[part]:
-            (p, q), (first, second) = self._bend[:, part, :, None], self._bend_phase[:, part, :, None]
-            u = u + p * sine(v * self._bend_waves[part] + first)
-            v = v + q * sine(u * self._bend_waves[part] + second)
-        m = self._to_frame[:, part, :, None]
+    def _place(self, parts: Ints, points: Floats) -> Floats:
+        """Points (P', N, 2) of some parts' squares in the pixels of all frames: (2, P', T, N)."""
+        u, v = points[:, None, :, 0], points[:, None, :, 1]
+        if self._bent_parts[parts].any():
+            (p, q), (first, second) = self._bend[:, parts, :, None], self._bend_phase[:, parts, :, None]
+            waves = self._bend_waves[parts, None, None]
+            u = u + p * sine(v * waves + first)
+            v = v + q * sine(u * waves + second)
+        m = self._to_frame[:, parts, :, None]
         return np.stack([m[0] * u + m[1] * v + m[2], m[3] * u + m[4] * v + m[5]])
 
     def _inside(self, part: int, frames: Ints, x: Floats, y: Floats) -> NDArray[np.bool_]:
-        """Which points (T', N), in the pixels of the given frames, lie on a part."""
+        """Which points (..., T', N), in the pixels of the given frames, lie on a part."""
         m = self._to_part[:, part, frames, None]
         u, v = m[0] * x + m[1] * y + m[2], m[3] * x + m[4] * y + m[5]
         if self._bent_parts[part]:
@@ -319,33 +320,36 @@ class World:
 
     def _label(self) -> None:
         parts = self._target_parts
-        edge = np.concatenate([self._place(part, self._shape(part).outline) for part in parts], -1)
-        low, high, limit = edge.min(-1), edge.max(-1), np.array(self.size)[:, None]
+        shapes = [self._shape(part) for part in parts]
+        each = POINTS // len(parts)
+        placed = self._place(parts, np.stack([np.concatenate([x.outline, x.points[:each]]) for x in shapes]))
+        edge, points = placed[..., :OUTLINE], placed[..., OUTLINE:]
+        low, high, limit = edge.min((1, 3)), edge.max((1, 3)), np.array(self.size)[:, None]
         self.outline_xywh = np.concatenate([low, high - low]).T
         seen_low, seen_high = np.clip(low, 0, limit), np.clip(high, 0, limit)
         self.boxes_xywh = np.concatenate([seen_low, seen_high - seen_low]).T
         self.boxes_xywh[(seen_high <= seen_low).any(0)] = 0
         self.cut = ((low < 0) | (high > limit)).any(0)
 
-        # Points spread evenly over the target: as many on each part as its area asks for.
-        first = self._to_frame[:, parts, 0]
-        area = np.abs(first[0] * first[4] - first[1] * first[3]) * [len(self._shape(part).points) for part in parts]
-        total, points = area.sum(), []
-        for k, part in enumerate(parts):
-            spread = self._place(part, self._shape(part).points[: max(int(POINTS * area[k] / total), 8)])
-            for later in parts[k + 1 :]:  # what lies under a later part of the target would count twice
-                spread = spread[..., ~self._inside(later, np.array([0]), spread[0, :1], spread[1, :1])[0]]
-            points.append(spread)
-        x, y = np.concatenate(points, -1)
-        shown = (x >= 0) & (x < self.size[0]) & (y >= 0) & (y < self.size[1])
-        if parts[-1] + 1 < len(self._owner):
-            middle, reach = self._to_frame[2::3, parts[-1] + 1 :], self._reach[:, parts[-1] + 1 :]
-            touch = ((middle - reach < high[:, None]) & (middle + reach > low[:, None])).all(0)
-            for part, frames in enumerate(touch, parts[-1] + 1):
-                at = np.nonzero(frames)[0]
-                if len(at):
-                    shown[at] &= ~self._inside(part, at, x[at], y[at])
-        count, total = shown.sum(1), shown.shape[1]
+        # A point stands for its share of its part's area; one under a later part of the target for nothing.
+        m = self._to_frame[:, parts, 0]
+        area = np.abs(m[0] * m[4] - m[1] * m[3]) * [x.area for x in shapes]
+        share = np.floor(area[:, None] * np.ones(each) * (1e6 / (area.sum() * each))).astype(np.int64)
+        if len(parts) > 1:
+            m = self._to_part[:, parts, 0][..., None, None]
+            u, v = m[0] * points[0, :, 0] + m[1] * points[1, :, 0] + m[2], m[3] * points[0, :, 0] + m[4] * points[1, :, 0] + m[5]
+            under = u * u * u * u + v * v * v * v < 0.6  # (later part, part, point), as if all were plain
+            later = np.arange(len(parts))[:, None] > np.arange(len(parts))
+            share[(under & later[..., None]).any(0)] = 0
+        x, y = points
+        shown = (x >= 0) & (x < self.size[0]) & (y >= 0) & (y < self.size[1])  # (parts, T, points)
+        middle, reach = self._to_frame[2::3, parts[-1] + 1 :], self._reach[:, parts[-1] + 1 :]
+        touch = ((middle - reach < high[:, None]) & (middle + reach > low[:, None])).all(0)
+        for part, frames in enumerate(touch, parts[-1] + 1):
+            at = np.nonzero(frames)[0]
+            if len(at):
+                shown[:, at] &= ~self._inside(part, at, x[:, at], y[:, at])
+        count, total = (shown * share[:, None]).sum((0, 2)), int(share.sum())
         steps = (20 * count + 3 * total - 1) // (3 * total)  # of 15 %, upwards
         self.cover = np.where(count == total, 8, np.minimum(steps, 7))
         self.absent = count == 0
@@ -355,7 +359,7 @@ class World:
     def _light(self, draw: Draw) -> None:
         s, frames = self.strengths, self.frames
         wave = spline(draw.unit(8, frames // SLOW + 4) * 2 - 1, SLOW, frames)
-        dull = s["low_contrast"] * 0.68
+        dull = s["low_contrast"] * 0.6
         mood = s["illumination"]
         gain = (1 - dull) * (1 - mood * (0.32 + 0.32 * wave[0]))
         room = 1 - gain
@@ -365,7 +369,7 @@ class World:
         bias = np.minimum(np.floor(lift * cast * 255), 255 - ((255 * self._gain) >> 8) - 1)
         self._bias = pack(np.maximum(bias, 0).astype(np.int64).T)
         self._shadow_turn, self._shadow_at = draw.between(0, 1), 0.5 + 0.6 * wave[5]
-        self._shadow_depth = int(mood * 150 * draw.between(0.3, 1))
+        self._shadow_depth = int(mood * 140 * draw.between(0.3, 1))
         self._grey = np.uint64(int(s["colourless"] * 236 + 0.5))
         along = self._velocity * 0.5 * s["blur"]
         length = np.sqrt((along * along).sum(0))
@@ -373,5 +377,5 @@ class World:
         soft = s["blur"] * (1.6 + 1.4 * wave[6])
         self._smear = np.stack([along, np.stack([soft, 0.6 * soft]) * 0.7071], 0)  # (2 passes, 2, T) pixels
         self._smear[1, 1] += 0.4 * soft
-        self._noise = s["noise"] * 0.2
-        self._noise_at = np.floor(draw.unit(frames, 2) * 256).astype(np.int64)
+        self._noise = s["noise"] * 0.17  # of the tape: a standard deviation of up to 12
+        self._noise_at = np.floor(draw.unit(frames) * (1 << 18)).astype(np.int64)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 MAX_WIDTH = 640
 # Okabe and Ito's colours: told apart with any colour vision. Every colour also has its own line pattern.
 COLOURS = ("#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442", "#D55E00", "#0072B2")
+_DARK, _LIGHT = "#202020", "#FFFFFF"
 _DASHES = ((1, 0), (8, 4), (3, 3), (12, 3))  # drawn and skipped lengths in line widths; (1, 0) is solid
 _LINESTYLES = ("-", "--", ":", "-.")
 
@@ -61,35 +62,28 @@ def draw_boxes(
         image = image.resize(size, Image.Resampling.BILINEAR)
     draw = ImageDraw.Draw(image)
     line = max(2, round(image.width / 240))
-    for index, box in enumerate(boxes.values()):
-        corners = _corners(box, scale)
-        if corners is not None:
-            _rectangle(draw, corners, index, line)
+    rings = [_ring(box, scale) for box in boxes.values()]
+    for ring in filter(None, rings):
+        draw.line(ring, fill=_DARK, width=line + 2)  # a dark rim keeps light colours visible on light frames
+    for index, ring in enumerate(rings):
+        for start, end in itertools.pairwise(ring):
+            _dashed(draw, start, end, *_style(index), line)
     if legend and boxes:
         _legend(draw, list(boxes), image.width, line)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def _corners(box: Tensor | ListLike[float] | None, scale: float) -> tuple[float, float, float, float] | None:
-    if box is None:
-        return None
-    x, y, w, h = (float(v) * scale for v in box)
-    if not np.isfinite([x, y, w, h]).all() or w <= 0 or h <= 0:
-        return None
-    return x, y, x + w, y + h
+def _ring(box: Tensor | ListLike[float] | None, scale: float) -> list[tuple[int, int]]:
+    """The closed outline of a box, empty for one that cannot be drawn."""
+    values = [] if box is None else [float(v) * scale for v in box]
+    if not values or not np.isfinite(values).all() or min(values[2:]) <= 0:
+        return []
+    x1, y1, x2, y2 = (round(v) for v in (values[0], values[1], values[0] + values[2], values[1] + values[3]))
+    return [(x1, y1), (x2, y1), (x2, y2), (x1, y2), (x1, y1)]
 
 
 def _style(index: int) -> tuple[str, tuple[int, int]]:
     return COLOURS[index % len(COLOURS)], _DASHES[index % len(_DASHES)]
-
-
-def _rectangle(draw: ImageDraw.ImageDraw, corners: tuple[float, float, float, float], index: int, line: int) -> None:
-    colour, dash = _style(index)
-    x1, y1, x2, y2 = (round(v) for v in corners)
-    ring = [(x1, y1), (x2, y1), (x2, y2), (x1, y2), (x1, y1)]
-    draw.line(ring, fill="black", width=line + 2)  # a dark rim keeps light colours visible on light frames
-    for start, end in itertools.pairwise(ring):
-        _dashed(draw, start, end, colour, dash, line)
 
 
 def _dashed(draw, start, end, colour: str, dash: tuple[int, int], line: int) -> None:
@@ -109,12 +103,12 @@ def _legend(draw: ImageDraw.ImageDraw, names: list[str], width: int, line: int) 
     font = ImageFont.load_default(size)
     text_width = max(draw.textlength(name, font=font) for name in names)
     row, swatch = round(size * 1.3), 2 * size
-    draw.rectangle((0, 0, swatch + text_width + size, row * len(names) + 3), fill="#202020")
+    draw.rectangle((0, 0, swatch + text_width + size, row * len(names) + 3), fill=_DARK)
     for index, name in enumerate(names):
         colour, dash = _style(index)
         middle = row * index + row // 2 + 2
         _dashed(draw, (size // 3, middle), (size // 3 + round(1.3 * size), middle), colour, dash, line)
-        draw.text((swatch, middle), name, fill="white", font=font, anchor="lm")
+        draw.text((swatch, middle), name, fill=_LIGHT, font=font, anchor="lm")
 
 
 def to_png(picture: Picture) -> bytes:
@@ -130,8 +124,17 @@ def to_png(picture: Picture) -> bytes:
     if image.width > MAX_WIDTH:
         image = image.resize((MAX_WIDTH, round(image.height * MAX_WIDTH / image.width)), Image.Resampling.BILINEAR)
     buffer = io.BytesIO()
-    image.quantize(128, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
+    palette = _palette(image, 128, (*COLOURS, "#000000", _DARK, _LIGHT))
+    image.quantize(palette=palette, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
     return buffer.getvalue()
+
+
+def _palette(image: Image.Image, colours: int, kept: tuple[str, ...]) -> Image.Image:
+    """A palette of the image's colours in which the colours `kept`, those of thin lines, stay as they are."""
+    fitted = image.quantize(colours - len(kept), Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).getpalette()
+    holder = Image.new("P", (1, 1))
+    holder.putpalette(fitted[: 3 * (colours - len(kept))] + [v for colour in kept for v in ImageColor.getrgb(colour)])
+    return holder
 
 
 def show(picture: Picture, *, alt: str, caption: str | None = None) -> None:
@@ -198,8 +201,9 @@ def animation(
     """Frames with moving boxes as an animated PNG of at most `max_bytes`.
 
     frames: T uint8 (3, H, W) of one size. boxes_by_name: name -> (T, 4) `xywh` in frame pixels (None or NaN
-    rows are not drawn). The file starts at `width` pixels and 64 colours; to meet `max_bytes` it goes to 32,
-    then 16 colours, then to smaller widths down to 120. All frames share a palette, so it does not flicker.
+    rows are not drawn). Starts with all frames at `width` pixels in 64 colours; what is too large loses first
+    colours (down to 16), then width (down to 60 %), then frames (down to every fourth, at the same speed): a
+    still camera keeps everything, a moving one does not. All frames share a palette, so nothing flickers.
 
     Raises ValueError for no frames, tracks of another length, or when even the smallest version is too large.
     """
@@ -210,26 +214,34 @@ def animation(
             raise ValueError(f"track {name!r} has {len(track)} boxes for {len(frames)} frames")
     if not frames:
         raise ValueError("an animation needs at least one frame")
-    while width >= 120:
-        scale = width / frames[0].shape[2]
+    kept = (*COLOURS[: len(tracks)], _DARK, _LIGHT)
+    for every, part, colours in _QUALITIES:
+        scale = width * part / frames[0].shape[2]
         drawn = [
-            to_image(draw_boxes(frame, {name: track[i] for name, track in tracks.items()}, scale=scale))
-            for i, frame in enumerate(frames)
+            to_image(draw_boxes(frames[i], {name: track[i] for name, track in tracks.items()}, scale=scale))
+            for i in range(0, len(frames), every)
         ]
-        for colours in (64, 32, 16):
-            data = _encode(drawn, colours, fps)
-            if len(data) <= max_bytes:
-                return APNG(data, alt, len(frames))
-        width = int(width * 0.8)
-    raise ValueError(f"{len(frames)} frames do not fit into {max_bytes} bytes; give fewer, for example frames[::2]")
+        data = _encode(drawn, colours, kept, fps / every)
+        if len(data) <= max_bytes:
+            return APNG(data, alt, len(frames))
+    raise ValueError(
+        f"{len(frames)} frames need {len(data) // 1000} kB at the lowest quality, {max_bytes // 1000} kB are allowed; "
+        "give fewer frames, or a smaller width"
+    )
 
 
-def _encode(images: list[Image.Image], colours: int, fps: float) -> bytes:
+# (every n-th frame, share of the width, colours), the best first
+_QUALITIES = (
+    (1, 1, 64), (1, 1, 32), (1, 0.75, 32), (1, 0.75, 16), (1, 0.6, 16), (2, 0.75, 16), (2, 0.6, 16), (3, 0.6, 16), (4, 0.6, 16),
+)  # fmt: skip
+
+
+def _encode(images: list[Image.Image], colours: int, kept: tuple[str, ...], fps: float) -> bytes:
     sample = images[:: max(1, len(images) // 6)]
     mosaic = Image.new("RGB", (images[0].width, images[0].height * len(sample)))
     for row, image in enumerate(sample):
         mosaic.paste(image, (0, row * image.height))
-    palette = mosaic.quantize(colours, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    palette = _palette(mosaic, colours, kept)
     first, *rest = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     buffer = io.BytesIO()
     first.save(buffer, "png", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
@@ -259,7 +271,7 @@ def figure_frames(
     fig = _figure(6.4, rows * height)
     for index, frame in enumerate(frames):
         ax = fig.add_subplot(rows, columns, index + 1)
-        scale = max(cell * 100, 200) / frame.shape[2]
+        scale = cell * 100 / frame.shape[2]
         ax.imshow(to_image(draw_boxes(frame, boxes[index] if boxes else {}, legend=index == 0, scale=scale)))
         ax.set_axis_off()
         if titles:

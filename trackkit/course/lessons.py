@@ -7,6 +7,7 @@ solutions out, `start` gives a learner a copy to work on, `solution_cells` and `
 from __future__ import annotations
 
 import os
+import re
 from datetime import datetime
 from pathlib import Path
 
@@ -45,8 +46,10 @@ def build(path: str | Path, timeout: int = 120) -> float:
     )
     try:
         client.execute(env={**os.environ, **ENVIRONMENT})
-    except (CellExecutionError, CellTimeoutError) as error:
-        raise LessonError(f"{path}: {error}") from error
+    except CellExecutionError:
+        raise LessonError(_failure(path, notebook)) from None
+    except CellTimeoutError as error:
+        raise LessonError(f"{path}: a cell took more than {timeout} s") from error
     seconds = sum(_seconds(cell) for cell in notebook.cells)
     normalise(notebook)
     found = findings(notebook, path)
@@ -72,6 +75,15 @@ def normalise(notebook: NotebookNode) -> None:
         cell.metadata = NotebookNode({k: v for k, v in cell.metadata.items() if k in ("tags", "nbgrader", "jupyter")})
         for output in cell.get("outputs", []):
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+
+
+def _failure(path: Path, notebook: NotebookNode) -> str:
+    for index, cell in enumerate(notebook.cells, start=1):
+        for output in cell.get("outputs", []):
+            if output.output_type == "error":
+                trace = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(output.traceback))
+                return f"{path}: cell {index} failed: {output.ename}: {output.evalue}\n{trace}"
+    return f"{path}: the kernel died"
 
 
 def _seconds(cell: NotebookNode) -> float:

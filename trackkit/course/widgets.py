@@ -154,7 +154,7 @@ class Player(Explorer):
     Attributes: as `Explorer`; controls are "frame" (a number) and "play" (a switch).
     """
 
-    def __init__(self, sequence: Sequence, tracks: Mapping[str, Tensor] | None = None, width: int = 480):
+    def __init__(self, sequence: Sequence, tracks: Mapping[str, Tensor] | None = None, width: int = 320):
         self.sequence, self.width = sequence, width
         truth = {"truth": sequence.boxes_xywh} if sequence.labelled else {}
         self.tracks = truth | {name: torch.as_tensor(boxes) for name, boxes in (tracks or {}).items()}

@@ -8,11 +8,14 @@ from pathlib import Path
 from trackkit import checkpoints
 from trackkit.errors import CheckpointError, TrackkitError
 from trackkit.trackers.base import Prediction, Tracker, join, take
+from trackkit.trackers.references import NccTracker, StayTracker
 from trackkit.trackers.siamfc import SiamFC, SiamFCConfig
 
 __all__ = ["TRACKERS", "Prediction", "Tracker", "create", "join", "load", "save", "take"]
 
 TRACKERS: dict[str, Callable[[], Tracker]] = {
+    "stay": StayTracker,
+    "ncc": NccTracker,
     "siamfc": SiamFC,
     "siamfc-tiny": lambda: SiamFC(SiamFCConfig.tiny()),
 }

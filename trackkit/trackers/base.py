@@ -74,9 +74,10 @@ class Tracker(nn.Module):
         boxes = torch.as_tensor(boxes_xywh, dtype=torch.float64).reshape(-1, 4)
         if len(frames) != len(boxes):
             raise DataError(f"start: {len(frames)} frames but {len(boxes)} boxes; give one box for each frame")
+        frames = self.moved(frames)
         for index, frame in enumerate(frames):
             check_boxes(boxes[index : index + 1], f"first box of sequence {index}", (frame.shape[2], frame.shape[1]))
-        return self.moved(frames), boxes
+        return frames, boxes
 
     def moved(self, frames: list[Tensor]) -> list[Tensor]:
         """The frames on the tracker's device; DataError if they are not uint8 (3, H, W)."""

@@ -1,0 +1,154 @@
+"""Training samples: determinism, frame choice, geometry, stated visibility rules."""
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trackkit.boxes import cxcywh_to_xywh
+from trackkit.errors import DataError
+from trackkit.sampling import CropSpec, FrameRule, Samples, SampleSpec, batches, choose_frames
+from trackkit.sequences import ArraySequence
+from trackkit.synth import SynthConfig, SynthDataset
+from trackkit.trackers.siamfc import SiamFC
+
+PAIR = SampleSpec(template=CropSpec(32, 2.0), search=CropSpec(64, 4.0))
+
+
+def moving_square(count: int = 12, **labels) -> ArraySequence:
+    """A white square of 20 px on black that moves 3 px a frame."""
+    frames, boxes = [], []
+    for i in range(count):
+        frame = torch.zeros(3, 120, 160, dtype=torch.uint8)
+        frame[:, 40:60, 30 + 3 * i : 50 + 3 * i] = 255
+        frames.append(frame)
+        boxes.append([30 + 3 * i, 40, 20, 20])
+    return ArraySequence("square", frames, torch.tensor(boxes), **labels)
+
+
+def equal(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_sample_depends_on_seed_and_number_only():
+    data = SynthDataset(SynthConfig(frames=10), seed=3, length=40)
+    spec = dataclasses.replace(PAIR, flip=0.5, grey=0.5, brightness=0.2)
+    one, two, other = Samples(data, spec, 7, 20), Samples(data, spec, 7, 20), Samples(data, spec, 8, 20)
+    backwards = {i: two[i] for i in reversed(range(6))}
+    assert all(equal(one[i], backwards[i]) for i in range(6))
+    assert not equal(one[0], other[0])
+
+
+def test_batches_do_not_depend_on_workers_processes_or_interruption():
+    samples = Samples([moving_square()], dataclasses.replace(PAIR, flip=0.5), 0, 24)
+    whole = list(batches(samples, 4, 0, 6))
+    assert len(whole) == 6 and whole[0]["searches"].shape == (4, 1, 3, 64, 64)
+    assert all(equal(a, b) for a, b in zip(whole, batches(samples, 4, 0, 6, workers=2), strict=True))
+    assert all(equal(a, b) for a, b in zip(whole[4:], batches(samples, 4, 4, 6), strict=True))
+    ranks = [list(batches(samples, 2, 0, 6, rank=r, world=2)) for r in (0, 1)]
+    for step in range(6):
+        joined = {k: torch.cat([ranks[0][step][k], ranks[1][step][k]]) for k in whole[step]}
+        assert equal(joined, whole[step])
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_box_is_where_the_pixels_are(flip):
+    spec = SampleSpec(
+        template=CropSpec(64, 2.0, shift_px=6, scale=0.2), search=CropSpec(96, 3.0, shift_px=15, scale=0.3), searches=2, flip=flip
+    )
+    samples = Samples([moving_square()], spec, 0, 20)
+    for i in range(20):
+        sample = samples[i]
+        for crops, boxes in (("templates", "template_boxes"), ("searches", "search_boxes")):
+            for crop, box in zip(sample[crops], sample[boxes], strict=True):
+                size = crop.shape[-1]
+                x, y, w, h = (cxcywh_to_xywh(box) * size).tolist()
+                rows, columns = (crop[0] > 127).any(1).nonzero(), (crop[0] > 127).any(0).nonzero()
+                assert columns.min() == pytest.approx(x, abs=1) and columns.max() + 1 == pytest.approx(x + w, abs=1)
+                assert rows.min() == pytest.approx(y, abs=1) and rows.max() + 1 == pytest.approx(y + h, abs=1)
+
+
+def test_jitter_stays_within_its_bounds():
+    spec = dataclasses.replace(PAIR, search=CropSpec(100, 4.0, shift_px=10, scale=0.1))
+    samples = Samples([moving_square()], spec, 0, 60)
+    boxes = torch.cat([samples[i]["search_boxes"] for i in range(60)])
+    shifts, sizes = (boxes[:, :2] - 0.5) * 100, boxes[:, 2] * 100
+    assert 7 < shifts.abs().max() <= 11, "the pixel grid of the frame rounds by half a frame pixel"
+    assert 22 < sizes.min() < 23.5 and 26.5 < sizes.max() < 28
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    usable=st.sets(st.integers(0, 80), min_size=2, max_size=60),
+    templates=st.integers(1, 3),
+    searches=st.integers(1, 4),
+    order=st.sampled_from(["forward", "any", "clip"]),
+    max_gap=st.integers(2, 50),
+    seed=st.integers(0, 1000),
+)
+def test_frames_are_usable_close_and_in_order(usable, templates, searches, order, max_gap, seed):
+    usable = np.array(sorted(usable))
+    spec = dataclasses.replace(PAIR, templates=templates, searches=searches, order=order, max_gap=max_gap)
+    frames = choose_frames(spec, usable, np.random.default_rng(seed))
+    assert len(frames) == templates + searches
+    assert set(frames) <= set(usable) and frames.max() - frames.min() < max_gap
+    if order != "any":
+        assert (np.diff(frames) >= 0).all()
+    if order == "clip" and len(set(frames)) == len(frames):
+        positions = np.searchsorted(usable, frames[templates:])
+        assert (np.diff(positions) == 1).all()
+    room = max(int(((usable >= s) & (usable < s + max_gap)).sum()) for s in usable)
+    if room >= templates + searches:
+        assert len(set(frames)) == len(frames), "frames repeat only when there are too few"
+
+
+def test_invisible_frames_are_never_used():
+    absent = torch.zeros(12, dtype=torch.bool)
+    absent[::2] = True
+    cover = torch.full((12,), 8)
+    cover[1] = 0
+    sequence = moving_square(absent=absent, cover=cover)
+    sequence.boxes_xywh[3, 2] = 0
+    sequence.boxes_xywh[5] = float("nan")
+    assert FrameRule().usable(sequence).tolist() == [7, 9, 11]
+
+
+def test_siamfc_rule():
+    rule = SiamFC().samples().rule
+    sequence = moving_square()
+    assert len(rule.usable(sequence)) == 12
+    sequence.boxes_xywh[0, 2:] = torch.tensor([19.0, 20.0])  # a side under 20 px
+    sequence.boxes_xywh[1, 2:] = torch.tensor([81.0, 30.0])  # more than half the frame's width
+    sequence.boxes_xywh[2, 2:] = torch.tensor([20.0, 81.0])  # more than half the height, and aspect over 4
+    sequence.cover[3] = 2  # not more than 0.3 of the best level, 8
+    assert rule.usable(sequence).tolist() == list(range(4, 12))
+
+
+def test_unusable_sequence_is_named_once_and_another_is_drawn(caplog):
+    hidden = moving_square(absent=torch.ones(12, dtype=torch.bool))
+    hidden.name = "hidden"
+    samples = Samples([hidden, moving_square()], PAIR, 0, 30)
+    with caplog.at_level(logging.WARNING, "trackkit"):
+        for i in range(30):
+            assert samples[i]["search_boxes"].isfinite().all()
+    assert [r.getMessage().split(":")[0] for r in caplog.records] == ["hidden"]
+    with pytest.raises(DataError, match="100 sequences drawn"):
+        Samples([hidden], PAIR, 0, 1)[0]
+
+
+def test_errors():
+    with pytest.raises(DataError, match="no sequences"):
+        Samples([], PAIR, 0, 1)
+    unlabelled = moving_square()
+    unlabelled.boxes_xywh = unlabelled.boxes_xywh[:1]
+    with pytest.raises(DataError, match="no boxes beyond the first frame"):
+        Samples([unlabelled], PAIR, 0, 1)[0]
+    with pytest.raises(ValueError, match="order"):
+        dataclasses.replace(PAIR, order="sideways")
+    with pytest.raises(ValueError, match="impossible crop"):
+        CropSpec(0, 1.0)

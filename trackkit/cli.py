@@ -1,0 +1,340 @@
+"""The command line: trackkit train | track | evaluate | synth | profile | doctor | lessons.
+
+Options come from dataclasses and function signatures (tyro), so `trackkit COMMAND --help` is always complete.
+Imports happen inside the commands: `--help` must not wait for torch.
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+import tyro
+
+from trackkit import __version__
+from trackkit.errors import TrackkitError
+
+Config = TypeVar("Config")
+
+
+@dataclass
+class TrainOptions(Generic[Config]):
+    """Train a tracker on GOT-10k or, without it, on procedural video. The same command continues a run."""
+
+    tracker: tyro.conf.Positional[str]
+    """Name of the tracker, as in `trackkit profile --all`."""
+    config: Config
+    """The tracker's own numbers; the ablations of its paper are among them."""
+    data: Path | None = None
+    """GOT-10k's root (default: TRACKKIT_GOT10K, else the procedural stream)."""
+    out: Path | None = None
+    """Folder of the run (default: TRACKKIT_HOME/runs/NAME-SCALE-SEED)."""
+    scale: Literal["tiny", "laptop", "gpu", "paper"] | None = None
+    """Length of training (default: tiny for a tiny tracker, else paper)."""
+    seed: int = 0
+    """Seed of the weights and of the samples."""
+    steps: int | None = None
+    """Steps of each stage, in place of the recipe's."""
+    batch: int | None = None
+    """Samples in a step, in place of the recipe's."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; several GPUs by `accelerate launch -m trackkit.cli train ...`."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Mixed precision."""
+    workers: int = 0
+    """Loader processes. They change the speed, never the samples."""
+
+
+def train(argv: list[str]) -> None:
+    import torch
+
+    from trackkit.paths import home
+    from trackkit.sampling import training_set
+    from trackkit.trackers import create
+    from trackkit.training import train as run
+
+    name = next((a for a in argv if not a.startswith("-")), "siamfc-tiny")
+    chosen = create(name)
+    options_type = TrainOptions[type(chosen.config)]
+    default = options_type(tracker=name, config=chosen.config)
+    options = tyro.cli(options_type, args=argv, prog="trackkit train", default=default)
+
+    torch.manual_seed(options.seed)
+    tracker = type(chosen)(options.config)
+    scale = options.scale or ("tiny" if name.endswith("-tiny") else "paper")
+    changes = {key: value for key in ("steps", "batch") if (value := getattr(options, key)) is not None}
+    stages = [dataclasses.replace(stage, **changes) for stage in tracker.recipe(scale)]
+    out = options.out or home() / "runs" / f"{name}-{scale}-{options.seed}"
+    data = training_set(options.data, options.seed)
+    print(f"{name}: {sum(stage.steps for stage in stages)} steps on {getattr(data, 'name', data)}, into {out}")
+    log = run(
+        tracker, stages, data, out, seed=options.seed, device=options.device, precision=options.precision, workers=options.workers
+    )
+    print(f"{out / 'tracker.safetensors'}: loss {log[0]['loss']:.3f} -> {log[-1]['loss']:.3f}")
+
+
+def track(argv: list[str]) -> None:
+    tyro.cli(_track, args=argv, prog="trackkit track")
+
+
+def _track(
+    video: tyro.conf.Positional[Path],
+    /,
+    tracker: str,
+    box: str | None = None,
+    out: Path | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> None:
+    """Follow an object through a video; writes the annotated video and the boxes.
+
+    Args:
+        video: a video file, a folder of images, or a sequence in GOT-10k's layout.
+        tracker: a checkpoint (tracker.safetensors), or the name of a tracker that needs no training: ncc, stay.
+        box: the object in the first frame as x,y,w,h: left, top, width, height in pixels. A sequence with a
+            groundtruth.txt brings its own.
+        out: folder for NAME.mp4 and NAME.txt (default: beside where you are).
+        device: where to run.
+    """
+    from trackkit.course.figures import draw_boxes
+    from trackkit.paths import atomic_write, writable
+    from trackkit.sequences import open_sequence
+    from trackkit.tracking import track_many
+    from trackkit.video import write_video
+
+    sequence = open_sequence(video, parse_box(box))
+    network = _load(tracker, device)
+    folder = writable(out or Path.cwd())
+    _, result = next(track_many(network, [sequence], batch=1, progress=True))
+    with atomic_write(folder / f"{sequence.name}.txt") as partial:
+        partial.write_text("".join(",".join(f"{v:.3f}" for v in row) + "\n" for row in result.boxes_xywh.tolist()))
+    truth = sequence.boxes_xywh if sequence.labelled and len(sequence) > 1 else None
+
+    def pictures():
+        for i in range(len(sequence)):
+            boxes = {Path(tracker).stem if Path(tracker).stem != "tracker" else "tracker": result.boxes_xywh[i]}
+            if truth is not None and bool(sequence.visible[i]):
+                boxes["truth"] = truth[i]
+            yield draw_boxes(sequence.frame(i), boxes)
+
+    fps = getattr(sequence, "fps", 0) or 10
+    write_video(folder / f"{sequence.name}.mp4", pictures(), fps)
+    speed = (len(sequence) - 1) / max(float(result.seconds[1:].sum()), 1e-9) if len(sequence) > 1 else 0.0
+    print(f"{folder / sequence.name}.mp4 and .txt: {len(sequence)} frames, {speed:.0f} frames per second")
+    if truth is not None and len(sequence) > 1:
+        from trackkit.evaluation import score_sequence
+
+        print(f"average overlap with groundtruth.txt: {score_sequence(sequence, result.boxes_xywh):.3f}")
+
+
+def evaluate(argv: list[str]) -> None:
+    tyro.cli(_evaluate, args=argv, prog="trackkit evaluate")
+
+
+def _evaluate(
+    trackers: tyro.conf.Positional[tuple[str, ...]],
+    /,
+    data: Path | None = None,
+    split: Literal["train", "val", "test"] = "val",
+    out: Path | None = None,
+    batch: int = 8,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    json_out: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    zip_out: Annotated[Path | None, tyro.conf.arg(name="zip")] = None,
+) -> None:
+    """Score trackers as GOT-10k does: AO, SR0.5, SR0.75, by attribute, beside one another.
+
+    An interrupted evaluation continues; sequences with results are not tracked again.
+
+    Args:
+        trackers: checkpoints (tracker.safetensors) or names; ncc and stay are the references without learning.
+        data: GOT-10k's root, or a folder of sequences (default: TRACKKIT_GOT10K, else the embedded samples).
+        split: which split.
+        out: folder of the results, one folder a tracker (default: TRACKKIT_HOME/results/DATA).
+        batch: sequences tracked side by side.
+        device: where to run.
+        json_out: also write the scores as JSON to this file.
+        zip_out: also write the archive for GOT-10k's server (one tracker, test split).
+    """
+    from trackkit import evaluation
+    from trackkit.got10k import GOT10k, submission_zip
+    from trackkit.paths import atomic_write, home
+
+    if not trackers:
+        raise TrackkitError("name at least one tracker: a checkpoint, or ncc, stay")
+    dataset = GOT10k(data, split)
+    out = out or home() / "results" / dataset.name
+    scores = {}
+    for tracker in trackers:
+        name = _label(tracker)
+        scores[name] = evaluation.evaluate(_load(tracker, device), dataset, out, name, batch=batch)
+        if zip_out:
+            submission_zip(out / name, dataset, zip_out)
+            print(f"{zip_out}: {len(dataset)} sequences, ready for the server")
+    labelled = {name: score for name, score in scores.items() if score is not None}
+    if labelled:
+        print(evaluation.compare(labelled))
+    else:
+        print(f"results are in {out}; this split has no labels, so only GOT-10k's server can score them (--zip FILE)")
+    if json_out:
+        with atomic_write(json_out) as partial:
+            partial.write_text(json.dumps({name: score.to_json() for name, score in labelled.items()}, indent=1))
+
+
+def synth(argv: list[str]) -> None:
+    tyro.cli(_synth, args=argv, prog="trackkit synth")
+
+
+def _synth(
+    out: tyro.conf.Positional[Path],
+    /,
+    samples: bool = False,
+    only: tuple[str, ...] = (),
+    split: Literal["train", "val", "test"] = "train",
+    count: int = 10,
+    frames: int = 60,
+    width: int = 320,
+    height: int = 240,
+    seed: int = 0,
+) -> None:
+    """Write procedural video in GOT-10k's layout.
+
+    Args:
+        out: folder to write to.
+        samples: write the sequences that come with trackkit, byte for byte, and nothing else.
+        only: attributes to show, all else still, as: --only occlusion scale (default: a mixture of all).
+        split: which split's textures and outlines.
+        count: number of sequences.
+        frames: frames of a sequence.
+        width: pixels.
+        height: pixels.
+        seed: another seed, other sequences.
+    """
+    from trackkit import synth as worlds
+
+    if samples:
+        worlds.make_samples(out)
+    else:
+        changes = {"frames": frames, "width": width, "height": height, "split": split}
+        config = worlds.SynthConfig.only(*only, **changes) if only else worlds.SynthConfig(**changes)
+        worlds.write_dataset(out / split, worlds.SynthDataset(config, seed=seed, length=count))
+    print(f"{out}: written; look at it with `trackkit evaluate ncc --data {out}`")
+
+
+def profile(argv: list[str]) -> None:
+    tyro.cli(_profile, args=argv, prog="trackkit profile")
+
+
+def _profile(
+    name: tyro.conf.Positional[str] = "",
+    /,
+    all: bool = False,
+    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    speed: bool = False,
+) -> None:
+    """Count parameters and multiply-accumulates as the tracker's paper counts them, beside the paper's figures.
+
+    Args:
+        name: a tracker's name.
+        all: all trackers.
+        json_output: print JSON.
+        speed: also measure frames per second here.
+    """
+    from trackkit import profiling
+    from trackkit.trackers import TRACKERS
+
+    if not name and not all:
+        raise TrackkitError(f"name a tracker, or --all; there are {', '.join(TRACKERS)}")
+    rows = [profiling.profile(n, speed=speed) for n in (TRACKERS if all else [name])]
+    print(json.dumps(rows if all else rows[0]) if json_output else profiling.table(rows))
+
+
+def doctor(argv: list[str]) -> None:
+    tyro.cli(_doctor, args=argv, prog="trackkit doctor")
+
+
+def _doctor() -> None:
+    """Print versions, devices and data paths, and for what is missing the command that mends it."""
+    from trackkit.doctor import report
+
+    print(report())
+
+
+def lessons(argv: list[str]) -> None:
+    from trackkit.course import lessons as tools
+
+    commands = {"start": tools.start, "student": tools.student, "build": tools.build, "check": tools.check}
+    tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="trackkit lessons")
+
+
+def parse_box(text: str | None) -> tuple[float, ...] | None:
+    """"x,y,w,h" -> four numbers; TrackkitError says what is wrong."""
+    if text is None:
+        return None
+    try:
+        numbers = tuple(float(part) for part in text.replace(" ", "").split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != 4:
+        raise TrackkitError(f"--box {text!r}: give four numbers, left, top, width and height in pixels, as --box 120,80,40,60")
+    return numbers
+
+
+def _label(tracker: str) -> str:
+    """A checkpoint's run folder names it better than "tracker"."""
+    path = Path(tracker)
+    if path.suffix != ".safetensors":
+        return tracker
+    return path.resolve().parent.name if path.stem in ("tracker", "state") else path.stem
+
+
+def _load(tracker: str, device: str) -> Any:
+    import torch
+
+    from trackkit.trackers import load
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load(tracker).to(device)
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+    "train": (train, "train a tracker, or continue its training"),
+    "track": (track, "follow an object through a video"),
+    "evaluate": (evaluate, "score trackers as GOT-10k does"),
+    "synth": (synth, "write procedural video in GOT-10k's layout"),
+    "profile": (profile, "count parameters, multiply-accumulates, frames per second"),
+    "doctor": (doctor, "say what is installed, what is found, and how to mend what is not"),
+    "lessons": (lessons, "start a lesson, make student versions, build and check notebooks"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit status. Errors that the user can mend are one line, not a traceback."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        rows = "\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items())
+        print(f"usage: trackkit COMMAND ...\n\n{rows}\n\n`trackkit COMMAND --help` explains a command; `trackkit --version` prints {__version__}.")
+        return 0
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"trackkit: no command {argv[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        COMMANDS[argv[0]][0](argv[1:])
+    except TrackkitError as error:
+        print(f"trackkit {argv[0]}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\ntrackkit {argv[0]}: interrupted; the same command continues where the last file was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""What a tracker costs: parameters, multiply-accumulates and frames per second, each by a stated rule."""
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from trackkit.errors import DataError
+from trackkit.trackers import create
+from trackkit.trackers.base import Tracker
+
+
+def profile(name: str) -> dict:
+    """Cost of the tracker called `name` as {"name", "parameters", "macs", "paper"}.
+
+    `parameters` and `macs` are counted as the tracker's paper counts them, and `paper` holds the numbers that it
+    prints, for comparison ({} if none). Papers differ in what they leave out, so a tracker that is to be compared
+    has a method `profile()` that returns these three entries; without one it is counted by `count`.
+
+    Raises TrackkitError for an unknown name.
+    """
+    tracker = create(name)
+    own = getattr(tracker, "profile", None)
+    return {"name": name, **(own() if own else {**count(tracker), "paper": {}})}
+
+
+def count(tracker: Tracker) -> dict[str, int]:
+    """{"parameters", "macs"}: all parameters, and `macs` of one tracked frame (not the first) of one sequence."""
+    frame, box = _example()
+    state = tracker.eval().start([frame], box)
+    return {"parameters": parameters(tracker), "macs": macs(lambda: tracker.step(state, [frame]))}
+
+
+def parameters(module: nn.Module) -> int:
+    """Number of parameters, each counted once; buffers such as running means are not parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def macs(function: Callable[[], object]) -> int:
+    """Multiply-accumulates that a call of `function` does in convolutions and matrix products, attention included.
+
+    One multiply-accumulate is two floating-point operations; papers call either of the two a FLOP. Additions of
+    biases, norms, activations, softmax and interpolation are not counted. The fused attention kernels of the CPU
+    and nn.MultiheadAttention's fast path are invisible to torch's counter, so both are switched off meanwhile.
+    """
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            function()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    return counter.get_total_flops() // 2
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a tracker is, and on what.
+
+    Attributes:
+        fps: sequence frames per second, frames / seconds. milliseconds: median time of a step with its batch.
+        frames: steps that were timed. batch: sequences in one step. device, threads, precision: where.
+    """
+
+    fps: float
+    milliseconds: float
+    frames: int
+    batch: int
+    device: str
+    threads: int
+    precision: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.fps:.1f} frames/s ({self.milliseconds:.2f} ms a step of {self.batch}, median of {self.frames}; "
+            f"{self.device}, {self.threads} CPU threads, {self.precision})"
+        )
+
+
+def frames_per_second(
+    tracker: Tracker,
+    frames: list[Tensor] | None = None,
+    box_xywh: Tensor | None = None,
+    repeats: int = 20,
+    warm_up: int = 3,
+    batch: int = 1,
+) -> Speed:
+    """Time the steps of a tracker: cropping, network and decoding of the box, not the reading of frames.
+
+    `frames` are consecutive images, uint8 (3, H, W), the first with the target at `box_xywh` (4,), pixels; they are
+    repeated as needed. None: noise of 640x480 with a target of 100x80. `warm_up` steps are not timed. The clock is
+    read when the device has finished its work. On a GPU the transfer of the frame is part of the step. `batch`
+    copies of the sequence are tracked at once.
+
+    Raises DataError for counts below 1, frames without a box, or a box outside the first frame.
+    """
+    if min(repeats, batch) < 1 or warm_up < 0:
+        raise DataError(f"repeats and batch must be at least 1, warm_up at least 0; got {repeats}, {batch}, {warm_up}")
+    if (frames is None) != (box_xywh is None):
+        raise DataError("give both frames and the first box, or neither")
+    if frames is None:
+        frame, box_xywh = _example()
+        frames = [frame, frame]
+    if len(frames) < 2:
+        raise DataError("give at least two frames: the first to start from, the others to time")
+    box = torch.as_tensor(box_xywh, dtype=torch.float64).reshape(1, 4)
+    state = tracker.eval().start([frames[0]] * batch, box.repeat(batch, 1))
+    seconds = []
+    for index in range(warm_up + repeats):
+        image = frames[1 + index % (len(frames) - 1)]
+        began = _now(tracker.device)
+        state, _ = tracker.step(state, [image] * batch)
+        seconds.append(_now(tracker.device) - began)
+    timed = torch.tensor(seconds[warm_up:], dtype=torch.float64)
+    device = tracker.device
+    return Speed(
+        fps=repeats * batch / float(timed.sum()),
+        milliseconds=float(timed.median()) * 1e3,
+        frames=repeats,
+        batch=batch,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        threads=torch.get_num_threads(),
+        precision=str(next((p.dtype for p in tracker.parameters()), torch.float64)).removeprefix("torch."),
+    )
+
+
+def _now(device: torch.device) -> float:
+    if device.type in ("cuda", "mps", "xpu"):
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def _example() -> tuple[Tensor, Tensor]:
+    """A frame of noise, uint8 (3, 480, 640), and a box in its middle, (1, 4)."""
+    noise = torch.Generator().manual_seed(0)
+    frame = torch.randint(0, 256, (3, 480, 640), generator=noise, dtype=torch.uint8)
+    return frame, torch.tensor([[270.0, 200.0, 100.0, 80.0]], dtype=torch.float64)

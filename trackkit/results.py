@@ -1,0 +1,151 @@
+"""Tracking results as text files in the layout of the GOT-10k server, and the archive that is uploaded.
+
+    FOLDER/.trackkit.json                                  which tracker these are the results of
+    FOLDER/<sequence>/<sequence>_001.txt                   N lines left,top,width,height; line 1 is the given box
+    FOLDER/<sequence>/<sequence>_time.txt                  N lines, seconds per frame
+
+Written by the rules of the toolkit (got-10k/toolkit, experiments/got10k.py): commas, 3 and 8 decimals.
+"""
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trackkit.errors import DataError
+from trackkit.paths import atomic_write
+
+MARKER = ".trackkit.json"
+
+
+def claim(folder: str | os.PathLike, tracker: str, identity: str) -> Path:
+    """Make `folder` the results folder of one tracker and return it; call it before a run starts.
+
+    `tracker` is its name, `identity` a string that changes when its results would (a hash of configuration and
+    weights). Both are kept in `.trackkit.json`.
+
+    Raises DataError when the folder belongs to another tracker or holds files of unknown origin.
+    """
+    folder = Path(folder).expanduser()
+    mine = {"tracker": tracker, "identity": identity}
+    marker = folder / MARKER
+    if not marker.is_file():
+        if folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
+            raise DataError(f"{folder} has files but no {MARKER}, so their tracker is unknown; choose another folder")
+        with atomic_write(marker) as partial:
+            partial.write_text(json.dumps(mine, indent=1) + "\n", "utf-8")
+        return folder
+    found = _owner(folder)
+    if found != mine:
+        raise DataError(
+            f"{folder} holds results of {found['tracker']} ({found['identity']}), not of {tracker} ({identity}); "
+            "choose another folder, or remove this one to run again"
+        )
+    return folder
+
+
+def write_results(
+    folder: str | os.PathLike, sequence: str, boxes_xywh: Tensor, seconds: Tensor, tracker: str, identity: str
+) -> None:
+    """Write the boxes (N, 4), in pixels, and seconds (N,) of one sequence; the first box is the given one.
+
+    The folder is claimed for the tracker first. Both files are atomic and the times come last, so
+    `has_results` is True only for a sequence that is complete.
+
+    Raises DataError for a folder of another tracker, wrong shapes, or numbers that are not finite.
+    """
+    boxes, seconds = torch.as_tensor(boxes_xywh).double().cpu(), torch.as_tensor(seconds).double().cpu()
+    if boxes.ndim != 2 or boxes.shape[1] != 4 or seconds.shape != boxes.shape[:1]:
+        shapes = f"{tuple(boxes.shape)} and {tuple(seconds.shape)}"
+        raise DataError(f"results of {sequence}: expected boxes (N, 4) and seconds (N,), got {shapes}")
+    if not (torch.isfinite(boxes).all() and torch.isfinite(seconds).all()):
+        bad = int((~torch.isfinite(boxes).all(1) | ~torch.isfinite(seconds)).nonzero()[0])
+        raise DataError(f"results of {sequence}: frame {bad} is not finite; the tracker has diverged")
+    boxes_file, times_file = _files(claim(folder, tracker, identity), sequence)
+    with atomic_write(boxes_file) as partial:
+        np.savetxt(partial, boxes.numpy(), fmt="%.3f", delimiter=",", newline="\n")
+    with atomic_write(times_file) as partial:
+        np.savetxt(partial, seconds.numpy(), fmt="%.8f", delimiter=",", newline="\n")
+
+
+def has_results(folder: str | os.PathLike, sequence: str) -> bool:
+    """Whether the results of a sequence are complete, so that a run that was cut off can go on."""
+    return all(file.is_file() for file in _files(Path(folder).expanduser(), sequence))
+
+
+def read_results(folder: str | os.PathLike, sequence: str, frames: int | None = None) -> tuple[Tensor, Tensor]:
+    """Boxes (N, 4), pixels, and seconds (N,) of one sequence, float64.
+
+    Reads what `write_results` or the toolkit wrote. Raises DataError, with file and line, for a missing or
+    damaged file, or when there are not `frames` rows.
+    """
+    boxes_file, times_file = _files(Path(folder).expanduser(), sequence)
+    boxes, seconds = _rows(boxes_file, 4), _rows(times_file, 1)
+    frames = len(boxes) if frames is None else frames
+    for file, rows in ((boxes_file, boxes), (times_file, seconds)):
+        if len(rows) != frames:
+            raise DataError(f"{file}: {len(rows)} lines for {frames} frames; run the tracker again")
+    return boxes, seconds[:, 0]
+
+
+def submission_zip(folder: str | os.PathLike, dataset, out: str | os.PathLike) -> Path:
+    """Check the results of all sequences of `dataset` and pack them for the GOT-10k server; returns `out`.
+
+    The sequence folders lie at the top of the archive. Server pages stay empty without a message when a file is
+    missing, short or separated by blanks (got-10k/toolkit issues 21 and 74), so all of that is checked here.
+
+    Raises DataError that lists what is wrong, before anything is written.
+    """
+    folder, out = Path(folder).expanduser(), Path(out)
+    problems, files = [], []
+    for sequence in dataset:
+        try:
+            read_results(folder, sequence.name, len(sequence))
+            files += _files(folder, sequence.name)
+        except DataError as error:
+            problems.append(f"  {error}")
+    if problems:
+        shown = problems[:20] + [f"  and {len(problems) - 20} more"] * (len(problems) > 20)
+        raise DataError(
+            f"{folder} is not ready to submit, {len(problems)} of {len(dataset)} sequences are missing or damaged:\n"
+            + "\n".join(shown)
+        )
+    with atomic_write(out) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in files:  # a fixed date, so that the same results give the same bytes
+            info = zipfile.ZipInfo(file.relative_to(folder).as_posix(), (1980, 1, 1, 0, 0, 0))
+            info.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(info, file.read_bytes())
+    return out
+
+
+def _files(folder: Path, sequence: str) -> tuple[Path, Path]:
+    return folder / sequence / f"{sequence}_001.txt", folder / sequence / f"{sequence}_time.txt"
+
+
+def _owner(folder: Path) -> dict[str, str]:
+    try:
+        found = json.loads((folder / MARKER).read_text("utf-8"))
+        return {"tracker": found["tracker"], "identity": found["identity"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder / MARKER} is damaged; remove it together with the results beside it") from error
+
+
+def _rows(path: Path, columns: int) -> Tensor:
+    if not path.is_file():
+        raise DataError(f"{path} is missing; run the tracker on this sequence")
+    rows = []
+    for number, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(), 1):
+        try:
+            row = [float(value) for value in line.split(",")]
+        except ValueError:
+            row = []
+        # further columns of a time file are further runs (toolkit); the first run counts
+        if not (len(row) == columns or columns == 1 < len(row)) or not np.isfinite(row).all():
+            raise DataError(f"{path}, line {number}: expected {columns} numbers separated by commas, found {line!r}")
+        rows.append(row[:columns])
+    return torch.tensor(rows, dtype=torch.float64).reshape(-1, columns)
