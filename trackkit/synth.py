@@ -11,8 +11,10 @@ than annotated. The same seed gives the same bytes on every machine (see `trackk
 """
 from __future__ import annotations
 
+import hashlib
 import os
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,8 @@ from torch import Tensor
 
 from trackkit.crops import Windows
 from trackkit.errors import DataError
+from trackkit.got10k import write_sequence
+from trackkit.paths import writable
 from trackkit.scenes import Scene
 from trackkit.sequences import Sequence
 from trackkit.textures import Draw
@@ -132,6 +136,7 @@ class SynthSequence(Sequence):
             cover=torch.from_numpy(scene.cover),
             cut_by_image=torch.from_numpy(scene.cut),
             attributes=scene.attributes,
+            meta={"object_class": scene.object_class, "anno_fps": "10Hz", "attributes": ", ".join(scene.attributes)},
         )
 
     @property
@@ -175,3 +180,79 @@ class SynthDataset:
             raise IndexError(f"sequence {index} of {self.length}")
         index %= self.length
         return SynthSequence(self.config, self.seed, index, name=f"{self.name}_{self.seed}_{index:06d}")
+
+
+# The embedded set: for each sequence of a split, the attributes it shows and its seed.
+SAMPLES: dict[str, dict[str, tuple[tuple[str, ...], int]]] = {
+    "train": {f"{number:03d}": ((), number) for number in range(1, 5)},
+    "val": {
+        "occlusion": (("occlusion",), 1),
+        "distractors": (("distractors",), 2),
+        "scale": (("scale",), 3),
+        "fast": (("fast",), 4),
+        "illumination": (("illumination",), 5),
+        "deformation": (("deformation",), 6),
+        "articulation": (("articulation",), 7),
+        "low_contrast": (("low_contrast", "colourless"), 8),
+        "rotation": (("rotation", "aspect"), 9),
+        "blur": (("blur", "noise"), 10),
+        "clutter": (("clutter", "camera"), 11),
+        "appearance": (("appearance",), 12),
+        "out_of_view": (("out_of_view",), 13),
+    },
+    "test": {
+        "crowd": (("articulation", "distractors", "occlusion"), 1),
+        "dusk": (("illumination", "colourless", "noise"), 2),
+        "turn": (("appearance", "scale", "rotation"), 3),
+        "chase": (("fast", "blur", "camera"), 4),
+        "hidden": (("low_contrast", "deformation", "clutter"), 5),
+    },
+}
+BASELINE = {"motion": 0.45, "camera": 0.3, "scale": 0.25, "aspect": 0.2, "rotation": 0.08, "clutter": 0.3}
+SAMPLE_FRAMES, SAMPLE_QUALITY = 40, 70
+
+
+def sample(split: str, key: str) -> SynthSequence:
+    """Sequence `key` of a split of the embedded set (`SAMPLES`), before it is written."""
+    attributes, seed = SAMPLES[split][key]
+    if attributes:
+        dials = BASELINE | dict.fromkeys(attributes, 0.9)
+        config = SynthConfig.still(split=split, frames=SAMPLE_FRAMES, **dials)
+    else:
+        config = SynthConfig(split=split, frames=SAMPLE_FRAMES)
+    return SynthSequence(config, 2024, seed, name=f"synth_{split}_{key}")
+
+
+def write_dataset(root: str | os.PathLike, split: str, sequences: Iterable[SynthSequence], quality: int = 90) -> Path:
+    """Write procedural videos as a split of a data set in GOT-10k's layout; return the split's folder.
+
+    The folder root/split gets list.txt and a folder for each sequence. As in GOT-10k, the split "test" has the
+    first box only, without the other labels. quality: of the JPEG files.
+
+    Raises DataError when a sequence's folder exists already or the place cannot be written.
+    """
+    if split not in BANKS:
+        raise DataError(f"split must be one of {', '.join(BANKS)}, got {split!r}")
+    folder, names = writable(Path(root) / split), []
+    for sequence in sequences:
+        frames = (sequence.frame(index) for index in range(len(sequence)))
+        if split == "test":
+            labels = {"boxes_xywh": sequence.boxes_xywh[:1]}
+        else:
+            labels = {"boxes_xywh": sequence.boxes_xywh, "absent": sequence.absent, "cover": sequence.cover,
+                      "cut": sequence.cut}  # fmt: skip
+        write_sequence(folder / sequence.name, frames, meta=sequence.meta, quality=quality, **labels)
+        names.append(sequence.name)
+    (folder / "list.txt").write_text("\n".join(names) + "\n", "utf-8", newline="\n")
+    return folder
+
+
+def make_samples(root: str | os.PathLike) -> Path:
+    """Write the embedded set, the same bytes every time, and SHA256SUMS, which `sha256sum -c` checks."""
+    root = Path(root)
+    for split, sequences in SAMPLES.items():
+        write_dataset(root, split, (sample(split, key) for key in sequences), SAMPLE_QUALITY)
+    files = sorted(path for split in SAMPLES for path in (root / split).rglob("*") if path.is_file())
+    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(root).as_posix()}" for path in files]
+    (root / "SHA256SUMS").write_text("\n".join(lines) + "\n", "utf-8", newline="\n")
+    return root

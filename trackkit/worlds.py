@@ -37,9 +37,9 @@ class Part:
     dress: int = 0  # parts with the same number share a texture
 
 
-# Drawn from the first to the last.
-SKELETONS: tuple[tuple[Part, ...], ...] = (
-    (  # walks upright
+# Their parts are drawn from the first to the last.
+SKELETONS: dict[str, tuple[Part, ...]] = {
+    "walker": (
         Part(0.05, -0.5, 0.75, 0.12, 0.25, 0.12, 0.5, dress=1),
         Part(0.05, 0.0, 1.0, 0.15, 0.25, 0.09, 0.0, dress=2),
         Part(-0.05, 0.0, 1.0, 0.15, 0.25, 0.09, 0.5, dress=2),
@@ -47,7 +47,7 @@ SKELETONS: tuple[tuple[Part, ...], ...] = (
         Part(0.0, -0.55, 0.42, 0.2, 0.75, 0.03, 0.2, dress=3),
         Part(-0.05, -0.5, 0.75, 0.12, 0.25, 0.12, 0.0, dress=1),
     ),
-    (  # four legs
+    "quadruped": (
         Part(0.55, 0.0, 0.8, 0.12, 0.25, 0.08, 0.4),
         Part(-0.55, 0.0, 0.8, 0.12, 0.25, 0.08, 0.9),
         Part(-0.75, -0.2, 0.55, 0.09, 0.55, 0.1, 0.3, dress=1),
@@ -56,17 +56,17 @@ SKELETONS: tuple[tuple[Part, ...], ...] = (
         Part(0.45, 0.0, 0.8, 0.12, 0.25, 0.08, 0.0),
         Part(-0.45, 0.0, 0.8, 0.12, 0.25, 0.08, 0.5),
     ),
-    (  # two wings
+    "flier": (
         Part(0.1, 0.0, 0.95, 0.32, 0.88, 0.12, 0.0, plain=False),
         Part(-0.1, 0.0, 0.95, 0.32, 0.62, 0.12, 0.5, plain=False),
         Part(0.0, -0.55, 1.1, 0.26, 0.25, 0.02, 0.3, dress=1),
     ),
-    (  # a chain that coils
+    "chain": (
         Part(0.0, -0.95, 0.8, 0.24, 0.25, 0.09, 0.0),
         Part(0.0, -0.35, 0.8, 0.3, 0.25, 0.11, 0.3),
         Part(0.0, 0.2, 0.75, 0.24, 0.25, 0.13, 0.6, dress=1),
     ),
-)
+}
 RIGID = (Part(0.0, -1.0, 2.0, 1.0, plain=False),)
 
 
@@ -95,6 +95,7 @@ class World:
 
     Attributes:
         strengths: the strength of each dial in this video, 0..1. attributes: those of at least 0.5.
+        object_class: a name of `SKELETONS`, or blob.
         outline_xywh (T, 4): tight box of the target's whole outline, also where it is hidden or outside.
         boxes_xywh (T, 4): its part inside the frame, as GOT-10k labels it; all zero where nothing is inside.
         cover (T,): GOT-10k's levels 0..8 of the visible share of the target's area, measured on some hundred
@@ -121,7 +122,8 @@ class World:
 
     def _cast(self, draw: Draw) -> list[Body]:
         s = self.strengths
-        skeleton = SKELETONS[draw.below(len(SKELETONS))] if s["articulation"] > 0 else RIGID
+        self.object_class = list(SKELETONS)[draw.below(len(SKELETONS))] if s["articulation"] > 0 else "blob"
+        skeleton = SKELETONS.get(self.object_class, RIGID)
         wears = self._choose(draw)
         target = self._body("target", draw, skeleton, wears)
         bodies = [self._body("clutter", draw, RIGID, (wears, draw.below(TEXTURES))[draw.below(2)])
@@ -220,8 +222,8 @@ class World:
 
         margin = 0.8 * size
         start = margin + u[:, 3:5, None] * (2 * middle - 2 * margin)
-        path = start[target] + size * s["motion"] * (0.6 + 2.4 * s["motion"]) * slow[target, :2]
-        seen = view(path + s["fast"] * 2.6 * size * quick[:2])
+        path = start[target] + 3 * size * s["motion"] * slow[target, :2]
+        seen = view(path + s["fast"] * 3.6 * size * quick[:2])
         for axis, length in enumerate(self.size):  # the target is reflected before it leaves the frame
             span = length - 2 * margin
             folded = (seen[axis] - margin) % (2 * span)
@@ -359,7 +361,7 @@ class World:
     def _light(self, draw: Draw) -> None:
         s, frames = self.strengths, self.frames
         wave = spline(draw.unit(8, frames // SLOW + 4) * 2 - 1, SLOW, frames)
-        dull = s["low_contrast"] * 0.6
+        dull = s["low_contrast"] * 0.55
         mood = s["illumination"]
         gain = (1 - dull) * (1 - mood * (0.32 + 0.32 * wave[0]))
         room = 1 - gain

@@ -1,0 +1,59 @@
+# On a fresh machine with Python 3.11 and make: `make demo` or `make test`, set-up included.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+# where this run's demo goes
+DEMO ?= runs/demo
+# one BLAS thread a process: two lessons side by side on two cores are three times slower with two each
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=180 --nbval-sanitize-with lessons/nbval.cfg -p no:cacheprovider
+
+.PHONY: help setup demo test test-unit test-lessons lint lab lessons samples benchmarks clean
+
+help:
+	@echo "make demo        train a tiny tracker, score it, write the video (about 6 minutes, set-up included)"
+	@echo "make test        all tests, lessons included"
+	@echo "make lab         JupyterLab in lessons/"
+	@echo "make lessons     run the lessons anew and store their outputs"
+	@echo "make samples     make data_samples anew, byte for byte"
+	@echo "make benchmarks  the ratios that the project promises"
+
+$(VENV)/ready: pyproject.toml requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[test]'
+	@touch $@
+
+setup: $(VENV)/ready
+
+demo: setup
+	$(RUN) -m trackkit train siamfc-tiny --scale laptop --out $(DEMO) --workers 1
+	$(RUN) -m trackkit evaluate $(DEMO)/tracker.safetensors ncc stay --out $(DEMO)/results --json $(DEMO)/scores.json
+	$(RUN) -m trackkit track data_samples/val/synth_val_rotation --tracker $(DEMO)/tracker.safetensors --out $(DEMO)
+	@echo "open $(DEMO)/synth_val_rotation.mp4"
+
+test: lint test-unit test-lessons
+
+lint: setup
+	$(RUN) -m ruff check .
+
+test-unit: setup
+	$(ONE_THREAD) $(RUN) -m pytest -q -n 2 tests
+
+test-lessons: setup
+	$(ONE_THREAD) TRACKKIT_SCALE=tiny $(RUN) -m pytest -q $(NBVAL) -n 2 --dist loadfile lessons
+
+lab: setup
+	$(RUN) -m jupyter lab --notebook-dir=lessons
+
+lessons: setup
+	$(ONE_THREAD) TRACKKIT_SCALE=tiny $(RUN) -m trackkit lessons build lessons/*.ipynb
+
+samples: setup
+	$(RUN) -m trackkit synth --samples data_samples
+
+benchmarks: setup
+	$(RUN) benchmarks/demo_margin.py
+	$(RUN) benchmarks/sampling_speed.py
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
