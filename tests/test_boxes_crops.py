@@ -123,8 +123,8 @@ def test_boxes_go_into_a_window_and_back(b, side, size, grid):
         back = window.to_frame(window.to_crop(boxes))
         torch.testing.assert_close(back, boxes.contiguous(), rtol=0, atol=1e-6)
     in_float32 = window.to_frame(window.to_crop(b).float())
-    near = b.abs().max() < 500 and side < 500  # float32 has 7 digits: 1e-4 px inside pictures of this size
-    assert not near or (in_float32 - b).abs().max() <= 1e-3
+    near = b.abs().max() < 500 and side < 500  # float32 has 7 digits, enough for pictures of this size
+    assert not near or (in_float32 - b).abs().max() <= 1e-4
 
 
 @given(box, st.floats(1, 3000))
@@ -181,10 +181,12 @@ def test_memory_layout_does_not_change_a_crop(row, size):
 def test_the_crop_moves_with_the_frame(left, top, side, dx, dy):
     canvas = frame_of(160, 160)
     a, b = canvas[:, 40:120, 40:120], canvas[:, 40 + dy : 120 + dy, 40 + dx : 120 + dx]
-    window_a, window_b = windows((left + 20, top + 20, side), size=31), windows((left + 20 - dx, top + 20 - dy, side), size=31)
-    inside = 0 <= left + 20 - dx and left + 20 - dx + side <= 80 and 0 <= top + 20 - dy and top + 20 - dy + side <= 80
-    if inside and left + 20 + side <= 80 and top + 20 + side <= 80:
-        assert torch.equal(cut([a], window_a), cut([b], window_b))
+    x, y = left + 20, top + 20
+    corners = torch.tensor([x, y, x - dx, y - dy])
+    if corners.min() >= 0 and corners.max() + side <= 80:  # both windows inside: no fill colour in the crops
+        assert torch.equal(
+            cut([a], windows((x, y, side), size=31)), cut([b], windows((x - dx, y - dy, side), size=31))
+        )
 
 
 @pytest.mark.parametrize("corner", [(-90, 0), (70, 0), (0, 50), (0, -90), (500, 500)])

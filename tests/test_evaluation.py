@@ -1,4 +1,5 @@
 """GOT-10k's numbers, against hand calculation and a slow second implementation; runs that stop and go on."""
+
 from __future__ import annotations
 
 import math
@@ -60,7 +61,9 @@ def moving(name: str, frames: int, **labels) -> ArraySequence:
 def test_iou_by_hand():
     truth = boxes([0, 0, 10, 10]).repeat(4, 1)
     predicted = boxes([0, 0, 10, 10], [5, 0, 10, 10], [20, 20, 5, 5], [0, 0, 5, 5])
-    assert bounded_iou(predicted, truth, (100, 100)).tolist() == pytest.approx([1, 1 / 3, 0, 1 / 4], abs=1e-12)
+    assert bounded_iou(predicted, truth, (100, 100)).tolist() == pytest.approx(
+        [1, 1 / 3, 0, 1 / 4], abs=1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,7 +97,9 @@ def test_first_frame_and_hidden_frames_do_not_count():
     predicted[0] = boxes([50, 50, 1, 1])
     predicted[2] = boxes([50, 50, 1, 1])
     predicted[4] = boxes([0, 0, 5, 10])
-    assert overlaps(predicted, truth, (99, 99), torch.tensor([8, 8, 0, 1, 8])).tolist() == pytest.approx([1, 1, 0.5])
+    assert overlaps(predicted, truth, (99, 99), torch.tensor([8, 8, 0, 1, 8])).tolist() == pytest.approx(
+        [1, 1, 0.5]
+    )
     assert len(overlaps(predicted, truth, (99, 99), torch.tensor([8, 0, 0, 0, 0]))) == 0
 
 
@@ -183,7 +188,9 @@ def three_videos() -> Videos:
 
 
 def stay(sequence) -> tuple[torch.Tensor, torch.Tensor]:
-    return sequence.boxes_xywh[:1].repeat(len(sequence), 1), torch.full((len(sequence),), 0.1, dtype=torch.float64)
+    return sequence.boxes_xywh[:1].repeat(len(sequence), 1), torch.full(
+        (len(sequence),), 0.1, dtype=torch.float64
+    )
 
 
 def test_three_averages_by_hand():

@@ -1,4 +1,5 @@
 """Costs: counts against closed forms, kernels that hide from the counter, and the clock."""
+
 from __future__ import annotations
 
 import json
@@ -15,7 +16,12 @@ from trackkit.trackers.references import NccTracker, StayTracker
 
 
 def test_siamfc_as_its_specification_counts():
-    assert profile("siamfc") == {"name": "siamfc", "parameters": 2_336_320, "macs": 8_167_095_648, "paper": {}}
+    assert profile("siamfc") == {
+        "name": "siamfc",
+        "parameters": 2_336_320,
+        "macs": 8_167_095_648,
+        "paper": {},
+    }
 
 
 def test_a_profile_is_json_and_unknown_names_are_refused():
@@ -86,7 +92,11 @@ def test_warm_up_is_not_timed_and_frames_are_repeated(monkeypatch):
 
 def test_unusable_requests_are_refused():
     frame = torch.zeros(3, 40, 40, dtype=torch.uint8)
-    for arguments in ({"repeats": 0}, {"frames": [frame, frame]}, {"frames": [frame], "box_xywh": torch.ones(4)}):
+    for arguments in (
+        {"repeats": 0},
+        {"frames": [frame, frame]},
+        {"frames": [frame], "box_xywh": torch.ones(4)},
+    ):
         with pytest.raises(DataError):
             frames_per_second(StayTracker(), **arguments)
 

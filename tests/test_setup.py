@@ -59,7 +59,7 @@ def test_every_import_is_declared():
                 top = module.split(".")[0]
                 standard = top in sys.stdlib_module_names or top == "trackkit"
                 # jupyterlab brings IPython, nbformat and nbclient
-                assert standard or key(names.get(top, top)) in declared | {"ipython", "nbformat", "nbclient", "nbconvert"}, f"{path}: {top}"
+                assert standard or key(names.get(top, top)) in declared | {"ipython", "nbformat", "nbclient", "nbconvert", "traitlets"}, f"{path}: {top}"
 
 
 def test_versions_agree():

@@ -220,7 +220,7 @@ def _synth(
     else:
         changes = {"frames": frames, "width": width, "height": height, "split": split}
         config = worlds.SynthConfig.only(*only, **changes) if only else worlds.SynthConfig(**changes)
-        worlds.write_dataset(out / split, worlds.SynthDataset(config, seed=seed, length=count))
+        worlds.write_dataset(out, split, worlds.SynthDataset(config, seed=seed, length=count))
     print(f"{out}: written; look at it with `trackkit evaluate ncc --data {out}`")
 
 

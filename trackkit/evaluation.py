@@ -1,15 +1,16 @@
-"""One-pass evaluation with GOT-10k's numbers: start from the first box, never help, compare every later frame.
+"""One-pass evaluation with GOT-10k's numbers: start from the first box, never help, compare every frame.
 
     scores = evaluate(tracker, dataset, "results/siamfc", "siamfc")
     scores.ao, scores.sr50, scores.sr75                     # averaged over all frames, as the toolkit does
     print(compare({"siamfc": scores, "stay": others}))
 
 The numbers are those of the official toolkit (got-10k/toolkit, `ExperimentGOT10k.report`; Huang, Zhao, Huang,
-TPAMI 2021), including how it bounds boxes. Two of its habits are not taken over: the size that bounds the boxes
-is that of each frame's image (there: the resolution in meta_info.ini, once for a sequence, which is wrong where
-a video changes its size), and speed is frames divided by time (its biased number is there by another name).
-The server that scores the test split is closed; what is known of it is in its toolkit.
+TPAMI 2021), including how it bounds boxes. Two of its habits are not taken over: the size that bounds the
+boxes is that of each frame's image (there: the resolution in meta_info.ini, once for a sequence, which is
+wrong where a video changes its size), and speed is frames divided by time (its biased number is there by
+another name). The server that scores the test split is closed; what is known of it is in its toolkit.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -28,8 +29,8 @@ from tqdm.auto import tqdm
 from trackkit.errors import DataError
 from trackkit.results import claim, has_results, read_results, write_results
 from trackkit.sequences import Sequence
-from trackkit.tracking import track_many
 from trackkit.trackers.base import Tracker
+from trackkit.tracking import track_many
 
 # numpy's values to the last bit, so that an overlap of exactly a threshold falls on the toolkit's side
 THRESHOLDS = torch.from_numpy(np.linspace(0, 1, 101))
@@ -39,20 +40,20 @@ THRESHOLDS = torch.from_numpy(np.linspace(0, 1, 101))
 
 
 def bounded_iou(predictions_xywh: Tensor, truth_xywh: Tensor, frame_size: tuple[int, int] | Tensor) -> Tensor:
-    """Overlap of each prediction with its truth, both bounded to the frame first: (N, 4), (N, 4) -> (N,), in [0, 1].
+    """Overlap of predictions and truth, both bounded to the frame first: (N, 4), (N, 4) -> (N,), in [0, 1].
 
-    `frame_size` is (width, height), or a tensor (N, 2) where the size changes. The bounding is the toolkit's: the
-    corner is moved into the frame, *then* the size is cut. A box that begins left of the frame is thereby moved,
-    not cropped: x = -10, w = 50 becomes x = 0, w = 50, whose overlap with the visible part (0, w = 40) is 0.8.
-    Unlike the toolkit's, this function leaves its arguments alone.
+    `frame_size` is (width, height), or a tensor (N, 2) where the size changes. The bounding is the toolkit's:
+    the corner is moved into the frame, *then* the size is cut. A box that begins left of the frame is thereby
+    moved, not cropped: x = -10, w = 50 becomes x = 0, w = 50, whose overlap with the visible part (0, w = 40)
+    is 0.8. Unlike the toolkit's, this function leaves its arguments alone.
 
     Raises DataError for shapes that differ or a prediction that is not finite.
     """
     predictions, truth = torch.as_tensor(predictions_xywh).double(), torch.as_tensor(truth_xywh).double()
     if predictions.shape != truth.shape or predictions.ndim != 2 or predictions.shape[1] != 4:
         raise DataError(
-            f"need predictions and truth of the same shape (N, 4), got {tuple(predictions.shape)}, {tuple(truth.shape)}; "
-            "a prediction has a row for every frame, the first included"
+            f"need predictions and truth of the same shape (N, 4), got {tuple(predictions.shape)} and "
+            f"{tuple(truth.shape)}; a prediction has a row for every frame, the first included"
         )
     if not torch.isfinite(predictions).all():
         frame = int((~torch.isfinite(predictions).all(1)).nonzero()[0])
@@ -76,14 +77,16 @@ def overlaps(
 ) -> Tensor:
     """Overlaps of the frames that count: N frames -> (M,), M <= N - 1.
 
-    The first frame does not count, since its box was given; nor do frames with cover 0, in which nothing of the
-    target is visible: whatever is predicted there is neither rewarded nor punished. `cover` is (N,), 0..8. The
-    labels `absent` and `cut` play no part. Otherwise as `bounded_iou`.
+    The first frame does not count, since its box was given; nor do frames with cover 0, in which nothing of
+    the target is visible: whatever is predicted there is neither rewarded nor punished. `cover` is (N,),
+    0..8. The labels `absent` and `cut` play no part. Otherwise as `bounded_iou`.
     """
     all_frames = bounded_iou(predictions_xywh, truth_xywh, frame_size)
     cover = torch.as_tensor(cover)
     if cover.shape != all_frames.shape:
-        raise DataError(f"need one cover value for each of the {len(all_frames)} frames, got shape {tuple(cover.shape)}")
+        raise DataError(
+            f"need a cover value for each of the {len(all_frames)} frames, got shape {tuple(cover.shape)}"
+        )
     return all_frames[1:][cover[1:] > 0]
 
 
@@ -103,8 +106,8 @@ def success_rate(overlaps: Tensor, threshold: float) -> float:
 def success_curve(overlaps: Tensor) -> Tensor:
     """Success rates at the thresholds 0, 0.01, ..., 1 (`THRESHOLDS`): (M,) -> (101,), falling, ends at 0.
 
-    SR0.75 is its entry 75. AO is the mean of the overlaps, which is close to the mean of this curve but not the
-    same number. Raises DataError when there are no overlaps.
+    SR0.75 is its entry 75. AO is the mean of the overlaps, which is close to the mean of this curve but not
+    the same number. Raises DataError when there are no overlaps.
     """
     ordered = _some(overlaps).sort().values
     failures = torch.searchsorted(ordered, THRESHOLDS, right=True)  # overlaps <= threshold
@@ -135,7 +138,9 @@ class Rates:
     def pooled(cls, parts: list[Tensor]) -> Rates:
         """Of all frames of several sequences alike: a long sequence weighs more."""
         pool = torch.cat(parts)
-        return cls(average_overlap(pool), success_rate(pool, 0.5), success_rate(pool, 0.75), len(pool), len(parts))
+        return cls(
+            average_overlap(pool), success_rate(pool, 0.5), success_rate(pool, 0.75), len(pool), len(parts)
+        )
 
     @classmethod
     def mean(cls, rates: list[Rates]) -> Rates:
@@ -146,19 +151,19 @@ class Rates:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a tracker reached on a data set. Three averages of the same overlaps, which differ by several points:
+    """What a tracker reached on a data set: three averages of the same overlaps, which may differ widely.
 
     Attributes:
         name, dataset: of the tracker and the data set.
         ao, sr50, sr75: over all frames of all sequences, as the toolkit reports them. frames: how many.
-        sequence_mean: the mean over sequences. class_mean: the mean over object classes of the mean over their
-            sequences (the paper's mAO, mSR); None if a sequence has no `object_class` in its `meta`.
+        sequence_mean: the mean over sequences. class_mean: the mean over object classes of the mean over
+            their sequences (the paper's mAO, mSR); None if a sequence has no `object_class` in its `meta`.
         curve: success rates at 101 thresholds, over all frames.
         sequences: rates of each sequence. unscored: sequences in which no frame counts.
         attributes: rates over all frames of the sequences that have an attribute.
-        fps: frames / seconds, the first frames included; None without times. The times are those in the result
-            files: in a run of several sequences at once, each one's share. fps_toolkit: the toolkit's number, the
-            mean of 1 / seconds over frames, which a few fast frames push up without limit.
+        fps: frames / seconds, the first frames included; None without times. The times are those in the
+            result files: in a run of several sequences at once, each one's share. fps_toolkit: the toolkit's
+            number, the mean of 1 / seconds over frames, which a few fast frames push up without limit.
     """
 
     name: str
@@ -193,11 +198,13 @@ class Scores:
                 values[key] = tuple(values[key])
             return cls(**values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"not the scores of a tracker ({error}); write them anew with `trackkit evaluate`") from error
+            raise DataError(
+                f"not the scores of a tracker ({error}); make them anew: trackkit evaluate"
+            ) from error
 
 
 def score(dataset, tracks: Iterable[tuple[Tensor, Tensor]], name: str) -> Scores:
-    """Score finished runs: for each sequence of `dataset`, in its order, boxes (N, 4) in pixels and seconds (N,).
+    """Score finished runs: boxes (N, 4) in pixels and seconds (N,) for each sequence of `dataset`, in order.
 
     Raises DataError for a sequence without labels, a wrong number of boxes, or if no frame at all counts.
     """
@@ -258,19 +265,19 @@ def sequence_overlaps(sequence: Sequence, boxes_xywh: Tensor) -> Tensor:
 def evaluate(tracker: Tracker, dataset, results_dir: str | Path, name: str, batch: int = 8) -> Scores | None:
     """Run a tracker on every sequence and score it; None, with a remark, for a data set without labels.
 
-    `results_dir` is the folder of this tracker's results, in GOT-10k's layout (`trackkit.results`). Each sequence
-    is written when it ends, so a run that was cut off goes on where it was: complete results are not computed
-    again, damaged ones are. Scores come from the files alone, hence from boxes rounded to 1/1000 pixel, and
-    are the same whether a run was cut off or not. `batch` sequences are tracked at once. A bar shows the progress
-    on a terminal.
+    `results_dir` is the folder of this tracker's results, in GOT-10k's layout (`trackkit.results`). Each
+    sequence is written when it ends, so a run that was cut off goes on where it was: complete results are not
+    computed again, damaged ones are. Scores come from the files alone, hence from boxes rounded to 1/1000
+    pixel, and are the same whether a run was cut off or not. `batch` sequences are tracked at once. A bar
+    shows the progress on a terminal.
 
     Raises DataError if the folder holds results of another tracker or other weights, or of other videos.
     """
     identity = fingerprint(tracker)
     folder = claim(results_dir, name, identity)
     waiting = [i for i in range(len(dataset)) if not _done(folder, dataset[i])]
-    progress = tqdm(total=len(dataset), initial=len(dataset) - len(waiting), desc=name, unit="sequence", disable=None)
-    with progress:
+    done = len(dataset) - len(waiting)
+    with tqdm(total=len(dataset), initial=done, desc=name, unit="sequence", disable=None) as progress:
         for index, track in track_many(tracker, Subset(dataset, waiting), batch):
             sequence = dataset[waiting[index]]
             write_results(folder, sequence.name, track.boxes_xywh, track.seconds, name, identity)
@@ -278,8 +285,9 @@ def evaluate(tracker: Tracker, dataset, results_dir: str | Path, name: str, batc
     hidden = sum(not dataset[i].labelled for i in range(len(dataset)))
     if hidden:
         print(
-            f"{folder}: results of {len(dataset)} sequences are written. {hidden} of them have no labels beyond the "
-            "first box, so scores need the server: pack the results with trackkit.results.submission_zip and upload them"
+            f"{folder}: results of {len(dataset)} sequences are written. {hidden} of them have no labels "
+            "beyond the first box, so scores need the server: pack the results with "
+            "trackkit.results.submission_zip and upload them"
         )
         return None
     return score_results(folder, dataset, name)
@@ -313,7 +321,7 @@ def _done(folder: Path, sequence: Sequence) -> bool:
         return False
     if (boxes[0] - sequence.boxes_xywh[0]).abs().max() > 1e-3:  # files have 3 decimals
         raise DataError(
-            f"{folder}: the results of {sequence.name} start from another box than {sequence.name} in this data set; "
+            f"{folder}: the results of {sequence.name} start from another box than this data set's sequence; "
             "they are of other videos of that name, so choose another folder"
         )
     return True
@@ -329,15 +337,15 @@ def compare(scores: dict[str, Scores]) -> str:
     """
     _same_data(scores)
     head = ["tracker", "AO", "SR0.50", "SR0.75", "AO/seq", "AO/class", "frames/s"]
-    rows = [
-        [name, _f(s.ao), _f(s.sr50), _f(s.sr75), _f(s.sequence_mean.ao), _f(s.class_mean and s.class_mean.ao),
-         "-" if s.fps is None else f"{s.fps:.1f}"]
-        for name, s in sorted(scores.items(), key=lambda item: -item[1].ao)
-    ]  # fmt: skip
+    rows = []
+    for name, s in sorted(scores.items(), key=lambda item: -item[1].ao):
+        by_class = s.class_mean and s.class_mean.ao
+        speed = "-" if s.fps is None else f"{s.fps:.1f}"
+        rows.append([name, *map(_f, (s.ao, s.sr50, s.sr75, s.sequence_mean.ao, by_class)), speed])
     one = next(iter(scores.values()))
     title = (
-        f"{one.dataset}: {len(one.sequences)} sequences, {one.frames} frames. AO and SR: mean over all frames "
-        "(GOT-10k's toolkit);\nAO/seq: mean over sequences; AO/class: mean over classes of their sequences' mean."
+        f"{one.dataset}: {len(one.sequences)} sequences, {one.frames} frames. AO, SR: over frames, as GOT-10k;\n"
+        "AO/seq: mean over sequences; AO/class: mean over classes of their sequences' mean."
     )
     return f"{title}\n{_table(head, rows)}"
 
@@ -368,8 +376,8 @@ def _same_data(scores: dict[str, Scores]) -> None:
         same = [(s.dataset, {key: r.frames for key, r in s.sequences.items()}) for s in (one, other)]
         if same[0] != same[1]:
             raise DataError(
-                f"{first} was scored on {one.dataset} ({one.frames} frames), {name} on {other.dataset} ({other.frames} "
-                "frames); such numbers cannot be compared, so score both on the same sequences"
+                f"{first} was scored on {one.dataset} ({one.frames} frames), {name} on {other.dataset} "
+                f"({other.frames} frames); such numbers cannot be compared: score both on the same sequences"
             )
 
 
@@ -380,7 +388,7 @@ def _f(value: float | None) -> str:
 def _table(head: list[str], rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = [head, ["-" * width for width in widths], *rows]
+    padded = ([cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)] for line in lines)
     return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
+        "  ".join([line[0].ljust(widths[0]), *cells]) for line, cells in zip(lines, padded, strict=True)
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def read_image(path: str | os.PathLike, reduce: int = 1) -> Tensor:
             if frame is not None:
                 return frame
         with Image.open(path) as image:
-            return _to_frame(_reduced(image, reduce), path)
+            return _to_frame(_reduced(image, reduce))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow's broken PNG
         raise _unreadable(path, error) from error
 
@@ -65,40 +66,46 @@ def encode_jpeg(frame: Tensor, quality: int = 90) -> bytes:
 
 
 def _decode_whole_jpeg(path: str | os.PathLike) -> Tensor | None:
-    """Decode by torchvision: the same pixels as Pillow's in about half the time. None: leave it to Pillow."""
-    import torchvision.io  # slow to import, and reduced or other frames do not need it
+    """Decode by torchvision if it is loaded (timm loads it): the same pixels in about half of Pillow's time.
 
+    None: leave it to Pillow. torchvision is not imported for this: that takes as long as thousands of small frames,
+    and its decoders are to move to another package.
+    """
+    decoder = sys.modules.get("torchvision.io")
+    if not hasattr(decoder, "decode_jpeg"):
+        return None
     data = np.fromfile(path, dtype=np.uint8)
     if data.size == 0:
         return None
     try:
-        return torchvision.io.decode_jpeg(torch.from_numpy(data), mode=torchvision.io.ImageReadMode.RGB)
-    except RuntimeError:  # CMYK, not a JPEG or damaged: Pillow can read the first two and explains the last
+        return decoder.decode_jpeg(torch.from_numpy(data), mode=decoder.ImageReadMode.RGB)
+    except RuntimeError:  # CMYK, not a JPEG or damaged: Pillow reads the first two and explains the last
         return None
 
 
 def _reduced(image: Image.Image, reduce: int) -> Image.Image:
-    if reduce == 1:
-        return image
     width, height = image.size
-    if image.format == "JPEG":  # rounding down makes draft() pick the scale 1/reduce itself
+    if image.format == "JPEG" and reduce > 1:  # rounding down makes draft() pick the scale 1/reduce itself
         image.draft("RGB", (max(width // reduce, 1), max(height // reduce, 1)))
     done = next(r for r in REDUCTIONS if -(-width // r) <= image.width and -(-height // r) <= image.height)
-    if image.mode in ("P", "1", "PA"):  # palette numbers must not be averaged
+    if image.mode.startswith("I"):
+        image = _upper_bits(image)
+    elif image.mode in ("P", "PA", "1"):  # palette numbers must not be averaged
         image = image.convert("RGB")
     return image if done == reduce else image.reduce(reduce // done)
 
 
-def _to_frame(image: Image.Image, path: str | os.PathLike) -> Tensor:
-    if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow's own conversion would clip at 255
-        pixels = np.asarray(image).astype(np.int64)
-        if pixels.min() < 0 or pixels.max() > 0xFFFF:
-            raise DataError(f"{path}: integers outside 0..65535; save the frame with 8 or 16 bits a channel")
-        grey = torch.from_numpy((pixels >> 8).astype(np.uint8))
-        return grey[..., None].repeat(1, 1, 3).permute(2, 0, 1)
+def _upper_bits(image: Image.Image) -> Image.Image:
+    """16-bit greyscale to 8 bits; Pillow's own conversion clips at 255."""
+    pixels = np.asarray(image)
+    if pixels.min() < 0 or pixels.max() > 0xFFFF:
+        raise OSError("it has integers outside 0..65535; save it with 8 or 16 bits a channel")
+    return Image.fromarray((pixels >> 8).astype(np.uint8))
+
+
+def _to_frame(image: Image.Image) -> Tensor:
     if image.mode == "F":
-        raise DataError(f"{path}: floating-point pixels have no fixed range; save it with 8 or 16 bits a channel")
-    image.load()
+        raise OSError("floating-point pixels have no fixed range; save it with 8 or 16 bits a channel")
     pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 

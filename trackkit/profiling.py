@@ -1,4 +1,5 @@
 """What a tracker costs: parameters, multiply-accumulates and frames per second, each by a stated rule."""
+
 from __future__ import annotations
 
 import time
@@ -18,9 +19,9 @@ from trackkit.trackers.base import Tracker
 def profile(name: str) -> dict:
     """Cost of the tracker called `name` as {"name", "parameters", "macs", "paper"}.
 
-    `parameters` and `macs` are counted as the tracker's paper counts them, and `paper` holds the numbers that it
-    prints, for comparison ({} if none). Papers differ in what they leave out, so a tracker that is to be compared
-    has a method `profile()` that returns these three entries; without one it is counted by `count`.
+    `parameters` and `macs` are counted as the tracker's paper counts them, and `paper` holds the numbers that
+    it prints, for comparison ({} if none). Papers differ in what they leave out, so a tracker that is to be
+    compared has a method `profile()` that returns these three entries; without one it is counted by `count`.
 
     Raises TrackkitError for an unknown name.
     """
@@ -30,7 +31,7 @@ def profile(name: str) -> dict:
 
 
 def count(tracker: Tracker) -> dict[str, int]:
-    """{"parameters", "macs"}: all parameters, and `macs` of one tracked frame (not the first) of one sequence."""
+    """{"parameters", "macs"}: all parameters, and `macs` of one tracked frame, not the first."""
     frame, box = _example()
     state = tracker.eval().start([frame], box)
     return {"parameters": parameters(tracker), "macs": macs(lambda: tracker.step(state, [frame]))}
@@ -42,11 +43,12 @@ def parameters(module: nn.Module) -> int:
 
 
 def macs(function: Callable[[], object]) -> int:
-    """Multiply-accumulates that a call of `function` does in convolutions and matrix products, attention included.
+    """Multiply-accumulates of a call of `function`: convolutions and matrix products, attention included.
 
-    One multiply-accumulate is two floating-point operations; papers call either of the two a FLOP. Additions of
-    biases, norms, activations, softmax and interpolation are not counted. The fused attention kernels of the CPU
-    and nn.MultiheadAttention's fast path are invisible to torch's counter, so both are switched off meanwhile.
+    One multiply-accumulate is two floating-point operations; papers call either of the two a FLOP. Additions
+    of biases, norms, activations, softmax and interpolation are not counted. The fused attention kernels of
+    the CPU and nn.MultiheadAttention's fast path are invisible to torch's counter, so both are switched off
+    meanwhile.
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -77,8 +79,8 @@ class Speed:
 
     def __str__(self) -> str:
         return (
-            f"{self.fps:.1f} frames/s ({self.milliseconds:.2f} ms a step of {self.batch}, median of {self.frames}; "
-            f"{self.device}, {self.threads} CPU threads, {self.precision})"
+            f"{self.fps:.1f} frames/s ({self.milliseconds:.2f} ms a step of {self.batch}, median of "
+            f"{self.frames}; {self.device}, {self.threads} CPU threads, {self.precision})"
         )
 
 
@@ -92,15 +94,15 @@ def frames_per_second(
 ) -> Speed:
     """Time the steps of a tracker: cropping, network and decoding of the box, not the reading of frames.
 
-    `frames` are consecutive images, uint8 (3, H, W), the first with the target at `box_xywh` (4,), pixels; they are
-    repeated as needed. None: noise of 640x480 with a target of 100x80. `warm_up` steps are not timed. The clock is
-    read when the device has finished its work. On a GPU the transfer of the frame is part of the step. `batch`
-    copies of the sequence are tracked at once.
+    `frames` are consecutive images, uint8 (3, H, W), the first with the target at `box_xywh` (4,), pixels;
+    they are repeated as needed. None: noise of 640x480 with a target of 100x80. `warm_up` steps are not
+    timed. The clock is read when the device has finished its work. On a GPU the transfer of the frame is part
+    of the step. `batch` copies of the sequence are tracked at once.
 
     Raises DataError for counts below 1, frames without a box, or a box outside the first frame.
     """
     if min(repeats, batch) < 1 or warm_up < 0:
-        raise DataError(f"repeats and batch must be at least 1, warm_up at least 0; got {repeats}, {batch}, {warm_up}")
+        raise DataError(f"need repeats and batch >= 1, warm_up >= 0; got {repeats}, {batch} and {warm_up}")
     if (frames is None) != (box_xywh is None):
         raise DataError("give both frames and the first box, or neither")
     if frames is None:

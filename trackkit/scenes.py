@@ -7,9 +7,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trackkit.textures import (
-    ALPHA, MASK, ONES, SINE_FIXED, SPRITE, SPRITE_LEVELS, Floats, Ints, Lanes, bilinear, cosine, mix, noise_tape,
-    sine, texture,
-)  # fmt: skip
+    ALPHA,
+    MASK,
+    ONES,
+    SINE_FIXED,
+    SPRITE,
+    SPRITE_LEVELS,
+    Ints,
+    Lanes,
+    bilinear,
+    circle,
+    mix,
+    noise_tape,
+    texture,
+)
 from trackkit.worlds import World
 
 BLUR_TAPS = 8
@@ -122,10 +133,9 @@ class Scene(World):
         levels = self._backdrop.levels
         level = _level((m[0] * m[4] - m[1] * m[3]) * step * step, len(levels))
         n = 512 >> level
-        u, v = _grid([k / (1 << level) for k in m], left, top, step, 0, 0, width, height)
-        u &= (n << 16) - 1
-        v &= (n << 16) - 1
-        return bilinear(levels[level].ravel(), n + 1, u, v)
+        uv = _grid([k / (1 << level) for k in m], left, top, step, 0, 0, width, height)
+        uv &= (n << 16) - 1
+        return bilinear(levels[level].ravel(), n + 1, uv)
 
     def _part_at(self, part: int, t: int, left: float, top: float, step: float, x0: int, y0: int, x1: int, y1: int
                  ) -> Lanes:  # fmt: skip
@@ -137,20 +147,19 @@ class Scene(World):
         texels = [k * half for k in m]
         texels[2] += half
         texels[5] += half
-        u, v = _grid(texels, left, top, step, x0, y0, x1, y1)
+        uv = _grid(texels, left, top, step, x0, y0, x1, y1)
         if self._bent_parts[part]:
             waves, centre = _fixed(self._bend_waves[part]), (n << 15) - 32768
             # texels in 16.16 times waves in 0.16, to steps of 1/4096 turn; half a sprite is one unit
             down = 16 + 16 + (SPRITE.bit_length() - 2 - level) - 12
             first, second = (int(phase * 4096) for phase in self._bend_phase[:, part, t].tolist())
             p, q = (_fixed(amount * half) for amount in self._bend[:, part, t].tolist())
+            u, v = uv
             v -= (SINE_FIXED.take((((u - centre) * waves >> down) + second) & 4095) * q) >> 12
             u -= (SINE_FIXED.take((((v - centre) * waves >> down) + first) & 4095) * p) >> 12
-        last = ((n - 1) << 16) - 1
-        for k in (u, v):
-            np.maximum(k, 0, out=k)
-            np.minimum(k, last, out=k)
-        return bilinear(self._sprite(part, level, t), n, u, v)
+        np.maximum(uv, 0, out=uv)
+        np.minimum(uv, ((n - 1) << 16) - 1, out=uv)
+        return bilinear(self._sprite(part, level, t), n, uv)
 
     def _sprite(self, part: int, level: int, t: int) -> Lanes:
         body, slot = self.bodies[self._owner[part]], self._slot[part]
@@ -181,8 +190,7 @@ class Scene(World):
             canvas = mix(canvas, grey * ONES, self._grey)
         if self._shadow_depth:
             height, width = canvas.shape
-            turn, span = np.array([self._shadow_turn]), 0.25 * max(self.size)
-            c, d = cosine(turn)[0] / span, sine(turn)[0] / span
+            c, d = (float(k) / (0.25 * max(self.size)) for k in circle(np.array(self._shadow_turn)))
             e = 0.5 - 2 * float(self._shadow_at[t]) - 0.5 * (c * self.size[0] + d * self.size[1])
             ramp = _grid([c, d, e, 0, 0, 0], left, top, step, 0, 0, width, height)[0]
             weight = 256 - ((np.clip(ramp, 0, 65536) * self._shadow_depth) >> 16)
@@ -216,17 +224,17 @@ def _level(area: float, levels: int) -> int:
     return level
 
 
-def _grid(m: list[float], left: float, top: float, step: float, x0: int, y0: int, x1: int, y1: int
-          ) -> tuple[Ints, Ints]:  # fmt: skip
-    """Where the pixels x0..x1, y0..y1 of a grid look in a texture: 16.16 texel indices u, v (rows, columns).
+def _grid(m: list[float], left: float, top: float, step: float, x0: int, y0: int, x1: int, y1: int) -> Ints:
+    """Where the pixels x0..x1, y0..y1 of a grid look in a texture: texel indices u, v (2, rows, columns), 16.16.
 
     m = (a, b, e, c, d, f) maps frame pixels to texels; texel k has its centre at k + 0.5.
     """
+    a, b, e, c, d, f = m
     x, y = left + (x0 + 0.5) * step, top + (y0 + 0.5) * step
-    column, row = np.arange(x1 - x0), np.arange(y1 - y0)[:, None]
-    u = column * _fixed(m[0] * step) + (row * _fixed(m[1] * step) + _fixed(m[0] * x + m[1] * y + m[2] - 0.5))
-    v = column * _fixed(m[3] * step) + (row * _fixed(m[4] * step) + _fixed(m[3] * x + m[4] * y + m[5] - 0.5))
-    return u, v
+    across = np.array([[[_fixed(a * step)]], [[_fixed(c * step)]]]) * np.arange(x1 - x0)
+    down = np.array([[[_fixed(b * step)]], [[_fixed(d * step)]]]) * np.arange(y1 - y0)[:, None]
+    down += np.array([[[_fixed(a * x + b * y + e - 0.5)]], [[_fixed(c * x + d * y + f - 0.5)]]])
+    return across + down
 
 
 def _unpack(canvas: Lanes) -> Image:

@@ -186,10 +186,10 @@ class SynthDataset:
 SAMPLES: dict[str, dict[str, tuple[tuple[str, ...], int]]] = {
     "train": {f"{number:03d}": ((), number) for number in range(1, 5)},
     "val": {
-        "occlusion": (("occlusion",), 1),
-        "distractors": (("distractors",), 2),
-        "scale": (("scale",), 3),
-        "fast": (("fast",), 4),
+        "occlusion": (("occlusion",), 20),
+        "distractors": (("distractors",), 27),
+        "scale": (("scale",), 26),
+        "fast": (("fast",), 21),
         "illumination": (("illumination",), 5),
         "deformation": (("deformation",), 6),
         "articulation": (("articulation",), 7),
@@ -197,8 +197,8 @@ SAMPLES: dict[str, dict[str, tuple[tuple[str, ...], int]]] = {
         "rotation": (("rotation", "aspect"), 9),
         "blur": (("blur", "noise"), 10),
         "clutter": (("clutter", "camera"), 11),
-        "appearance": (("appearance",), 12),
-        "out_of_view": (("out_of_view",), 13),
+        "appearance": (("appearance",), 24),
+        "out_of_view": (("out_of_view",), 25),
     },
     "test": {
         "crowd": (("articulation", "distractors", "occlusion"), 1),
@@ -208,8 +208,9 @@ SAMPLES: dict[str, dict[str, tuple[tuple[str, ...], int]]] = {
         "hidden": (("low_contrast", "deformation", "clutter"), 5),
     },
 }
-BASELINE = {"motion": 0.45, "camera": 0.3, "scale": 0.25, "aspect": 0.2, "rotation": 0.08, "clutter": 0.3}
-SAMPLE_FRAMES, SAMPLE_QUALITY = 40, 70
+BASELINE = {"motion": 0.49, "camera": 0.3, "scale": 0.35, "aspect": 0.3, "rotation": 0.12, "clutter": 0.3,
+            "illumination": 0.15}  # fmt: skip
+SAMPLE_FRAMES, SAMPLE_QUALITY = 40, 62
 
 
 def sample(split: str, key: str) -> SynthSequence:

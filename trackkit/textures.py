@@ -10,6 +10,7 @@ weighs all four channels: bilinear sampling and blending need no loop over chann
 """
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -35,19 +36,24 @@ class Draw:
 
     def __init__(self, *key: int):
         self._bits = np.random.PCG64(np.random.SeedSequence(key))
+        self._words: list[int] = []
+
+    def _word(self) -> int:
+        if not self._words:
+            self._words = (self._bits.random_raw(128) >> np.uint64(11)).tolist()
+        return self._words.pop()
 
     def unit(self, *shape: int) -> Floats:
         """Uniform float64 in [0, 1), of the given shape."""
-        count = int(np.prod(shape, dtype=np.int64))
-        return ((self._bits.random_raw(count) >> np.uint64(11)) * (1.0 / (1 << 53))).reshape(shape)
+        return (self._bits.random_raw(math.prod(shape)) >> np.uint64(11)).reshape(shape) * 2.0**-53
 
     def between(self, low: float, high: float) -> float:
         """One number in [low, high)."""
-        return low + (high - low) * ((self._bits.random_raw() >> 11) * (1.0 / (1 << 53)))
+        return low + (high - low) * (self._word() * 2.0**-53)
 
     def below(self, count: int) -> int:
         """One integer in 0 .. count - 1."""
-        return int(self._bits.random_raw() >> 11) * count >> 53
+        return self._word() * count >> 53
 
 
 def _sine_table() -> Floats:
@@ -69,9 +75,10 @@ def sine(turns: Floats) -> Floats:
     return SINE[np.floor(turns * 4096 + 0.5).astype(np.int64) & 4095]
 
 
-def cosine(turns: Floats) -> Floats:
-    """Cosine of an angle in turns."""
-    return sine(turns + 0.25)
+def circle(turns: Floats) -> tuple[Floats, Floats]:
+    """Cosine and sine of an angle in turns, from the same table."""
+    step = np.floor(turns * 4096 + 0.5).astype(np.int64)
+    return SINE[(step + 1024) & 4095], SINE[step & 4095]
 
 
 def spline(control: Floats, interval: int, frames: int) -> Floats:
@@ -107,14 +114,16 @@ def halve(lanes: Lanes) -> Lanes:
     return ((total + np.uint64(0x0002000200020002)) >> np.uint64(2)) & MASK
 
 
-def bilinear(flat: Lanes, stride: int, u: Ints, v: Ints) -> Lanes:
-    """Sample a texture of `stride` columns, stored flat, at 16.16 fixed-point texel coordinates.
+def bilinear(flat: Lanes, stride: int, uv: Ints) -> Lanes:
+    """Sample a texture of `stride` columns, stored flat, at texel coordinates u, v (2, rows, columns), 16.16.
 
-    The caller keeps u and v inside, with one column and one row to spare.
+    The caller keeps them inside, with one column and one row to spare.
     """
-    at = (v >> 16) * stride + (u >> 16)
-    fx, fy = ((u >> 12) & 15).view(np.uint64), ((v >> 12) & 15).view(np.uint64)
-    gx, gy = 16 - fx, 16 - fy
+    whole = uv >> 16
+    at = whole[1] * stride
+    at += whole[0]
+    share = ((uv >> 12) & 15).view(np.uint64)
+    (fx, fy), (gx, gy) = share, 16 - share
     upper = flat.take(at) * gx
     upper += flat[1:].take(at) * fx
     lower = flat[stride:].take(at) * gx
@@ -172,7 +181,7 @@ def dead_leaves(
     ground = min(leaves // 4, int(3 * n * n / (large * large)) + 4)
     radius[:ground] = large * (0.5 + 0.5 * u[:ground, 0])  # large ones at the bottom cover the ground
     thin = 0.35 + 0.65 * u[:, 1]
-    cos, sin = cosine(u[:, 2]), sine(u[:, 2])
+    cos, sin = circle(u[:, 2])
     centre = np.floor(u[:, 3:5] * n)
     for leaf in range(leaves):
         r = radius[leaf]
@@ -274,8 +283,8 @@ class Shape:
     """An outline inside the square from -1 to 1, drawn on a sprite.
 
     outline: (OUTLINE, 2) vertices. points: (N, 2) inside it, evenly spread, and so are the first n of them.
-    area: its area, of 4. inside: (SPRITE, SPRITE) bool. For each level: alpha (n, n), already in its lane, and shade (n, n), a
-    weight 0..256 that rounds the object off.
+    area: its area, of 4. inside: (SPRITE, SPRITE) bool. For each level: alpha (n, n), already in its lane,
+    and shade (n, n), a weight 0..256 that rounds the object off.
     """
 
     outline: Floats
@@ -304,7 +313,7 @@ def shape(bank: int, index: int) -> Shape:
     """Outline `index` of a bank: wavy blobs, rounded boxes, and mixtures. 0..7 are plain (limbs, poles)."""
     draw = Draw(13, bank, index)
     turns = np.arange(1024) / 1024
-    c, s = cosine(turns), sine(turns)
+    c, s = circle(turns)
     box = 1 / np.sqrt(np.sqrt(c * c * c * c + s * s * s * s))  # superellipse of order 4
     wave = np.ones(1024)
     if index >= 8:
@@ -323,8 +332,8 @@ def shape(bank: int, index: int) -> Shape:
     away = np.sqrt(x * x + y * y)
     edge = radius[np.floor(_angle(x, y) * 1024).astype(np.int64) & 1023]
     cover = np.clip((edge - away) * (SPRITE / 4) + 0.5, 0, 1)  # the edge is two texels soft
-    tilt = draw.between(0, 1)
-    lit = cosine(np.array([tilt]))[0] * x + sine(np.array([tilt]))[0] * y
+    tilt = circle(np.array(draw.between(0, 1)))
+    lit = tilt[0] * x + tilt[1] * y
     inner = np.minimum(away / edge, 1)
     dark = draw.between(20, 90) * inner * inner * inner + draw.between(10, 60) * (1 - lit) * 0.5
     alpha = np.floor(cover * 255 + 0.5).astype(np.uint64) << ALPHA

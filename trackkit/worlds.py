@@ -4,83 +4,32 @@
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
+from trackkit.bodies import RIGID, SKELETONS, Body, Part
 from trackkit.textures import (
-    BACKGROUNDS, OUTLINE, SHAPES, SPRITE, TEXTURES, Draw, Floats, Ints, background, cosine, pack, shape, sine,
-    spline, texture,
-)  # fmt: skip
+    BACKGROUNDS,
+    OUTLINE,
+    SHAPES,
+    SPRITE,
+    TEXTURES,
+    Draw,
+    Floats,
+    Ints,
+    Shape,
+    background,
+    circle,
+    pack,
+    shape,
+    sine,
+    spline,
+    texture,
+)
 
 SLOW, QUICK = 8, 3  # frames between the control points of smooth and of jerky motion
 POINTS = 300  # points that measure how much of the target is visible
 PIECE = 97  # where the piece of a texture that a sprite wears may begin, in texels
-
-@dataclass(frozen=True)
-class Part:
-    """One rigid piece of a body, hinged at (x, y) in the body's square from -1 to 1.
-
-    It reaches `length` from the hinge along `turn` (turns, 0.25 is down) and is `width` wide to each side of
-    that line; it swings by up to `swing` turns, `phase` turns of the body's rhythm behind.
-    """
-
-    x: float
-    y: float
-    length: float
-    width: float
-    turn: float = 0.25
-    swing: float = 0.0
-    phase: float = 0.0
-    plain: bool = True  # a limb or a trunk rather than a wavy blob
-    dress: int = 0  # parts with the same number share a texture
-
-
-# Their parts are drawn from the first to the last.
-SKELETONS: dict[str, tuple[Part, ...]] = {
-    "walker": (
-        Part(0.05, -0.5, 0.75, 0.12, 0.25, 0.12, 0.5, dress=1),
-        Part(0.05, 0.0, 1.0, 0.15, 0.25, 0.09, 0.0, dress=2),
-        Part(-0.05, 0.0, 1.0, 0.15, 0.25, 0.09, 0.5, dress=2),
-        Part(0.0, -0.62, 0.78, 0.3, 0.25, 0.015, 0.0, dress=1),
-        Part(0.0, -0.55, 0.42, 0.2, 0.75, 0.03, 0.2, dress=3),
-        Part(-0.05, -0.5, 0.75, 0.12, 0.25, 0.12, 0.0, dress=1),
-    ),
-    "quadruped": (
-        Part(0.55, 0.0, 0.8, 0.12, 0.25, 0.08, 0.4),
-        Part(-0.55, 0.0, 0.8, 0.12, 0.25, 0.08, 0.9),
-        Part(-0.75, -0.2, 0.55, 0.09, 0.55, 0.1, 0.3, dress=1),
-        Part(-0.85, -0.1, 1.7, 0.36, 0.0, 0.01, 0.0),
-        Part(0.6, -0.2, 0.55, 0.26, 0.9, 0.05, 0.6, dress=1),
-        Part(0.45, 0.0, 0.8, 0.12, 0.25, 0.08, 0.0),
-        Part(-0.45, 0.0, 0.8, 0.12, 0.25, 0.08, 0.5),
-    ),
-    "flier": (
-        Part(0.1, 0.0, 0.95, 0.32, 0.88, 0.12, 0.0, plain=False),
-        Part(-0.1, 0.0, 0.95, 0.32, 0.62, 0.12, 0.5, plain=False),
-        Part(0.0, -0.55, 1.1, 0.26, 0.25, 0.02, 0.3, dress=1),
-    ),
-    "chain": (
-        Part(0.0, -0.95, 0.8, 0.24, 0.25, 0.09, 0.0),
-        Part(0.0, -0.35, 0.8, 0.3, 0.25, 0.11, 0.3),
-        Part(0.0, 0.2, 0.75, 0.24, 0.25, 0.13, 0.6, dress=1),
-    ),
-}
-RIGID = (Part(0.0, -1.0, 2.0, 1.0, plain=False),)
-
-
-@dataclass
-class Body:
-    """A thing in the world: what it looks like. Where it is lies in the world's arrays, part by part."""
-
-    role: str  # clutter, distractor, target or occluder
-    skeleton: tuple[Part, ...]
-    shapes: list[int]
-    textures: list[tuple[int, int, int]]  # per part: texture, left and top of the piece it wears
-    later: list[tuple[int, int, int]]  # what it wears in the end, under the dial `appearance`
-    tint: np.uint64
-    tint_weight: np.uint64
 
 
 def _swell(x: Floats) -> Floats:
@@ -141,13 +90,13 @@ class World:
         return bodies
 
     def _choose(self, draw: Draw) -> int:
-        """The target's texture: of three, the one least like the background, or most like it in dull worlds."""
+        """The target's texture: of three, the one least like the background; in dull worlds the middle one."""
         def distance(which: int) -> int:
             pair = zip(texture(self.config.bank, which).mean, self._backdrop.mean, strict=True)
             return sum(abs(a - b) for a, b in pair)
 
         choice = [draw.below(TEXTURES) for _ in range(3)]
-        return (min if self.strengths["low_contrast"] > 0.3 else max)(choice, key=distance)
+        return sorted(choice, key=distance)[1 if self.strengths["low_contrast"] > 0.3 else 2]
 
     def _body(self, role: str, draw: Draw, skeleton: tuple[Part, ...], wears: int) -> Body:
         def dresses(first: int) -> list[tuple[int, int, int]]:
@@ -203,7 +152,8 @@ class World:
         self._join(u, slow, angle, half_w, half_h, centre)
         # The background, from frame to texels.
         k = draw.between(0.75, 1.4)
-        c, d = cosine(roll) * k / zoom, -sine(roll) * k / zoom
+        c, d = circle(-roll)
+        c, d = c * k / zoom, d * k / zoom
         x, y = (self.size[axis] / 2 + self._camera[axis] for axis in (0, 1))
         left, top = draw.between(0, 512), draw.between(0, 512)
         self._to_backdrop = np.stack([c, -d, left - c * x + d * y, d, c, top - d * x - c * y])
@@ -214,7 +164,7 @@ class World:
         s, count, frames, target = self.strengths, len(self.bodies), self.frames, self.target
         middle = np.array([[self.size[0] / 2], [self.size[1] / 2]])
         self._camera = min(self.size) * (0.3 * s["camera"] * slow[count, :2] + 0.05 * s["fast"] * quick[2:])
-        c, d = cosine(roll) * zoom, sine(roll) * zoom
+        c, d = (k * zoom for k in circle(roll))
 
         def view(place: Floats) -> Floats:  # (..., 2, T): the camera turns and zooms about the frame's middle
             x, y = place[..., 0, :] - middle[0], place[..., 1, :] - middle[1]
@@ -236,14 +186,15 @@ class World:
         for body in np.nonzero(roles == "distractor")[0]:
             away = u[body, 5] + 0.12 * slow[body, 3]
             far = size * (2.1 + 1.5 * u[body, 6])
-            centre[body] = seen + far * np.stack([cosine(away), sine(away)])
+            centre[body] = seen + far * np.stack(circle(away))
             centre[body] += (0.5 + 0.5 * u[body, 7]) * size * near * slow[body, :2]
         occluders = np.nonzero(roles == "occluder")[0]
         for k, body in enumerate(occluders):  # each crosses the target's path at a moment of its own
             moment = (0.35 + 0.45 * (k + u[body, 5]) / len(occluders)) * (frames - 1)
             extent = half[:, body].max(-1) + half[:, target].max(-1)
-            ahead = np.concatenate([cosine(u[body, 6:7]), sine(u[body, 6:7])])
-            aside = np.array([-ahead[1], ahead[0]]) * (0.9 * size * (1 - s["occlusion"]) * (1 if u[body, 8] < 0.5 else -1))
+            ahead = np.array(circle(u[body, 6]))
+            miss = 0.9 * size * (1 - s["occlusion"]) * (1 if u[body, 8] < 0.5 else -1)
+            aside = np.array([-ahead[1], ahead[0]]) * miss
             clear = 1.3 * np.sqrt(extent[0] * extent[0] + extent[1] * extent[1])  # not in the way at first
             speed = max(clear / max(moment, 1.0), size * (0.1 + 0.12 * u[body, 7]))
             meet = (seen[:, int(moment)] + aside)[:, None]
@@ -263,7 +214,7 @@ class World:
     def _join(self, u: Floats, slow: Floats, angle: Floats, half_w: Floats, half_h: Floats, centre: Floats) -> None:
         """Maps between the frame and every part's square, (6, P, T): x' = a u + b v + e, y' = c u + d v + f."""
         s, own, frames = self.strengths, self._owner, np.arange(self.frames)
-        cos, sin = cosine(angle), sine(angle)
+        cos, sin = circle(angle)
         a, b, e = (cos * half_w)[own], (-sin * half_h)[own], centre[own, 0]
         c, d, f = (sin * half_w)[own], (cos * half_h)[own], centre[own, 1]
         parts = [part for body in self.bodies for part in body.skeleton]
@@ -273,7 +224,8 @@ class World:
         beat = (u[:, 9:10] + (0.05 + 0.07 * u[:, 10:11]) * frames)[own] + phase
         turn = turn + swing * s["articulation"] * (0.7 + 0.3 * slow[:-1, 6])[own] * sine(beat) - 0.25
         # A part's own axes: u across, v from the hinge outwards.
-        pa, pb, pc, pd = cosine(turn) * width, -sine(turn) * length / 2, sine(turn) * width, cosine(turn) * length / 2
+        cos, sin = circle(turn)
+        pa, pb, pc, pd = cos * width, -sin * length / 2, sin * width, cos * length / 2
         whole = length == 2  # a body of one part turns about its middle
         pe, pf = np.where(whole, 0.0, x + 0.85 * pb), np.where(whole, 0.0, y + 0.85 * pd)
         m = np.stack([a * pa + b * pc, a * pb + b * pd, a * pe + b * pf + e,
@@ -294,7 +246,7 @@ class World:
 
     # --- labels -------------------------------------------------------------------------------------
 
-    def _shape(self, part: int):
+    def _shape(self, part: int) -> Shape:
         return shape(self.config.bank, self.bodies[self._owner[part]].shapes[self._slot[part]])
 
     def _place(self, parts: Ints, points: Floats) -> Floats:
@@ -339,7 +291,8 @@ class World:
         share = np.floor(area[:, None] * np.ones(each) * (1e6 / (area.sum() * each))).astype(np.int64)
         if len(parts) > 1:
             m = self._to_part[:, parts, 0][..., None, None]
-            u, v = m[0] * points[0, :, 0] + m[1] * points[1, :, 0] + m[2], m[3] * points[0, :, 0] + m[4] * points[1, :, 0] + m[5]
+            x, y = points[:, :, 0]
+            u, v = m[0] * x + m[1] * y + m[2], m[3] * x + m[4] * y + m[5]
             under = u * u * u * u + v * v * v * v < 0.6  # (later part, part, point), as if all were plain
             later = np.arange(len(parts))[:, None] > np.arange(len(parts))
             share[(under & later[..., None]).any(0)] = 0

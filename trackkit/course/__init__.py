@@ -6,9 +6,8 @@ ipywidgets, nbclient) are imported when they are first needed.
 from __future__ import annotations
 
 from trackkit.course.checks import check
+from trackkit.course.drawing import animation, draw_boxes
 from trackkit.course.figures import (
-    animation,
-    draw_boxes,
     figure_curves,
     figure_frames,
     figure_heatmap,

@@ -27,14 +27,18 @@ class LessonError(TrackkitError):
     """A lesson that cannot be built or handed out; the message names the cell."""
 
 
-def student(path: str | Path, out: str | Path) -> Path:
-    """Write the version of a lesson that learners get to `out` and return its path.
+def student(path: Path, out: Path, /) -> Path:
+    """Write the version of a lesson that learners get, and return its path.
 
     As nbgrader's generate_assignment: what stands between BEGIN SOLUTION and END SOLUTION becomes a stub with the
     same indentation, a solution cell without markers becomes a stub as a whole, what stands between BEGIN HIDDEN
     TESTS and END HIDDEN TESTS goes, outputs go, and graded cells cannot be deleted or (tests) edited.
 
     Raises LessonError for unbalanced markers or markers in a cell without the metadata for them.
+
+    Args:
+        path: the lesson.
+        out: the notebook to write.
     """
     out = Path(out)
     notebook = nbformat.read(path, as_version=4)
@@ -54,15 +58,32 @@ def student(path: str | Path, out: str | Path) -> Path:
     return out
 
 
-def start(lesson: str | Path, folder: str | Path = "work") -> Path:
-    """Give a learner a copy of a lesson to work on, as `folder`/<same name>; returns its path.
+def start(lesson: str, folder: Path = Path("work"), /) -> Path:
+    """Give a learner a copy of a lesson to work on, under its own name; prints and returns its path.
 
-    Raises LessonError if the copy is already there, so that no work is lost.
+    Raises LessonError if there is no such lesson, or if the copy is already there, so that no work is lost.
+
+    Args:
+        lesson: its number, such as 01, or a notebook.
+        folder: where the copy goes.
     """
-    out = Path(folder) / Path(lesson).name
+    path = _numbered(int(lesson)) if str(lesson).isdigit() else Path(lesson)
+    if not path.is_file():
+        raise LessonError(f"there is no lesson {path}")
+    out = Path(folder) / path.name
     if out.exists():
         raise LessonError(f"{out} is already there; open it, or move it away to start anew")
-    return student(lesson, out)
+    print(f"{student(path, out)} is yours: jupyter lab {out}")
+    return out
+
+
+def _numbered(number: int) -> Path:
+    folder = Path(__file__).parents[2] / "lessons"
+    for path in sorted(folder.glob("[0-9][0-9]_*.ipynb")):
+        if int(path.name[:2]) == number:
+            return path
+    known = ", ".join(path.name[:2] for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))) or "none"
+    raise LessonError(f"{folder} has no lesson {number:02d}; there are: {known}")
 
 
 def student_source(cell: NotebookNode) -> str:

@@ -1,8 +1,8 @@
-"""Build lessons: run a notebook and write it back in the one form in which it is committed.
+"""The notebook tools; `trackkit lessons build | check | student | start` calls them.
 
-A lesson's .ipynb is its source, its test (strict nbval) and its assignment (nbgrader's cell metadata). Beside
-`build` this module gives the other notebook tools by name: `lint` finds what will break, `student` takes the
-solutions out, `start` gives a learner a copy to work on, `solution_cells` and `same_code` serve the tests.
+A lesson's .ipynb is its source, its test (strict nbval) and its assignment (nbgrader's cell metadata). `build`
+runs a notebook and writes it back in the one form in which it is committed, `check` finds what will break,
+`student` takes the solutions out, `start` gives a learner a copy to work on.
 """
 from __future__ import annotations
 
@@ -12,29 +12,71 @@ from datetime import datetime
 from pathlib import Path
 
 import nbformat
+import tyro
 from nbformat import NotebookNode
 
 from trackkit.course.assignments import LessonError, clear, same_code, solution_cells, start, student, write
 from trackkit.course.lint import Finding, findings, lint
 
-__all__ = ["Finding", "LessonError", "build", "lint", "normalise", "same_code", "solution_cells", "start", "student"]
+__all__ = [
+    "Finding",
+    "LessonError",
+    "build",
+    "check",
+    "lint",
+    "normalise",
+    "same_code",
+    "solution_cells",
+    "start",
+    "student",
+]
 
 # One thread and the tiny scale: what strict nbval and CI use too, so outputs agree to the printed digit.
 ENVIRONMENT = {"TRACKKIT_SCALE": "tiny", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
 
 
-def build(path: str | Path, timeout: int = 120) -> float:
-    """Run a lesson in a fresh kernel and write it back in normal form; returns the seconds its cells took.
+def build(*paths: tyro.conf.Positional[Path], timeout: int = 120) -> None:
+    """Run lessons in fresh kernels and write them back in normal form; prints a line for each.
 
-    The kernel works in the lesson's folder at TRACKKIT_SCALE=tiny with one thread; `timeout` seconds are allowed
-    for each cell. The file is replaced only if all went well.
+    A kernel works in the lesson's folder at TRACKKIT_SCALE=tiny with one thread. A file is replaced only if all
+    went well. Raises LessonError when a cell fails, or when the result has findings of `lint`.
 
-    Raises LessonError when a cell fails, or when the result has findings of `lint`.
+    Args:
+        paths: notebooks.
+        timeout: seconds that a cell may take.
     """
+    for path in _named(paths):
+        seconds = _build(path, timeout)
+        print(f"{path}: built in {seconds:.0f} s, {path.stat().st_size // 1000} kB")
+
+
+def check(*paths: tyro.conf.Positional[Path]) -> None:
+    """Look for what will break in built lessons, without running them; prints a line if there is nothing.
+
+    Raises LessonError that lists all findings.
+
+    Args:
+        paths: notebooks.
+    """
+    found = [str(finding) for path in _named(paths) for finding in lint(path)]
+    if found:
+        raise LessonError("\n".join(found))
+    print(f"{len(paths)} lessons: nothing found")
+
+
+def _named(paths: tuple[Path, ...]) -> list[Path]:
+    if not paths:
+        raise LessonError("name at least one notebook, for example lessons/*.ipynb")
+    for path in paths:
+        if not Path(path).is_file():
+            raise LessonError(f"there is no notebook {path}")
+    return list(map(Path, paths))
+
+
+def _build(path: Path, timeout: int) -> float:
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
-    path = Path(path)
     notebook = nbformat.read(path, as_version=4)
     clear(notebook)
     client = NotebookClient(

@@ -40,7 +40,8 @@ class Finding:
 
 def lint(path: str | Path) -> list[Finding]:
     """All findings in a built lesson, in the order of its cells; empty for one that may be committed."""
-    return findings(nbformat.read(path, as_version=4), Path(path))
+    # nbformat.read would mend what is to be found
+    return findings(nbformat.v4.reads(Path(path).read_text(encoding="utf-8")), Path(path))
 
 
 def findings(notebook: NotebookNode, path: Path) -> list[Finding]:
@@ -63,7 +64,7 @@ def _notebook(notebook: NotebookNode) -> Iterator[str]:
         yield "metadata.widgets is there (GitHub may refuse the file); build the lesson"
     if notebook.metadata.get("kernelspec", {}).get("name") != "python3":
         yield "the kernelspec is not python3; build the lesson"
-    size = len(nbformat.writes(notebook).encode())
+    size = len(nbformat.v4.writes(notebook).encode())
     if size > MAX_BYTES:
         yield f"{size // 1000} kB; at most {MAX_BYTES // 1000} kB are allowed (fewer or smaller pictures)"
     ids = [cell.get("id") for cell in notebook.cells]

@@ -3,6 +3,7 @@
 `StayTracker` repeats the first box. `NccTracker` slides the pixels of the first box over the surroundings of
 the last position: what SiamFC does with learned features, done with the colours themselves.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from trackkit.trackers.base import Prediction, Tracker
 
 
 def normalised_cross_correlation(template: Tensor, image: Tensor) -> Tensor:
-    """Similarity of a template to every window of its size: (C, h, w), (C, H, W) -> (H-h+1, W-w+1), in [-1, 1].
+    """Similarity of a template to each window: (C, h, w), (C, H, W) -> (H-h+1, W-w+1), in [-1, 1].
 
     Entry (y, x) compares the template with the window whose top-left pixel is (y, x). From both the mean of
     each channel is subtracted, then their products are summed over all pixels and channels and divided by the
@@ -31,14 +32,16 @@ def normalised_cross_correlation(template: Tensor, image: Tensor) -> Tensor:
     """
     shapes = f"template {tuple(template.shape)}, image {tuple(image.shape)}"
     if template.ndim != image.ndim or template.ndim not in (3, 4) or template.shape[:-2] != image.shape[:-2]:
-        raise DataError(f"correlation needs (C, h, w) and (C, H, W), or both with the same leading batch; got {shapes}")
+        raise DataError(
+            f"correlation needs (C, h, w) and (C, H, W), or both with the same batch first; got {shapes}"
+        )
     if template.ndim == 3:
         return normalised_cross_correlation(template[None], image[None])[0]
     height, width = template.shape[-2:]
     if image.shape[-2] < height or image.shape[-1] < width or template.numel() == 0:
-        raise DataError(f"correlation needs an image at least as large as the template, and neither empty; got {shapes}")
+        raise DataError(f"correlation needs an image as large as the template or larger; got {shapes}")
 
-    template, image = template.double(), image.double()  # the variances below are differences of large numbers
+    template, image = template.double(), image.double()  # variances below are differences of large numbers
     centred = template - template.mean((-2, -1), keepdim=True)
     # the mean of the window need not be subtracted here: the centred template sums to 0, so it cancels
     products = _correlate(centred, image)
@@ -62,7 +65,7 @@ def _correlate(template: Tensor, image: Tensor) -> Tensor:
 
 
 def _energy(image: Tensor, height: int, width: int) -> Tensor:
-    """Squared deviations from the channel means, summed over each window: (B, C, H, W) -> (B, H-h+1, W-w+1)."""
+    """Squared deviations from the channel means, summed over each window; shapes as `_correlate`."""
     squares = _window_sums(image * image, height, width)
     variation = squares - _window_sums(image, height, width) ** 2 / (height * width)
     # what is left of a flat window is rounding, about 1e-13 of its squares
@@ -103,7 +106,9 @@ class StayTracker(Tracker):
     def start(self, frames: list[Tensor], boxes_xywh: Tensor) -> StayState:
         return StayState(self.checked(frames, boxes_xywh)[1])
 
-    def step(self, state: StayState, frames: list[Tensor], maps: bool = False) -> tuple[StayState, Prediction]:
+    def step(
+        self, state: StayState, frames: list[Tensor], maps: bool = False
+    ) -> tuple[StayState, Prediction]:
         return state, Prediction(state.box.clone(), torch.ones(len(state.box)), {} if maps else None)
 
 
@@ -112,8 +117,9 @@ class NccConfig:
     """Numbers of the template matcher; sizes are crop pixels.
 
     The template is the square with the target's area, shown as `template_size` pixels, whatever the target's
-    size in the frame: large targets are matched as fast as small ones. The defaults are the best of a search
-    over size, region, window and grey or colour on real and procedural video.
+    size in the frame: large targets are matched as fast as small ones. The defaults come from a search over
+    size, region, window, shape, and grey or colour, on real and procedural video: none was better by more
+    than 0.01 AO on both.
     """
 
     template_size: int = 24
@@ -144,9 +150,9 @@ class NccState:
 class NccTracker(Tracker):
     """Template matching by normalised cross-correlation, at the size that the target had in the first frame.
 
-    RGB; a cosine window prefers small motion, as in SiamFC; the peak is placed between the pixels by a parabola.
-    The score is the correlation at the peak, negative values as 0. Maps: "crop" (B, 3, S, S), "response" (the
-    correlation) and "blended" (with the window), both (B, S-T+1, S-T+1). Runs on the CPU.
+    RGB; a cosine window prefers small motion, as in SiamFC; the peak is placed between the pixels by a
+    parabola. The score is the correlation at the peak, negative values as 0. Maps: "crop" (B, 3, S, S),
+    "response" (the correlation) and "blended" (with the window), both (B, S-T+1, S-T+1). Runs on the CPU.
     """
 
     Config = NccConfig
@@ -161,7 +167,7 @@ class NccTracker(Tracker):
         box = xywh_to_cxcywh(boxes)
         side = context_side(boxes) * cfg.search_size / cfg.template_size
         fill = torch.stack([mean_colour(frame) for frame in frames])
-        # the template is the middle of the first search crop, so both have the same resolution to the last digit
+        # the template is the middle of the first search crop, so both have exactly the same resolution
         windows = Windows.around(box[:, :2], side, cfg.search_size)
         crops = cut(frames, windows, fill)
         corner = (cfg.search_size - cfg.template_size) // 2
@@ -201,12 +207,12 @@ def subpixel_peak(response: Tensor) -> Tensor:
     Along each axis a parabola through the maximum and its two neighbours moves it by less than half a cell;
     a maximum on the border stays where it is.
     """
-    batch, height, width = response.shape
     response = response.double()
     peak = response.flatten(1).argmax(1)
-    rows, x, y = torch.arange(batch, device=response.device), peak % width, peak // width
-    horizontal, vertical = response[rows, y], response[rows, :, x]  # (B, W), (B, H): the lines through the peak
-    return torch.stack([_vertex(horizontal, x), _vertex(vertical, y)], 1)
+    x, y = peak % response.shape[-1], peak // response.shape[-1]
+    maps = torch.arange(len(response), device=response.device)
+    # the row (B, W) and the column (B, H) through each peak
+    return torch.stack([_vertex(response[maps, y], x), _vertex(response[maps, :, x], y)], 1)
 
 
 def _vertex(line: Tensor, peak: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 from trackkit import boxes
 from trackkit.course.checks import exercise
 from trackkit.crops import Windows
+from trackkit.evaluation import average_overlap, success_rate
 from trackkit.trackers.references import normalised_cross_correlation
 
 # ---- overlap ----
@@ -81,6 +82,57 @@ def _(generator: torch.Generator) -> list[tuple]:
     return [pair, apart, (a, b), (torch.zeros(2, 4), torch.zeros(2, 4))]
 
 
+# ---- scores ----
+
+
+def _overlaps(generator: torch.Generator) -> list[Tensor]:
+    """Overlaps (M,), with entries of exactly 0 and exactly 0.5."""
+    short = torch.tensor([0.9, 0.5, 0.25, 0.0, 0.75], dtype=torch.float64)
+    return [short, torch.cat([torch.rand(30, generator=generator, dtype=torch.float64), short])]
+
+
+@exercise(
+    "success_rate",
+    reference=success_rate,
+    mistakes={
+        "An overlap of exactly the threshold is no success: use > instead of >=.": lambda overlaps, threshold: (
+            float((overlaps >= threshold).double().mean())
+        ),
+        "This is in percent. The rate is a share between 0 and 1.": lambda overlaps, threshold: (
+            100 * success_rate(overlaps, threshold)
+        ),
+        "This is the number of successes. Divide it by the number of frames.": lambda overlaps, threshold: (
+            float((overlaps > threshold).sum())
+        ),
+        "This is the share of failures.": lambda overlaps, threshold: 1 - success_rate(overlaps, threshold),
+        "This is the mean overlap of the successes. How large an overlap is does not matter beyond the threshold.": (
+            lambda overlaps, threshold: float(overlaps[overlaps > threshold].mean())
+        ),
+    },
+)
+def _(generator: torch.Generator) -> list[tuple]:
+    return [(overlaps, threshold) for overlaps in _overlaps(generator) for threshold in (0.5, 0.75)]
+
+
+@exercise(
+    "average_overlap",
+    reference=average_overlap,
+    mistakes={
+        "This is in percent. The average is between 0 and 1.": lambda overlaps: 100 * average_overlap(overlaps),
+        "This is the sum. Divide it by the number of frames.": lambda overlaps: float(overlaps.sum()),
+        "This is the median.": lambda overlaps: float(overlaps.median()),
+        "You left out the frames with overlap 0. Lost frames count too.": lambda overlaps: (
+            float(overlaps[overlaps > 0].mean())
+        ),
+        "You left out the first overlap. The first frame of the video is not in this list any more.": (
+            lambda overlaps: float(overlaps[1:].mean())
+        ),
+    },
+)
+def _(generator: torch.Generator) -> list[tuple]:
+    return [(overlaps,) for overlaps in _overlaps(generator)]
+
+
 # ---- from the frame into the crop ----
 
 
@@ -141,7 +193,7 @@ def _(generator: torch.Generator) -> list[tuple]:
 
 def _ncc(template: Tensor, image: Tensor, centre: str = "channel", window_norm: bool = True) -> Tensor:
     """The definition, window by window, with parts that can be left out."""
-    channels, height, width = template.shape
+    height, width = template.shape[1:]
     patches = image.double().unfold(1, height, 1).unfold(2, width, 1)  # (C, H', W', h, w)
     patches = patches.permute(1, 2, 0, 3, 4)  # (H', W', C, h, w)
     template = template.double()

@@ -1,0 +1,287 @@
+"""Where frames come from: image files, folders, videos; and where files go: paths and atomic writes."""
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import trackkit.paths as paths
+from trackkit.boxes import xywh_to_cxcywh
+from trackkit.crops import Windows, cut, reduction
+from trackkit.errors import DataError
+from trackkit.got10k import write_sequence
+from trackkit.images import encode_jpeg, image_size, read_image
+from trackkit.sequences import ArraySequence, FolderSequence, block_mean, natural_key, open_sequence
+from trackkit.video import VideoSequence, write_video
+
+
+def scene(height: int = 60, width: int = 90, shift: int = 0) -> torch.Tensor:
+    """A smooth picture (JPEG keeps it almost as it is) that moves with `shift`."""
+    y, x = np.mgrid[:height, :width]
+    x = x + 2 * shift
+    channels = [128 + 100 * np.sin(x / 9), 128 + 90 * np.cos(y / 7), 128 + 80 * np.sin((x + y) / 15)]
+    return torch.from_numpy(np.stack(channels, -1).round().astype(np.uint8)).permute(2, 0, 1)
+
+
+def array(frame: torch.Tensor) -> np.ndarray:
+    return frame.permute(1, 2, 0).numpy()
+
+
+def off(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape and a.dtype == b.dtype == torch.uint8
+    return (a.float() - b.float()).abs().mean().item()
+
+
+# ---------------------------------------------------------------------------------------------- images
+
+
+@pytest.mark.parametrize("decoder", ["pillow", "torchvision"])
+def test_a_jpeg_is_read_as_pillow_reads_it_with_channels_innermost(tmp_path, monkeypatch, decoder):
+    if decoder == "torchvision":
+        pytest.importorskip("torchvision.io")
+    else:
+        monkeypatch.delitem(sys.modules, "torchvision.io", raising=False)
+    file = tmp_path / "a.jpg"
+    file.write_bytes(encode_jpeg(scene()))
+    frame = read_image(file)
+    assert torch.equal(frame, torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1))
+    assert frame.stride()[0] == 1 and image_size(file) == (90, 60) and off(frame, scene()) < 2
+
+
+def test_jpeg_bytes_are_the_same_for_any_memory_layout():
+    assert encode_jpeg(scene()) == encode_jpeg(scene().contiguous())
+    with pytest.raises(DataError, match="uint8"):
+        encode_jpeg(scene().float())
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("size", [(60, 90), (61, 93), (15, 7), (3, 3), (1, 1)])
+def test_reduced_frames_are_block_means(tmp_path, suffix, size):
+    file = tmp_path / f"a.{suffix}"
+    frame = scene(*size)
+    Image.fromarray(array(frame)).save(file, quality=95, subsampling=0)
+    for reduce in (1, 2, 4, 8):
+        small = read_image(file, reduce)
+        assert small.shape == (3, -(-size[0] // reduce), -(-size[1] // reduce)), reduce
+        assert off(small, block_mean(frame, reduce)) < (4 if suffix == "jpg" else 0.51)
+
+
+def test_reduce_takes_1_2_4_8_only(tmp_path):
+    with pytest.raises(DataError, match="by 1, 2, 4 or 8, not by 3"):
+        read_image(tmp_path / "a.jpg", 3)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "LA", "P", "CMYK", "1", "I;16"])
+@pytest.mark.parametrize("reduce", [1, 4])
+def test_every_kind_of_image_becomes_rgb(tmp_path, mode, reduce):
+    picture = Image.fromarray(array(scene()))
+    file = tmp_path / ("a.jpg" if mode in ("CMYK",) else "a.png")
+    if mode == "I;16":
+        grey = np.asarray(picture.convert("L"))
+        picture = Image.fromarray(grey.astype(np.uint16) * 257)
+        expected = torch.from_numpy(grey.copy())[None].expand(3, -1, -1)
+    else:
+        picture = picture.convert(mode)
+        expected = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    picture.save(file)
+    frame = read_image(file, reduce)
+    assert off(frame, block_mean(expected, reduce)) < 3
+
+
+def test_grey_jpeg_becomes_rgb(tmp_path):
+    Image.fromarray(array(scene())).convert("L").save(tmp_path / "a.jpg")
+    frame = read_image(tmp_path / "a.jpg")
+    assert frame.shape == (3, 60, 90) and torch.equal(frame[0], frame[2]) and read_image(tmp_path / "a.jpg", 2).shape[0] == 3
+
+
+# --------------------------------------------------------------------------------------------- folders
+
+
+def test_a_folder_is_read_in_natural_order(tmp_path):
+    for number in (1, 2, 10):
+        Image.fromarray(array(scene(shift=number))).save(tmp_path / f"img{number}.png")
+    for stray in (".DS_Store", "._img1.png", "notes.txt", "meta_info.ini.bak2"):
+        (tmp_path / stray).write_text("x")
+    sequence = FolderSequence(tmp_path)
+    assert sequence.files == ["img1.png", "img2.png", "img10.png"] and sequence.name == tmp_path.name
+    assert torch.equal(sequence.frame(2), scene(shift=10)) and sequence.frame_size(0) == (90, 60)
+    assert len(sequence.boxes_xywh) == 0 and not sequence.labelled and not sequence.visible.any()
+    assert sequence.path(1) == tmp_path / "img2.png"
+    for index in (3, -1):
+        with pytest.raises(IndexError, match="0 to 2"):
+            sequence.frame(index)
+
+
+def test_natural_key():
+    assert sorted(["b10", "b9", "a", "10", "9"], key=natural_key) == ["9", "10", "a", "b9", "b10"]
+
+
+def test_frames_may_change_size_inside_a_sequence(tmp_path):
+    for number, size in enumerate(((60, 90), (30, 45)), 1):
+        (tmp_path / f"{number}.jpg").write_bytes(encode_jpeg(scene(*size)))
+    sequence = FolderSequence(tmp_path)
+    assert [sequence.frame_size(i) for i in (0, 1)] == [(90, 60), (45, 30)]
+    assert sequence.frame(1).shape == (3, 30, 45)
+
+
+def test_visible_needs_a_real_box():
+    boxes = torch.tensor([[5.0, 5, 9, 9], [-1, -1, -1, -1], [-9, 5, 9, 9], [-9, 5, 10, 9], [5, 5, 9, 9], [5, 5, 9, 9]])
+    sequence = ArraySequence(
+        "a", [scene()] * 6, boxes, absent=torch.tensor([0, 0, 0, 0, 1, 0]), cover=torch.tensor([8, 8, 8, 1, 8, 0])
+    )
+    assert sequence.visible.tolist() == [True, False, False, True, False, False]
+    only_first = ArraySequence("b", [scene()] * 3, boxes[:1])
+    assert only_first.visible.tolist() == [True, False, False] and not only_first.labelled
+
+
+def test_labels_must_fit_the_frames():
+    with pytest.raises(DataError, match="2 frames but 3 boxes"):
+        ArraySequence("a", [scene()] * 2, torch.ones(3, 4))
+    with pytest.raises(DataError, match="2 frames but 3 labels `absent`"):
+        ArraySequence("a", [scene()] * 2, torch.ones(2, 4), absent=torch.zeros(3))
+    with pytest.raises(DataError, match="no frames"):
+        ArraySequence("a", [], torch.ones(0, 4))
+
+
+@pytest.mark.parametrize("side, size", [(40, 32), (400, 60), (400, 50)])
+def test_a_crop_from_a_reduced_frame_shows_the_same(tmp_path, side, size):
+    frame = scene(400, 600)
+    file = tmp_path / "1.png"
+    Image.fromarray(array(frame)).save(file)
+    sequence = FolderSequence(tmp_path, torch.tensor([[280.0, 180, 40, 40]]))
+    centre = xywh_to_cxcywh(sequence.boxes_xywh)[:, :2]
+    window = Windows.around(centre, torch.tensor([float(side)]), size, grid=reduction(side, size))
+    crop = sequence.crop(0, window, torch.zeros(3))
+    assert off(crop, cut([frame], window, torch.zeros(3))[0]) < 3
+
+
+def test_open_sequence_takes_a_layout_folder_images_or_a_video(tmp_path):
+    frames = [scene(60, 90, shift) for shift in range(4)]
+    folder = write_sequence(tmp_path / "s", frames, torch.tensor([[5.0, 6, 7, 8]] * 4))
+    assert open_sequence(folder).labelled
+    given = open_sequence(folder, [1, 2, 30, 40])
+    assert given.boxes_xywh.tolist() == [[1, 2, 30, 40]] and len(given) == 4
+    (folder / "groundtruth.txt").unlink()
+    assert len(open_sequence(str(folder)).boxes_xywh) == 0
+    video = open_sequence(write_video(tmp_path / "v.mp4", frames, 10), (1, 2, 30, 40))
+    assert isinstance(video, VideoSequence) and len(video) == 4 and video.boxes_xywh.shape == (1, 4)
+
+
+# ---------------------------------------------------------------------------------------------- videos
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_a_video_gives_its_frames_in_any_order(tmp_path, suffix):
+    frames = [scene(64, 96, shift) for shift in range(40)]
+    file = write_video(tmp_path / f"v{suffix}", frames, fps=12.5)
+    video = VideoSequence(file, torch.tensor([[1.0, 2, 3, 4]]))
+    assert (len(video), video.frame_size(3), video.name) == (40, (96, 64), "v") and video.fps == pytest.approx(12.5)
+    in_order = [video.frame(i) for i in range(40)]
+    assert max(off(a, b) for a, b in zip(frames, in_order, strict=True)) < 4
+    for i in (39, 0, 20, 20, 7, 8, 38, 3):
+        assert torch.equal(video.frame(i), in_order[i]), i
+    assert video.frame(5, 2).shape == (3, 32, 48)
+    travelled = pickle.loads(pickle.dumps(video))
+    assert torch.equal(travelled.frame(17), in_order[17])
+
+
+def test_odd_sides_are_padded(tmp_path):
+    video = VideoSequence(write_video(tmp_path / "v.mp4", [scene(61, 91)] * 2, 10))
+    assert video.frame_size(0) == (92, 62) and off(video.frame(0)[:, :61, :91], scene(61, 91)) < 4
+
+
+def test_the_rotation_of_a_phone_is_applied(tmp_path):
+    import av
+
+    file = tmp_path / "v.mp4"
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        stream.set_display_rotation(90)
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(array(scene(64, 96))), format="rgb24")))
+        container.mux(stream.encode())
+    video = VideoSequence(file)
+    assert video.frame_size(0) == (64, 96)
+    assert off(video.frame(0), torch.rot90(scene(64, 96), 1, (1, 2))) < 4
+
+
+def test_write_video_says_what_is_wrong_and_leaves_nothing(tmp_path):
+    for frames, name, says in (
+        ([], "v.mp4", "no frames to write"),
+        ([scene(), scene(30, 40)], "v.mp4", r"frame 1 is \(3, 30, 40\)"),
+        ([scene()], "v.gif", ".mp4, .mov, .mkv"),
+    ):
+        with pytest.raises(DataError, match=says):
+            write_video(tmp_path / name, frames, 10)
+    assert not list(tmp_path.glob("**/*v*"))
+
+
+# ----------------------------------------------------------------------------------------------- paths
+
+
+def test_home_and_data_root(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKKIT_HOME", str(tmp_path / "h"))
+    assert paths.home() == tmp_path / "h" and not paths.home().exists()
+    monkeypatch.delenv("TRACKKIT_HOME")
+    assert paths.home().parts[-2:] == (".cache", "trackkit")
+    monkeypatch.setenv("TRACKKIT_GOT10K", str(tmp_path))
+    assert paths.data_root() == tmp_path
+    (tmp_path / "other").mkdir()
+    assert paths.data_root(tmp_path / "other") == tmp_path / "other"
+    monkeypatch.delenv("TRACKKIT_GOT10K")
+    monkeypatch.setattr(paths, "SAMPLES", tmp_path / "other")
+    with pytest.raises(DataError, match=r"other is empty.*trackkit synth"):
+        paths.data_root()
+    (tmp_path / "other" / "train").mkdir()
+    assert paths.data_root() == tmp_path / "other"
+
+
+def test_a_wrong_data_root_is_never_replaced_by_another(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKKIT_GOT10K", str(tmp_path / "typo"))
+    with pytest.raises(DataError, match=r"typo does not exist.*TRACKKIT_GOT10K.*trackkit synth"):
+        paths.data_root()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError, match="is a file"):
+        paths.data_root(tmp_path / "file")
+
+
+def test_atomic_write_replaces_all_or_nothing(tmp_path):
+    file = tmp_path / "a" / "b.txt"
+    with paths.atomic_write(file) as partial:
+        partial.write_text("one")
+        assert partial.suffix == ".txt" and not file.exists()
+    with pytest.raises(RuntimeError, match="crash"), paths.atomic_write(file) as partial:
+        partial.write_text("half")
+        raise RuntimeError("crash")
+    assert file.read_text() == "one" and os.listdir(file.parent) == ["b.txt"]
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert file.stat().st_mode == plain.stat().st_mode
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    for attempt in (lambda: paths.writable(tmp_path / "file" / "runs"), lambda: paths.writable(tmp_path / "file")):
+        with pytest.raises(DataError, match=r"cannot write .*file"):
+            attempt()
+    with pytest.raises(DataError, match=r"file is a file where a folder is needed"), paths.atomic_write(tmp_path / "file" / "a"):
+        pass
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match=r"cannot write .*folder"), paths.atomic_write(tmp_path / "folder"):
+        pass
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(paths.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(paths.Path, "touch", refuse)
+    with pytest.raises(DataError, match=r"cannot write .*Permission denied.*TRACKKIT_HOME"):
+        paths.writable(tmp_path / "closed")
+    with pytest.raises(DataError, match="Permission denied"), paths.atomic_write(tmp_path / "closed" / "a"):
+        pass
