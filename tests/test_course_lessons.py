@@ -19,7 +19,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def grader(grade_id, solution=False, grade=False, **more):
-    values = {"schema_version": 3, "solution": solution, "grade": grade, "locked": not solution, "task": False}
+    values = {
+        "schema_version": 3,
+        "solution": solution,
+        "grade": grade,
+        "locked": not solution,
+        "task": False,
+    }
     return {"nbgrader": values | {"grade_id": grade_id, "cell_type": "code"} | more}
 
 
@@ -48,7 +54,9 @@ def lesson():
             new_code_cell(PICTURE),
             new_code_cell(SOLUTION, metadata=grader("half", solution=True) | {"collapsed": True}),
             new_code_cell(CHECK, metadata=grader("check_half", grade=True, points=1)),
-            new_markdown_cell("Because.", metadata=grader("why", solution=True, grade=True, points=1, cell_type="markdown")),
+            new_markdown_cell(
+                "Because.", metadata=grader("why", solution=True, grade=True, points=1, cell_type="markdown")
+            ),
         ]
     )
 
@@ -92,7 +100,16 @@ def test_rebuild_changes_nothing_and_strict_nbval_passes(built, capsys):
     build(built)
     assert re.fullmatch(rf"{built}: built in \d+ s, 3 kB\n", capsys.readouterr().out)
     assert built.read_bytes() == before
-    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-p", "no:cacheprovider", "-q"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--nbval",
+        "--nbval-current-env",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+    ]
     command += ["--nbval-sanitize-with", str(ROOT / "lessons" / "nbval.cfg"), "-c", os.devnull, built.name]
     environment = os.environ | {"TRACKKIT_SCALE": "tiny", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=built.parent, env=environment, capture_output=True, text=True)
@@ -289,7 +306,11 @@ def test_each_exercise_of_the_student_version_raises_and_nothing_else(built, tmp
 @pytest.mark.parametrize(
     ("text", "metadata", "message"),
     [
-        ("### BEGIN SOLUTION\n### BEGIN SOLUTION\n### END SOLUTION", grader("a", solution=True), "inside of another"),
+        (
+            "### BEGIN SOLUTION\n### BEGIN SOLUTION\n### END SOLUTION",
+            grader("a", solution=True),
+            "inside of another",
+        ),
         ("### BEGIN SOLUTION", grader("a", solution=True), "without its END"),
         ("### BEGIN SOLUTION\n### END SOLUTION", {}, "without nbgrader's solution metadata"),
         ("### BEGIN HIDDEN TESTS\n### END HIDDEN TESTS", grader("a"), "without nbgrader's grade metadata"),

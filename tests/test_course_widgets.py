@@ -60,7 +60,12 @@ def test_slider_and_field_hold_the_same_number(explorer):
 
 def test_every_control_has_a_name_and_sliders_are_for_the_mouse_only(explorer):
     # ipywidgets ties a description to these kinds of fields by <label for>, so screen readers speak it
-    labelled = (ipywidgets.BoundedIntText, ipywidgets.BoundedFloatText, ipywidgets.Dropdown, ipywidgets.Checkbox)
+    labelled = (
+        ipywidgets.BoundedIntText,
+        ipywidgets.BoundedFloatText,
+        ipywidgets.Dropdown,
+        ipywidgets.Checkbox,
+    )
     assert all(isinstance(c, labelled) and c.description for c in explorer.controls.values())
     named = Explorer(draw, size=number(8, 4, 32, label="side_length in px"))
     assert named.controls["size"].description == "side length in px"

@@ -98,8 +98,8 @@ def reduction(side: float, size: int) -> int:
 
 def mean_colour(frame: Tensor) -> Tensor:
     """Mean colour of a uint8 frame (3, H, W): float32 (3,), 0..255."""
-    # integer sums: exact on every device, and much faster than converting the frame to float64
-    return frame.flatten(1).sum(1).float() / (frame.shape[1] * frame.shape[2])
+    rows = frame.float().sum(2)  # below 2**24, so exact in float32, on every device and in any order
+    return (rows.double().sum(1) / (frame.shape[1] * frame.shape[2])).float()
 
 
 def cut(frames: list[Tensor] | Tensor, windows: Windows, fill: Tensor | None = None) -> Tensor:

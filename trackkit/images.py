@@ -21,24 +21,22 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff",
 REDUCTIONS = (1, 2, 4, 8)
 
 
-def read_image(path: str | os.PathLike, reduce: int = 1) -> Tensor:
+def read_image(path: str | os.PathLike, reduce: int = 1, part: tuple[int, int, int, int] | None = None) -> Tensor:
     """Read an image file as uint8 (3, H, W), RGB; with `reduce` 2, 4 or 8 as ceil(H / reduce) x ceil(W / reduce).
 
     A JPEG is decoded at the reduced size (libjpeg's scaled DCT), which takes a fraction of the time; other
     formats are averaged over blocks. Grey, palette and CMYK images become RGB, an alpha channel is dropped,
-    16-bit images keep their upper 8 bits.
+    16-bit images keep their upper 8 bits. Of a frame that is needed in `part` only, (left, top, right, bottom)
+    in pixels of the reduced size, no other pixel is copied.
 
     Raises DataError, with the file and what to do, when it is missing, empty, cut short or no image.
     """
     if reduce not in REDUCTIONS:
         raise DataError(f"a frame can be reduced by 1, 2, 4 or 8, not by {reduce!r}")
     try:
-        if reduce == 1 and Path(path).suffix.lower() in (".jpg", ".jpeg"):
-            frame = _decode_whole_jpeg(path)
-            if frame is not None:
-                return frame
         with Image.open(path) as image:
-            return _to_frame(_reduced(image, reduce))
+            reduced = _reduced(image, reduce)
+            return _to_frame(reduced.crop(part) if part else reduced)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow's broken PNG
         raise _unreadable(path, error) from error
 
@@ -63,24 +61,6 @@ def encode_jpeg(frame: Tensor, quality: int = 90) -> bytes:
     pixels = np.ascontiguousarray(frame.cpu().permute(1, 2, 0).numpy())
     Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
     return buffer.getvalue()
-
-
-def _decode_whole_jpeg(path: str | os.PathLike) -> Tensor | None:
-    """Decode by torchvision if it is loaded (timm loads it): the same pixels in about half of Pillow's time.
-
-    None: leave it to Pillow. torchvision is not imported for this: that takes as long as thousands of small frames,
-    and its decoders are to move to another package.
-    """
-    decoder = sys.modules.get("torchvision.io")
-    if not hasattr(decoder, "decode_jpeg"):
-        return None
-    data = np.fromfile(path, dtype=np.uint8)
-    if data.size == 0:
-        return None
-    try:
-        return decoder.decode_jpeg(torch.from_numpy(data), mode=decoder.ImageReadMode.RGB)
-    except RuntimeError:  # CMYK, not a JPEG or damaged: Pillow reads the first two and explains the last
-        return None
 
 
 def _reduced(image: Image.Image, reduce: int) -> Image.Image:

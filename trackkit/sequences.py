@@ -97,8 +97,21 @@ class Sequence:
         reduce = reduction(int(window.side), window.size)
         while not window.divisible(reduce):
             reduce //= 2
-        return cut([self.frame(index, reduce)], window.reduced(reduce), fill)[0]
+        window = window.reduced(reduce)
+        left, top, side = int(window.left), int(window.top), int(window.side)
+        width, height = (-(-v // reduce) for v in self.frame_size(index))
+        part = max(left, 0), max(top, 0), min(left + side, width), min(top + side, height)
+        if fill is None and (part[2] - part[0], part[3] - part[1]) != (side, side):
+            part = 0, 0, width, height  # the mean colour needs the whole frame
+        elif part[0] >= part[2] or part[1] >= part[3]:
+            part = 0, 0, 1, 1  # the window shows none of the frame
+        pixels = self.part(index, reduce, part)
+        return cut([pixels], Windows(window.left - part[0], window.top - part[1], window.side, window.size), fill)[0]
 
+    def part(self, index: int, reduce: int, box: tuple[int, int, int, int]) -> Tensor:
+        """Pixels left, top, right, bottom (`box`) of `frame(index, reduce)`."""
+        left, top, right, bottom = box
+        return self.frame(index, reduce)[:, top:bottom, left:right]
     def _check_index(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {self.name} has frames 0 to {len(self) - 1}, not {index}")
@@ -147,6 +160,9 @@ class FolderSequence(Sequence):
 
     def frame(self, index: int, reduce: int = 1) -> Tensor:
         return read_image(self.path(index), reduce)
+
+    def part(self, index: int, reduce: int, box: tuple[int, int, int, int]) -> Tensor:
+        return read_image(self.path(index), reduce, box)
 
     def frame_size(self, index: int) -> tuple[int, int]:
         return image_size(self.path(index))

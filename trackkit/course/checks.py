@@ -61,7 +61,11 @@ _EXERCISES: dict[str, Exercise] = {}
 
 
 def exercise(
-    name: str, *, reference: Callable[..., Any], mistakes: dict[str, Callable[..., Any]], tolerance: float = 1e-5
+    name: str,
+    *,
+    reference: Callable[..., Any],
+    mistakes: dict[str, Callable[..., Any]],
+    tolerance: float = 1e-5,
 ) -> Callable[[Callable], Callable]:
     """Register an exercise; decorates the function that makes its inputs.
 

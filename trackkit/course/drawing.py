@@ -43,7 +43,10 @@ def to_image(frame: Tensor | np.ndarray) -> Image.Image:
 
 
 def draw_boxes(
-    frame: Tensor, boxes: Mapping[str, Tensor | ListLike[float] | None], legend: bool = True, scale: float = 1.0
+    frame: Tensor,
+    boxes: Mapping[str, Tensor | ListLike[float] | None],
+    legend: bool = True,
+    scale: float = 1.0,
 ) -> Tensor:
     """Draw named boxes on a frame: uint8 (3, H, W) -> uint8 (3, round(H * scale), round(W * scale)).
 
@@ -199,7 +202,8 @@ def animation(
 
 # (every n-th frame, share of the width, colours), the best first
 _QUALITIES = (
-    (1, 1, 64), (1, 1, 32), (1, 0.75, 32), (1, 0.75, 16), (1, 0.6, 16), (2, 0.75, 16), (2, 0.6, 16), (3, 0.6, 16), (4, 0.6, 16),
+    (1, 1, 64), (1, 1, 32), (1, 0.75, 32), (1, 0.75, 16), (1, 0.6, 16),
+    (2, 0.75, 16), (2, 0.6, 16), (3, 0.6, 16), (4, 0.6, 16),
 )  # fmt: skip
 
 

@@ -113,7 +113,10 @@ def figure_heatmap(maps: Mapping[str, Tensor], image: Tensor | None = None, mark
 
 
 def figure_lines(
-    curves: Mapping[str, ListLike[float]], x: ListLike[float] | None = None, xlabel: str = "", ylabel: str = ""
+    curves: Mapping[str, ListLike[float]],
+    x: ListLike[float] | None = None,
+    xlabel: str = "",
+    ylabel: str = "",
 ) -> Figure:
     """Curves over a common axis: name -> values, all of one length, each with its own colour and line pattern.
 

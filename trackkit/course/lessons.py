@@ -32,7 +32,12 @@ __all__ = [
 ]
 
 # One thread and the tiny scale: what strict nbval and CI use too, so outputs agree to the printed digit.
-ENVIRONMENT = {"TRACKKIT_SCALE": "tiny", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+ENVIRONMENT = {
+    "TRACKKIT_SCALE": "tiny",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "PYTHONHASHSEED": "0",
+}
 
 
 def build(*paths: tyro.conf.Positional[Path], timeout: int = 120) -> None:

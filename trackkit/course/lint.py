@@ -122,7 +122,14 @@ def _code(cell: NotebookNode) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            if name in ("Output", "interact", "interactive", "interactive_output", "interact_manual", "clear_output"):
+            if name in (
+                "Output",
+                "interact",
+                "interactive",
+                "interactive_output",
+                "interact_manual",
+                "clear_output",
+            ):
                 yield f"{name}() fails strict nbval and hides exceptions; use Explorer"
         modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -54,14 +54,14 @@ def _one_pixel_more(a_xywh: Tensor, b_xywh: Tensor) -> Tensor:
         "The union counts the intersection twice. Subtract it once from the sum of the areas.": lambda a_xywh, b_xywh: (
             _ratio(_intersection(a_xywh, b_xywh), boxes.area(a_xywh) + boxes.area(b_xywh))
         ),
-        "You divided by the area of the first box. Divide by the union.": lambda a_xywh, b_xywh: (
-            _ratio(_intersection(a_xywh, b_xywh), boxes.area(a_xywh))
+        "You divided by the area of the first box. Divide by the union.": lambda a_xywh, b_xywh: _ratio(
+            _intersection(a_xywh, b_xywh), boxes.area(a_xywh)
         ),
-        "You divided by the area of the second box. Divide by the union.": lambda a_xywh, b_xywh: (
-            _ratio(_intersection(a_xywh, b_xywh), boxes.area(b_xywh))
+        "You divided by the area of the second box. Divide by the union.": lambda a_xywh, b_xywh: _ratio(
+            _intersection(a_xywh, b_xywh), boxes.area(b_xywh)
         ),
-        "You divided by the smaller of the two areas. Divide by the union.": lambda a_xywh, b_xywh: (
-            _ratio(_intersection(a_xywh, b_xywh), torch.minimum(boxes.area(a_xywh), boxes.area(b_xywh)))
+        "You divided by the smaller of the two areas. Divide by the union.": lambda a_xywh, b_xywh: _ratio(
+            _intersection(a_xywh, b_xywh), torch.minimum(boxes.area(a_xywh), boxes.area(b_xywh))
         ),
         "This is the area of the intersection. Divide it by the area of the union.": lambda a_xywh, b_xywh: (
             _intersection(a_xywh, b_xywh)
@@ -95,14 +95,14 @@ def _overlaps(generator: torch.Generator) -> list[Tensor]:
     "success_rate",
     reference=success_rate,
     mistakes={
-        "An overlap of exactly the threshold is no success: use > instead of >=.": lambda overlaps, threshold: (
-            float((overlaps >= threshold).double().mean())
+        "An overlap of exactly the threshold is no success: use > instead of >=.": lambda overlaps, threshold: float(
+            (overlaps >= threshold).double().mean()
         ),
         "This is in percent. The rate is a share between 0 and 1.": lambda overlaps, threshold: (
             100 * success_rate(overlaps, threshold)
         ),
-        "This is the number of successes. Divide it by the number of frames.": lambda overlaps, threshold: (
-            float((overlaps > threshold).sum())
+        "This is the number of successes. Divide it by the number of frames.": lambda overlaps, threshold: float(
+            (overlaps > threshold).sum()
         ),
         "This is the share of failures.": lambda overlaps, threshold: 1 - success_rate(overlaps, threshold),
         "This is the mean overlap of the successes. How large an overlap is does not matter beyond the threshold.": (
@@ -121,8 +121,8 @@ def _(generator: torch.Generator) -> list[tuple]:
         "This is in percent. The average is between 0 and 1.": lambda overlaps: 100 * average_overlap(overlaps),
         "This is the sum. Divide it by the number of frames.": lambda overlaps: float(overlaps.sum()),
         "This is the median.": lambda overlaps: float(overlaps.median()),
-        "You left out the frames with overlap 0. Lost frames count too.": lambda overlaps: (
-            float(overlaps[overlaps > 0].mean())
+        "You left out the frames with overlap 0. Lost frames count too.": lambda overlaps: float(
+            overlaps[overlaps > 0].mean()
         ),
         "You left out the first overlap. The first frame of the video is not in this list any more.": (
             lambda overlaps: float(overlaps[1:].mean())
@@ -179,8 +179,9 @@ def _scaled(box: Tensor, window: Windows) -> Tensor:
     },
 )
 def _(generator: torch.Generator) -> list[tuple]:
-    first = torch.tensor([[30.0, 20, 10, 8]], dtype=torch.float64), Windows(
-        torch.tensor([20]), torch.tensor([5]), torch.tensor([40]), 20
+    first = (
+        torch.tensor([[30.0, 20, 10, 8]], dtype=torch.float64),
+        Windows(torch.tensor([20]), torch.tensor([5]), torch.tensor([40]), 20),
     )
     box = torch.rand(4, 4, generator=generator, dtype=torch.float64) * 90 + 5
     left, top = torch.randint(-20, 50, (2, 4), generator=generator)
@@ -220,8 +221,8 @@ def _raw_products(template: Tensor, image: Tensor) -> Tensor:
     "ncc",
     reference=normalised_cross_correlation,
     mistakes={
-        "The means are not subtracted, so bright windows win whatever they show.": lambda template, image: (
-            _ncc(template, image, "none")
+        "The means are not subtracted, so bright windows win whatever they show.": lambda template, image: _ncc(
+            template, image, "none"
         ),
         "You subtracted one mean for all channels. Each channel has its own, so that a tint drops out as well.": (
             lambda template, image: _ncc(template, image, "all")

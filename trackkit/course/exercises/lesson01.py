@@ -28,8 +28,8 @@ def _each_channel(exemplar: Tensor, search: Tensor) -> Tensor:
     reference=cross_correlation,
     mistakes={
         "The exemplar is turned by 180 degrees. That is a convolution in the mathematical sense; "
-        "correlation slides the exemplar as it is, and so does F.conv2d.": lambda exemplar, search: (
-            cross_correlation(exemplar.flip(2, 3), search)
+        "correlation slides the exemplar as it is, and so does F.conv2d.": lambda exemplar, search: cross_correlation(
+            exemplar.flip(2, 3), search
         ),
         "Every search map meets the first exemplar. Pair i of the batch needs exemplar i: fold the batch into the "
         "channels and use groups.": _first_exemplar,
@@ -124,8 +124,8 @@ def _means_without_guard(logits: Tensor, labels: Tensor) -> Tensor:
     reference=balanced_bce,
     mistakes={
         "This is the plain mean: the few positives hardly count. Give each class one half of the weight.": _bce,
-        "This is the plain sum. Give each class one half of the weight.": lambda logits, labels: (
-            _bce(logits, labels, "sum")
+        "This is the plain sum. Give each class one half of the weight.": lambda logits, labels: _bce(
+            logits, labels, "sum"
         ),
         "Each class has weight 1, so the loss is twice as large. The two halves make 1 together.": (
             lambda logits, labels: 2 * balanced_bce(logits, labels)
@@ -170,7 +170,9 @@ def _sum_of_lines(size: int) -> Tensor:
     reference=hann_window,
     mistakes={
         "The window is not normalised. Divide it by its sum, so that it can be mixed with a response that sums to 1.": (
-            lambda size: hann_window(size) / hann_window(size).max() * torch.hann_window(size, periodic=False).max() ** 2
+            lambda size: (
+                hann_window(size) / hann_window(size).max() * torch.hann_window(size, periodic=False).max() ** 2
+            )
         ),
         "Its largest value is 1. Divide by the sum instead of the maximum.": lambda size: (
             hann_window(size) / hann_window(size).max()
@@ -182,8 +184,8 @@ def _sum_of_lines(size: int) -> Tensor:
             torch.hann_window(size, periodic=False) / torch.hann_window(size, periodic=False).sum()
         ),
         "You added the two lines. Multiply them: the window must vanish on the whole border.": _sum_of_lines,
-        "This is a Hamming window. It does not fall to 0 at the border; take torch.hann_window.": lambda size: (
-            _outer(torch.hamming_window(size, periodic=False))
+        "This is a Hamming window. It does not fall to 0 at the border; take torch.hann_window.": lambda size: _outer(
+            torch.hamming_window(size, periodic=False)
         ),
     },
     tolerance=1e-6,
@@ -222,15 +224,15 @@ def _half_cell(response: Tensor, stride: int, upsample: int, side: float, search
         "The shift is off by half a cell: the centre of cells 0 to n - 1 is (n - 1) / 2, not n / 2.": lambda *a: (
             _half_cell(*a, centre=lambda n: n / 2)
         ),
-        "The shift is off by half a cell when n is even: the centre is (n - 1) / 2, not n // 2.": lambda *a: (
-            _half_cell(*a, centre=lambda n: n // 2)
+        "The shift is off by half a cell when n is even: the centre is (n - 1) / 2, not n // 2.": lambda *a: _half_cell(
+            *a, centre=lambda n: n // 2
         ),
         "The shift is in search-crop pixels. Multiply by side / search_size to get frame pixels.": (
             lambda response, stride, upsample, side, search_size: peak_shift(response, stride, upsample, 1, 1)
         ),
         "You went from frame to crop. One crop pixel is side / search_size frame pixels.": (
-            lambda response, stride, upsample, side, search_size: (
-                peak_shift(response, stride, upsample, search_size, side)
+            lambda response, stride, upsample, side, search_size: peak_shift(
+                response, stride, upsample, search_size, side
             )
         ),
         "The stride is missing: neighbouring cells of the network's response are `stride` crop pixels apart.": (
@@ -240,8 +242,8 @@ def _half_cell(response: Tensor, stride: int, upsample: int, side: float, search
             lambda response, stride, upsample, side, search_size: peak_shift(response, stride, 1, side, search_size)
         ),
         "You multiplied by `upsample`; finer cells are closer together, so divide.": (
-            lambda response, stride, upsample, side, search_size: (
-                peak_shift(response, stride * upsample, 1, side, search_size)
+            lambda response, stride, upsample, side, search_size: peak_shift(
+                response, stride * upsample, 1, side, search_size
             )
         ),
         "The sign is wrong: a peak right of the centre means that the target moved to the right.": (
