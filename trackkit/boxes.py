@@ -51,21 +51,18 @@ def area(boxes_xywh: Tensor) -> Tensor:
     return boxes_xywh[..., 2].clamp(min=0) * boxes_xywh[..., 3].clamp(min=0)
 
 
-def _intersection(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
-    corner_min = torch.maximum(a_xyxy[..., :2], b_xyxy[..., :2])
-    corner_max = torch.minimum(a_xyxy[..., 2:], b_xyxy[..., 2:])
-    return (corner_max - corner_min).clamp(min=0).prod(-1)
-
-
 def iou(a_xywh: Tensor, b_xywh: Tensor) -> Tensor:
     """Intersection over union, pair by pair: (..., 4) and (..., 4) -> (...), in [0, 1].
 
     Two empty boxes have overlap 0. For every box against every box, index with None:
     `iou(a[:, None], b[None])`.
     """
-    inter = _intersection(xywh_to_xyxy(a_xywh), xywh_to_xyxy(b_xywh))
-    union = area(a_xywh) + area(b_xywh) - inter
-    return torch.where(union > 0, inter / union.clamp(min=torch.finfo(union.dtype).tiny), torch.zeros_like(union))
+    a, b = xywh_to_xyxy(a_xywh), xywh_to_xyxy(b_xywh)
+    corner_min = torch.maximum(a[..., :2], b[..., :2])
+    corner_max = torch.minimum(a[..., 2:], b[..., 2:])
+    intersection = (corner_max - corner_min).clamp(min=0).prod(-1)
+    union = area(a_xywh) + area(b_xywh) - intersection
+    return torch.where(union > 0, intersection / union, torch.zeros_like(union))
 
 
 def giou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
@@ -74,12 +71,12 @@ def giou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
     IoU minus the share of the smallest enclosing box that neither box covers, so two boxes that do not
     touch still tell how far apart they are. Source: Rezatofighi et al., CVPR 2019, Eq. 3 and Algorithm 1.
     """
-    inter = _intersection(a_xyxy, b_xyxy)
-    union = area(xyxy_to_xywh(a_xyxy)) + area(xyxy_to_xywh(b_xyxy)) - inter
-    hull = torch.maximum(a_xyxy[..., 2:], b_xyxy[..., 2:]) - torch.minimum(a_xyxy[..., :2], b_xyxy[..., :2])
-    hull = hull.clamp(min=0).prod(-1)
-    tiny = torch.finfo(union.dtype).tiny
-    return inter / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+    inner = torch.minimum(a_xyxy[..., 2:], b_xyxy[..., 2:]) - torch.maximum(a_xyxy[..., :2], b_xyxy[..., :2])
+    outer = torch.maximum(a_xyxy[..., 2:], b_xyxy[..., 2:]) - torch.minimum(a_xyxy[..., :2], b_xyxy[..., :2])
+    intersection, hull = inner.clamp(min=0).prod(-1), outer.clamp(min=0).prod(-1)
+    union = area(xyxy_to_xywh(a_xyxy)) + area(xyxy_to_xywh(b_xyxy)) - intersection
+    tiny = torch.finfo(union.dtype).tiny  # two empty boxes have no union and no hull
+    return intersection / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
 
 
 def clip_xywh(boxes_xywh: Tensor, width: float, height: float) -> Tensor:

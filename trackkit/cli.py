@@ -99,7 +99,7 @@ def _track(
         out: folder for NAME.mp4 and NAME.txt (default: beside where you are).
         device: where to run.
     """
-    from trackkit.course.figures import draw_boxes
+    from trackkit.course.drawing import draw_boxes
     from trackkit.paths import atomic_write, writable
     from trackkit.sequences import open_sequence
     from trackkit.tracking import track_many
@@ -160,8 +160,9 @@ def _evaluate(
         zip_out: also write the archive for GOT-10k's server (one tracker, test split).
     """
     from trackkit import evaluation
-    from trackkit.got10k import GOT10k, submission_zip
+    from trackkit.got10k import GOT10k
     from trackkit.paths import atomic_write, home
+    from trackkit.results import submission_zip
 
     if not trackers:
         raise TrackkitError("name at least one tracker: a checkpoint, or ncc, stay")
@@ -170,18 +171,16 @@ def _evaluate(
     scores = {}
     for tracker in trackers:
         name = _label(tracker)
-        scores[name] = evaluation.evaluate(_load(tracker, device), dataset, out, name, batch=batch)
+        scores[name] = evaluation.evaluate(_load(tracker, device), dataset, out / name, name, batch=batch)
         if zip_out:
             submission_zip(out / name, dataset, zip_out)
             print(f"{zip_out}: {len(dataset)} sequences, ready for the server")
     labelled = {name: score for name, score in scores.items() if score is not None}
     if labelled:
-        print(evaluation.compare(labelled))
-    else:
-        print(f"results are in {out}; this split has no labels, so only GOT-10k's server can score them (--zip FILE)")
+        print(f"{evaluation.compare(labelled)}\n\n{evaluation.compare_attributes(labelled)}")
     if json_out:
         with atomic_write(json_out) as partial:
-            partial.write_text(json.dumps({name: score.to_json() for name, score in labelled.items()}, indent=1))
+            partial.write_text(json.dumps({name: dataclasses.asdict(score) for name, score in labelled.items()}, indent=1))
 
 
 def synth(argv: list[str]) -> None:

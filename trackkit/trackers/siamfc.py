@@ -156,6 +156,23 @@ def hann_window(size: int) -> Tensor:
     return window / window.sum()
 
 
+def peak_shift(response: Tensor, stride: int, upsample: int, side: Tensor, search_size: int) -> Tensor:
+    """How far the peak of each map lies from its centre: (B, n, n) and window sides (B,) -> x, y in frame pixels (B, 2).
+
+    One response cell is `stride` search-crop pixels, `upsample` map cells are one response cell, and the crop's
+    `search_size` pixels show `side` frame pixels.
+    """
+    size = response.shape[-1]
+    peak = response.flatten(1).argmax(1).cpu()  # the one place where the CPU waits for the GPU
+    cells = torch.stack([peak % size, peak // size], 1).double() - (size - 1) / 2
+    return cells * stride / upsample * (side / search_size)[:, None]
+
+
+def damped(factor: Tensor, rate: float) -> Tensor:
+    """What a size is multiplied by when the best scale is `factor`: the old and the new size, mixed by `rate`."""
+    return (1 - rate) + rate * factor
+
+
 @dataclass(frozen=True)
 class SiamFCState:
     """What SiamFC remembers of B sequences. The exemplar is never updated."""
@@ -236,15 +253,12 @@ class SiamFC(Tracker):
         response = response / (response.sum((1, 2), keepdim=True) + 1e-16)
         window = hann_window(size).to(response)
         blended = (1 - cfg.window_influence) * response + cfg.window_influence * window
-        peak = blended.flatten(1).argmax(1).cpu()  # the one place where the CPU waits for the GPU
-        peak_xy = torch.stack([peak % size, peak // size], 1).double()
 
         # 5. from map cells to frame pixels
         best = best.cpu()
-        cells = peak_xy - (size - 1) / 2
-        frame_px_per_crop_px = sides.gather(1, best[:, None]) / cfg.search_size  # (B, 1)
-        centre = state.centre + cells * cfg.stride / cfg.upsample * frame_px_per_crop_px
-        growth = (1 - cfg.scale_rate) + cfg.scale_rate * factors[best]
+        side = sides.gather(1, best[:, None])[:, 0]
+        centre = state.centre + peak_shift(blended, cfg.stride, cfg.upsample, side, cfg.search_size)
+        growth = damped(factors[best], cfg.scale_rate)
 
         new = replace(state, centre=centre, size=state.size * growth[:, None], side=state.side * growth)
         box = cxcywh_to_xywh(torch.cat([new.centre, new.size], 1))

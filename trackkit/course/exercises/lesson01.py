@@ -7,7 +7,7 @@ from torch import Tensor
 
 from trackkit.course.checks import exercise
 from trackkit.losses import balanced_bce
-from trackkit.trackers.siamfc import cross_correlation, hann_window, label_map
+from trackkit.trackers.siamfc import cross_correlation, damped, hann_window, label_map, peak_shift
 
 # ---- cross-correlation ----
 
@@ -197,21 +197,17 @@ def _(generator: torch.Generator) -> list[tuple]:
 # ---- from the peak to frame pixels ----
 
 
-def peak_shift(response: Tensor, stride: int, upsample: int, side: float, search_size: int) -> Tensor:
-    """How far the target moved: response (n, n) -> shift (x, y) in frame pixels, float64 (2,).
-
-    The map has `upsample` cells for each of the network's, which are `stride` crop pixels apart. The search crop
-    shows `side` frame pixels as `search_size` pixels. What `SiamFC.step` does in its parts 4 and 5.
-    """
+def _from_centre(response: Tensor, stride: int, upsample: int, side: Tensor, search_size: int, centre) -> Tensor:
+    """`peak_shift` with another idea of where the middle of n cells is."""
     size = response.shape[-1]
-    peak = int(response.argmax())
+    offset = (centre(size) - (size - 1) / 2) * stride / upsample * side / search_size
+    return peak_shift(response, stride, upsample, side, search_size) - offset[:, None]
+
+
+def _one_peak(response: Tensor, stride: int, upsample: int, side: Tensor, search_size: int) -> Tensor:
+    size, peak = response.shape[-1], int(response.argmax())
     cells = torch.tensor([peak % size, peak // size], dtype=torch.float64) - (size - 1) / 2
-    return cells * stride / upsample * side / search_size
-
-
-def _half_cell(response: Tensor, stride: int, upsample: int, side: float, search_size: int, centre) -> Tensor:
-    offset = centre(response.shape[-1]) - (response.shape[-1] - 1) / 2
-    return peak_shift(response, stride, upsample, side, search_size) - offset * stride / upsample * side / search_size
+    return cells * stride / upsample * (side / search_size)[:, None]
 
 
 @exercise(
@@ -219,20 +215,25 @@ def _half_cell(response: Tensor, stride: int, upsample: int, side: float, search
     reference=peak_shift,
     mistakes={
         "x and y are swapped. For a map with n columns, argmax % n is the column (x) and argmax // n the row (y).": (
-            lambda *a: peak_shift(*a).flip(0)
+            lambda *a: peak_shift(*a).flip(1)
+        ),
+        "All maps got one and the same peak. Flatten each map by itself, response.flatten(1), and take argmax(1).": (
+            _one_peak
         ),
         "The shift is off by half a cell: the centre of cells 0 to n - 1 is (n - 1) / 2, not n / 2.": lambda *a: (
-            _half_cell(*a, centre=lambda n: n / 2)
+            _from_centre(*a, centre=lambda n: n / 2)
         ),
-        "The shift is off by half a cell when n is even: the centre is (n - 1) / 2, not n // 2.": lambda *a: _half_cell(
-            *a, centre=lambda n: n // 2
+        "The shift is off by half a cell when n is even: the centre is (n - 1) / 2, not n // 2.": lambda *a: (
+            _from_centre(*a, centre=lambda n: n // 2)
         ),
         "The shift is in search-crop pixels. Multiply by side / search_size to get frame pixels.": (
-            lambda response, stride, upsample, side, search_size: peak_shift(response, stride, upsample, 1, 1)
+            lambda response, stride, upsample, side, search_size: peak_shift(
+                response, stride, upsample, torch.ones_like(side), 1
+            )
         ),
         "You went from frame to crop. One crop pixel is side / search_size frame pixels.": (
             lambda response, stride, upsample, side, search_size: peak_shift(
-                response, stride, upsample, search_size, side
+                response, stride, upsample, search_size / side, 1
             )
         ),
         "The stride is missing: neighbouring cells of the network's response are `stride` crop pixels apart.": (
@@ -250,49 +251,43 @@ def _half_cell(response: Tensor, stride: int, upsample: int, side: float, search
             lambda *a: -peak_shift(*a)
         ),
         "This is the position of the peak from the corner. Subtract the centre of the map, (n - 1) / 2.": lambda *a: (
-            _half_cell(*a, centre=lambda n: 0)
+            _from_centre(*a, centre=lambda n: 0)
         ),
     },
     tolerance=1e-6,
 )
 def _(generator: torch.Generator) -> list[tuple]:
-    first = torch.zeros(5, 5)
-    first[1, 4] = 1
-    cases = [(first, 8, 1, 127.5, 255)]
-    for size, stride, upsample in ((6, 8, 2), (12, 4, 4), (17, 8, 16)):
-        side = float(torch.rand((), generator=generator, dtype=torch.float64) * 300 + 50)
-        cases.append((torch.rand(size, size, generator=generator), stride, upsample, side, 255))
+    first = torch.zeros(1, 5, 5)
+    first[0, 1, 4] = 1
+    cases = [(first, 8, 1, torch.tensor([127.5], dtype=torch.float64), 255)]
+    for batch, size, stride, upsample in ((2, 6, 8, 2), (3, 12, 4, 4), (2, 17, 8, 16)):
+        side = torch.rand(batch, generator=generator, dtype=torch.float64) * 300 + 50
+        cases.append((torch.rand(batch, size, size, generator=generator), stride, upsample, side, 255))
     return cases
 
 
 # ---- size ----
 
 
-def damped(size: float, factor: float, rate: float) -> float:
-    """The target's new size: a share `rate` of the change to size * factor. As in part 5 of `SiamFC.step`."""
-    return size * ((1 - rate) + rate * factor)
-
-
 @exercise(
     "damped",
     reference=damped,
     mistakes={
-        "The whole change is taken at once. Only the share `rate` of it counts.": lambda size, factor, rate: (
-            size * factor
+        "The whole change is taken at once. Only the share `rate` of it counts.": lambda factor, rate: factor,
+        "The shares are swapped: `rate` belongs to the new size, 1 - rate to the old.": lambda factor, rate: (
+            damped(factor, 1 - rate)
         ),
-        "The shares are swapped: `rate` belongs to the new size, 1 - rate to the old.": lambda size, factor, rate: (
-            damped(size, factor, 1 - rate)
-        ),
-        "The old size is missing: new = (1 - rate) * old + rate * changed.": lambda size, factor, rate: (
-            size * rate * factor
-        ),
-        "This is the factor. Multiply the old size by it.": lambda size, factor, rate: damped(1.0, factor, rate),
+        "The old size is missing: its factor is 1 and its share 1 - rate.": lambda factor, rate: rate * factor,
         "You damped in the exponent, factor ** rate. That is close, but SiamFC mixes the sizes linearly.": (
-            lambda size, factor, rate: size * factor**rate
+            lambda factor, rate: factor**rate
+        ),
+        "This is only the change. A size that stays as it is has the factor 1, so add 1.": lambda factor, rate: (
+            rate * (factor - 1)
         ),
     },
     tolerance=1e-7,
 )
 def _(generator: torch.Generator) -> list[tuple]:
-    sizes = (torch.rand(3, generator=generator, dtype=torch.float64) * 90 + 10).tolist()
-    return [(100.0, 1.0375, 0.59), *((size, 1.05**k, 0.3) for k, size in enumerate(sizes, start=-1))]
+    factors = 1.05 ** torch.arange(-2, 3, dtype=torch.float64)
+    drawn = torch.rand(4, generator=generator, dtype=torch.float64) + 0.5
+    return [(torch.tensor([1.0, 1.0375], dtype=torch.float64), 0.59), (factors, 0.3), (drawn, 0.75)]
