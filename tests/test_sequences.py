@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import sys
 
 import numpy as np
 import pytest
@@ -40,17 +39,32 @@ def off(a: torch.Tensor, b: torch.Tensor) -> float:
 # ---------------------------------------------------------------------------------------------- images
 
 
-@pytest.mark.parametrize("decoder", ["pillow", "torchvision"])
-def test_a_jpeg_is_read_as_pillow_reads_it_with_channels_innermost(tmp_path, monkeypatch, decoder):
-    if decoder == "torchvision":
-        pytest.importorskip("torchvision.io")
-    else:
-        monkeypatch.delitem(sys.modules, "torchvision.io", raising=False)
+def test_a_jpeg_is_read_as_pillow_reads_it_with_channels_innermost(tmp_path):
     file = tmp_path / "a.jpg"
     file.write_bytes(encode_jpeg(scene()))
     frame = read_image(file)
     assert torch.equal(frame, torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1))
     assert frame.stride()[0] == 1 and image_size(file) == (90, 60) and off(frame, scene()) < 2
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("reduce", [1, 2, 4])
+def test_a_part_is_cut_from_the_frame(tmp_path, suffix, reduce):
+    file = tmp_path / f"a.{suffix}"
+    Image.fromarray(array(scene())).save(file)
+    left, top, right, bottom = part = (3, 2, 14, 13)
+    assert torch.equal(read_image(file, reduce, part), read_image(file, reduce)[:, top:bottom, left:right])
+
+
+@pytest.mark.parametrize("box", [(20, 10, 40), (-30, -20, 70), (60, 40, 90), (200, 10, 16), (-99, 5, 8), (40, 0, 40)])
+@pytest.mark.parametrize("fill", [None, (9.0, 50.0, 200.0)])
+def test_a_crop_is_what_cut_makes_of_the_whole_frame(tmp_path, box, fill):
+    Image.fromarray(array(scene())).save(tmp_path / "1.png")
+    left, top, side = box
+    window = Windows(torch.tensor([left]), torch.tensor([top]), torch.tensor([side]), 90)  # too large to reduce
+    fill = None if fill is None else torch.tensor(fill)
+    sequence = FolderSequence(tmp_path)
+    assert torch.equal(sequence.crop(0, window, fill), cut([sequence.frame(0)], window, fill)[0])
 
 
 def test_jpeg_bytes_are_the_same_for_any_memory_layout():

@@ -243,12 +243,23 @@ def _profile(
         speed: also measure frames per second here.
     """
     from trackkit import profiling
-    from trackkit.trackers import TRACKERS
+    from trackkit.trackers import TRACKERS, create
 
     if not name and not all:
         raise TrackkitError(f"name a tracker, or --all; there are {', '.join(TRACKERS)}")
-    rows = [profiling.profile(n, speed=speed) for n in (TRACKERS if all else [name])]
-    print(json.dumps(rows if all else rows[0]) if json_output else profiling.table(rows))
+    rows = [profiling.profile(n) for n in (TRACKERS if all else [name])]
+    for row in rows if speed else []:
+        row["frames_per_second"] = dataclasses.asdict(profiling.frames_per_second(create(row["name"])))
+    if json_output:
+        print(json.dumps(rows if all else rows[0]))
+        return
+    print(f"{'tracker':<16}{'parameters':>14}{'MACs a frame':>17}   the paper's")
+    for row in rows:
+        paper = ", ".join(f"{key} {value}" for key, value in row["paper"].items()) or "-"
+        print(f"{row['name']:<16}{row['parameters']:>14,}{row['macs']:>17,}   {paper}")
+        if speed:
+            measured = row["frames_per_second"]
+            print(f"{'':<16}{measured['fps']:.0f} frames per second here ({measured['device']}, {measured['threads']} threads)")
 
 
 def doctor(argv: list[str]) -> None:

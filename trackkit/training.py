@@ -128,6 +128,9 @@ def train(
     accelerator = _accelerator(device, precision)
     run = _Run(tracker, stages, sequences, out, seed, precision)
     position = run.restore()
+    threads = torch.get_num_threads()
+    if accelerator.device.type == "cpu":  # threads that wait for a core which a worker has make all of them wait
+        torch.set_num_threads(max(1, min(threads, (os.cpu_count() or 1) - workers)))
     tracker.train()
     total = sum(stage.steps for stage in stages)
     bar = tqdm(total=total, initial=position, desc=type(tracker).__name__, disable=not progress or not accelerator.is_main_process)
@@ -140,6 +143,7 @@ def train(
             first += stage.steps
     finally:
         bar.close()
+        torch.set_num_threads(threads)
     tracker.requires_grad_(True).eval()
     if accelerator.is_main_process:
         run.finish()

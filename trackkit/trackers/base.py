@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trackkit.boxes import check_boxes
-from trackkit.errors import DataError
+from trackkit.errors import DataError, TrackkitError
 
 State = TypeVar("State")
 
@@ -63,11 +63,11 @@ class Tracker(nn.Module):
 
     def loss(self, batch: dict[str, Tensor], kind: str = "") -> dict[str, Tensor]:
         """Losses of a batch from `sampling`; the entry "loss" is minimised. `kind` is the stage's `loss`."""
-        raise NotImplementedError(f"{type(self).__name__} has nothing to train")
+        raise TrackkitError(f"{type(self).__name__} has nothing to train")
 
     def recipe(self, scale: str) -> list[Any]:
         """The training stages (`training.Stage`) at `scale`: tiny, laptop, gpu or paper."""
-        raise NotImplementedError(f"{type(self).__name__} has nothing to train")
+        raise TrackkitError(f"{type(self).__name__} has nothing to train")
 
     def checked(self, frames: list[Tensor], boxes_xywh: Tensor) -> tuple[list[Tensor], Tensor]:
         """Frames on the tracker's device and boxes as float64 (B, 4), or DataError. For `start`."""
