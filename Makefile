@@ -8,7 +8,7 @@ DEMO ?= runs/demo
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=180 --nbval-sanitize-with lessons/nbval.cfg -p no:cacheprovider
 
-.PHONY: help setup demo test test-unit test-lessons lint lab lessons samples benchmarks clean
+.PHONY: help setup demo test test-unit test-lessons lint lab lessons samples picture benchmarks clean
 
 help:
 	@echo "make demo        train a tiny tracker, score it, write the video (about 6 minutes, set-up included)"
@@ -50,6 +50,9 @@ lessons: setup
 
 samples: setup
 	$(RUN) -m trackkit synth --samples data_samples
+
+picture: setup
+	$(RUN) docs/picture.py
 
 benchmarks: setup
 	$(RUN) benchmarks/demo_margin.py

@@ -100,34 +100,35 @@ def _track(
         device: where to run.
     """
     from trackkit.course.drawing import draw_boxes
+    from trackkit.evaluation import average_overlap, sequence_overlaps
     from trackkit.paths import atomic_write, writable
     from trackkit.sequences import open_sequence
     from trackkit.tracking import track_many
     from trackkit.video import write_video
 
     sequence = open_sequence(video, parse_box(box))
+    if len(sequence.boxes_xywh) == 0:
+        raise TrackkitError(f"{video} has no groundtruth.txt; say what to follow: --box x,y,w,h in pixels of the first frame")
     network = _load(tracker, device)
     folder = writable(out or Path.cwd())
     _, result = next(track_many(network, [sequence], batch=1, progress=True))
     with atomic_write(folder / f"{sequence.name}.txt") as partial:
         partial.write_text("".join(",".join(f"{v:.3f}" for v in row) + "\n" for row in result.boxes_xywh.tolist()))
-    truth = sequence.boxes_xywh if sequence.labelled and len(sequence) > 1 else None
+    name, scored = _label(tracker), sequence.labelled and len(sequence) > 1
 
     def pictures():
         for i in range(len(sequence)):
-            boxes = {Path(tracker).stem if Path(tracker).stem != "tracker" else "tracker": result.boxes_xywh[i]}
-            if truth is not None and bool(sequence.visible[i]):
-                boxes["truth"] = truth[i]
+            boxes = {name: result.boxes_xywh[i]}
+            if scored and bool(sequence.visible[i]):
+                boxes["truth"] = sequence.boxes_xywh[i]
             yield draw_boxes(sequence.frame(i), boxes)
 
-    fps = getattr(sequence, "fps", 0) or 10
-    write_video(folder / f"{sequence.name}.mp4", pictures(), fps)
-    speed = (len(sequence) - 1) / max(float(result.seconds[1:].sum()), 1e-9) if len(sequence) > 1 else 0.0
-    print(f"{folder / sequence.name}.mp4 and .txt: {len(sequence)} frames, {speed:.0f} frames per second")
-    if truth is not None and len(sequence) > 1:
-        from trackkit.evaluation import score_sequence
-
-        print(f"average overlap with groundtruth.txt: {score_sequence(sequence, result.boxes_xywh):.3f}")
+    write_video(folder / f"{sequence.name}.mp4", pictures(), getattr(sequence, "fps", 0) or 10)
+    fps = len(sequence) / float(result.seconds.sum())
+    print(f"{folder / sequence.name}.mp4 and .txt: {len(sequence)} frames, {fps:.0f} frames per second")
+    if scored:
+        overlap = average_overlap(sequence_overlaps(sequence, result.boxes_xywh))
+        print(f"average overlap with groundtruth.txt: {overlap:.3f}")
 
 
 def evaluate(argv: list[str]) -> None:

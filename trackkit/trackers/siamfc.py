@@ -44,6 +44,7 @@ class SiamFCConfig:
     pools: int = 2
     response_scale: float = 0.001  # brings sums over ~10,000 products to logits of order 1
     positive_radius: int = 16  # search-crop pixels
+    train_shift: int = 4  # training crops are off-centre by up to this many crop pixels, half a response cell
     scales: int = 3
     scale_step: float = 1.0375
     scale_penalty: float = 0.9745  # factor on the responses of the scales that are not 1
@@ -74,6 +75,7 @@ class SiamFCConfig:
             pools=1,
             response_scale=0.01,
             positive_radius=8,
+            train_shift=2,
         )
 
     @property
@@ -282,13 +284,13 @@ class SiamFC(Tracker):
         return {"loss": balanced_bce(logits, labels.expand_as(logits))}
 
     def samples(self) -> SampleSpec:
-        """Pairs at most 100 frames apart, with up to 4 px of shift and 5 % of scale in each crop."""
+        """Pairs at most 100 frames apart, each crop shifted by up to `train_shift` and scaled by up to 5 %."""
         cfg = self.config
         # the crop keeps the resolution of a full search crop and shows less of it
         factor = cfg.train_search_size / cfg.exemplar_size
         return SampleSpec(
-            template=CropSpec(cfg.exemplar_size, 1.0, cfg.context, shift_px=4, scale=0.05),
-            search=CropSpec(cfg.train_search_size, factor, cfg.context, shift_px=4, scale=0.05),
+            template=CropSpec(cfg.exemplar_size, 1.0, cfg.context, shift_px=cfg.train_shift, scale=0.05),
+            search=CropSpec(cfg.train_search_size, factor, cfg.context, shift_px=cfg.train_shift, scale=0.05),
             max_gap=100,
             rule=FrameRule(
                 min_area=20, min_side=20, max_side=500, min_share=0.01, max_share=0.5, max_aspect=4, min_cover_share=0.3

@@ -1,0 +1,129 @@
+"""The command line, end to end: train, evaluate, track and continue, as a user types it."""
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from trackkit import cli, trackers
+from trackkit.got10k import GOT10k
+from trackkit.synth import SynthConfig, SynthDataset, write_dataset
+from trackkit.video import VideoSequence, write_video
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments) -> int:
+    return cli.main([str(a) for a in arguments])
+
+
+def test_train_evaluate_track(tmp_path, capsys):
+    """The main job in small: GOT-10k in, checkpoint, scores, video and boxes out."""
+    data = tmp_path / "GOT-10k"
+    for split, count in (("train", 3), ("val", 2), ("test", 2)):
+        write_dataset(data, split, SynthDataset(SynthConfig(frames=8, width=160, height=120, split=split), seed=1, length=count))
+
+    options = ("--data", data, "--out", tmp_path / "run", "--steps", 4, "--batch", 2, "--device", "cpu")
+    assert run("train", "siamfc-tiny", *options, "--config.window-influence", 0.3) == 0
+    assert "4 steps on GOT-10k-train" in capsys.readouterr().out
+    checkpoint = tmp_path / "run" / "tracker.safetensors"
+    assert trackers.load(checkpoint).config.window_influence == 0.3
+
+    results = ("--data", data, "--out", tmp_path / "results")
+    assert run("evaluate", checkpoint, "ncc", *results, "--json", tmp_path / "scores.json") == 0
+    table = capsys.readouterr().out
+    assert re.search(r"^run +0\.\d{3}", table, re.M) and re.search(r"^ncc +0\.\d{3}", table, re.M)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert set(scores) == {"run", "ncc"} and 0 <= scores["run"]["ao"] <= 1
+    name = GOT10k(data, "val").names[0]
+    assert (tmp_path / "results" / "run" / name / f"{name}_001.txt").exists()
+
+    assert run("evaluate", "stay", "--split", "test", "--zip", tmp_path / "s.zip", "--data", data, "--out", tmp_path / "test") == 0
+    assert (tmp_path / "s.zip").exists() and "server" in capsys.readouterr().out
+
+    assert run("track", data / "val" / name, "--tracker", checkpoint, "--out", tmp_path) == 0
+    assert "average overlap with groundtruth.txt" in capsys.readouterr().out
+    assert len(VideoSequence(tmp_path / f"{name}.mp4")) == 8
+    assert len((tmp_path / f"{name}.txt").read_text().splitlines()) == 8
+
+
+def test_track_a_video_with_a_box(tmp_path, capsys):
+    sequence = SynthDataset(SynthConfig.only("motion", frames=6), seed=0, length=1)[0]
+    write_video(tmp_path / "clip.mp4", (sequence.frame(i) for i in range(6)), fps=10)
+    box = ",".join(f"{v:.0f}" for v in sequence.boxes_xywh[0].tolist())
+    assert run("track", tmp_path / "clip.mp4", "--box", box, "--tracker", "ncc", "--out", tmp_path / "out") == 0
+    rows = [[float(v) for v in line.split(",")] for line in (tmp_path / "out" / "clip.txt").read_text().splitlines()]
+    assert rows[0] == [float(v) for v in box.split(",")] and len(rows) == 6
+    assert (torch.tensor(rows) - sequence.boxes_xywh).abs().max() < 8
+    assert "6 frames" in capsys.readouterr().out
+
+
+def test_synth(tmp_path, capsys):
+    assert run("synth", tmp_path, "--only", "occlusion", "--count", 2, "--frames", 5, "--split", "val") == 0
+    assert [len(s) for s in GOT10k(tmp_path, "val")] == [5, 5]
+    assert all("occlusion" in s.attributes for s in GOT10k(tmp_path, "val"))
+
+
+def test_profile_counts_siamfc_as_the_specification_says(capsys):
+    assert run("profile", "siamfc", "--json") == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row == {"name": "siamfc", "parameters": 2_336_320, "macs": 8_167_095_648, "paper": {}}
+    assert run("profile", "--all") == 0
+    table = capsys.readouterr().out
+    assert all(name in table for name in trackers.TRACKERS)
+
+
+def test_doctor(capsys, monkeypatch, tmp_path):
+    assert run("doctor") == 0
+    assert "torch" in (out := capsys.readouterr().out) and "data: " in out and "! " not in out
+    monkeypatch.setenv("TRACKKIT_GOT10K", str(tmp_path / "nowhere"))
+    assert run("doctor") == 0
+    assert "! data: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run(command, "--help")
+    assert exit_.value.code == 0
+    assert "usage: trackkit " + command in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "siamfc-tny"], "there are stay, ncc, siamfc"),
+        (["train", "ncc"], "nothing to train"),
+        (["train", "siamfc-tiny", "--data", "nowhere"], "nowhere"),
+        (["track", "nowhere.mp4", "--tracker", "ncc", "--box", "1,2,3,4"], "nowhere.mp4"),
+        (["track", "x.mp4", "--tracker", "ncc", "--box", "1,2,3"], "four numbers"),
+        (["track", str(ROOT / "docs"), "--tracker", "ncc"], "say what to follow: --box"),
+        (["track", str(ROOT / "data_samples" / "val" / "synth_val_scale"), "--tracker", "none.safetensors"], "no such checkpoint"),
+        (["evaluate"], "at least one tracker"),
+        (["evaluate", "ncc", "--data", "nowhere"], "nowhere"),
+        (["profile"], "name a tracker"),
+        (["profile", "x"], "no tracker is called 'x'"),
+        (["synth", "out", "--only", "rain"], "rain"),
+    ],
+)
+def test_mistakes_are_one_line_on_stderr(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and error.startswith(f"trackkit {arguments[0]}: ")
+
+
+def test_no_command_unknown_command_version(capsys):
+    assert run() == 0 and "usage: trackkit COMMAND" in capsys.readouterr().out
+    assert run("fly") == 2 and "no command 'fly'" in capsys.readouterr().err
+    assert run("--version") == 0
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys; from trackkit.cli import main; main([]); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
