@@ -40,6 +40,7 @@ def test_train_evaluate_track(tmp_path, capsys):
     assert re.search(r"^run +0\.\d{3}", table, re.M) and re.search(r"^ncc +0\.\d{3}", table, re.M)
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert set(scores) == {"run", "ncc"} and 0 <= scores["run"]["ao"] <= 1
+    assert (tmp_path / "results" / "success-GOT-10k-val.png").stat().st_size > 5000
     name = GOT10k(data, "val").names[0]
     assert (tmp_path / "results" / "run" / name / f"{name}_001.txt").exists()
 

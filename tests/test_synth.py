@@ -16,7 +16,7 @@ from trackkit.sequences import Sequence, block_mean
 from trackkit.synth import (
     ATTRIBUTES,
     SAMPLE_QUALITY,
-    SAMPLES,
+    EMBEDDED,
     SynthConfig,
     SynthDataset,
     SynthSequence,
@@ -205,7 +205,7 @@ def test_the_embedded_set_is_complete_and_untouched():
     for digest, name in lines:
         assert hashlib.sha256((SAMPLES_ROOT / name).read_bytes()).hexdigest() == digest, name
     assert sum((SAMPLES_ROOT / name).stat().st_size for _, name in lines) < 8e6
-    for split, keys in SAMPLES.items():
+    for split, keys in EMBEDDED.items():
         names = (SAMPLES_ROOT / split / "list.txt").read_text().split()
         assert names == [f"synth_{split}_{key}" for key in keys]
         present = {path.relative_to(SAMPLES_ROOT).as_posix() for path in (SAMPLES_ROOT / split).rglob("*.*")}
@@ -223,7 +223,7 @@ def test_the_embedded_set_can_be_made_again(tmp_path, split, key):
 
 
 def test_every_sample_starts_in_full_view_and_shows_what_it_says():
-    for split, keys in SAMPLES.items():
+    for split, keys in EMBEDDED.items():
         for key, (attributes, _) in keys.items():
             sequence = sample(split, key)
             assert sequence.cover[0] == 8, sequence.name
@@ -233,7 +233,7 @@ def test_every_sample_starts_in_full_view_and_shows_what_it_says():
 
 
 def test_make_samples_makes_all_splits(tmp_path, monkeypatch):
-    monkeypatch.setattr("trackkit.synth.SAMPLES", {split: dict(list(keys.items())[:1]) for split, keys in SAMPLES.items()})
+    monkeypatch.setattr("trackkit.synth.EMBEDDED", {split: dict(list(keys.items())[:1]) for split, keys in EMBEDDED.items()})
     monkeypatch.setattr("trackkit.synth.SAMPLE_FRAMES", 2)
     root = make_samples(tmp_path / "data")
     assert {p.name for p in root.iterdir()} == {"train", "val", "test", "SHA256SUMS"}

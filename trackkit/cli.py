@@ -146,7 +146,7 @@ def _evaluate(
     json_out: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
     zip_out: Annotated[Path | None, tyro.conf.arg(name="zip")] = None,
 ) -> None:
-    """Score trackers as GOT-10k does: AO, SR0.5, SR0.75, by attribute, beside one another.
+    """Score trackers as GOT-10k does: AO, SR0.5, SR0.75, by attribute, beside one another, with a success plot.
 
     An interrupted evaluation continues; sequences with results are not tracked again.
 
@@ -161,6 +161,7 @@ def _evaluate(
         zip_out: also write the archive for GOT-10k's server (one tracker, test split).
     """
     from trackkit import evaluation
+    from trackkit.course.figures import figure_success
     from trackkit.got10k import GOT10k
     from trackkit.paths import atomic_write, home
     from trackkit.results import submission_zip
@@ -178,7 +179,10 @@ def _evaluate(
             print(f"{zip_out}: {len(dataset)} sequences, ready for the server")
     labelled = {name: score for name, score in scores.items() if score is not None}
     if labelled:
-        print(f"{evaluation.compare(labelled)}\n\n{evaluation.compare_attributes(labelled)}")
+        plot = out / f"success-{dataset.name}.png"
+        with atomic_write(plot) as partial:
+            figure_success(labelled).savefig(partial, dpi=120)
+        print(f"{evaluation.compare(labelled)}\n\n{evaluation.compare_attributes(labelled)}\n\nsuccess plot: {plot}")
     if json_out:
         with atomic_write(json_out) as partial:
             partial.write_text(json.dumps({name: dataclasses.asdict(score) for name, score in labelled.items()}, indent=1))

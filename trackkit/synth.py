@@ -183,7 +183,7 @@ class SynthDataset:
 
 
 # The embedded set: for each sequence of a split, the attributes it shows and its seed.
-SAMPLES: dict[str, dict[str, tuple[tuple[str, ...], int]]] = {
+EMBEDDED: dict[str, dict[str, tuple[tuple[str, ...], int]]] = {
     "train": {f"{number:03d}": ((), number) for number in range(1, 5)},
     "val": {
         "occlusion": (("occlusion",), 20),
@@ -214,8 +214,8 @@ SAMPLE_FRAMES, SAMPLE_QUALITY = 40, 62
 
 
 def sample(split: str, key: str) -> SynthSequence:
-    """Sequence `key` of a split of the embedded set (`SAMPLES`), before it is written."""
-    attributes, seed = SAMPLES[split][key]
+    """Sequence `key` of a split of the embedded set (`EMBEDDED`), before it is written."""
+    attributes, seed = EMBEDDED[split][key]
     if attributes:
         dials = BASELINE | dict.fromkeys(attributes, 0.9)
         config = SynthConfig.still(split=split, frames=SAMPLE_FRAMES, **dials)
@@ -251,9 +251,9 @@ def write_dataset(root: str | os.PathLike, split: str, sequences: Iterable[Synth
 def make_samples(root: str | os.PathLike) -> Path:
     """Write the embedded set, the same bytes every time, and SHA256SUMS, which `sha256sum -c` checks."""
     root = Path(root)
-    for split, sequences in SAMPLES.items():
+    for split, sequences in EMBEDDED.items():
         write_dataset(root, split, (sample(split, key) for key in sequences), SAMPLE_QUALITY)
-    files = sorted(path for split in SAMPLES for path in (root / split).rglob("*") if path.is_file())
+    files = sorted(path for split in EMBEDDED for path in (root / split).rglob("*") if path.is_file())
     lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(root).as_posix()}" for path in files]
     (root / "SHA256SUMS").write_text("\n".join(lines) + "\n", "utf-8", newline="\n")
     return root

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from trackkit.course.drawing import COLOURS, draw_boxes, spoken, to_image, to_png
-from trackkit.evaluation import THRESHOLDS, average_overlap, success_curve
+from trackkit.evaluation import THRESHOLDS, Scores, average_overlap, success_curve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -142,12 +142,17 @@ def figure_curves(log: ListLike[Mapping[str, Any]], keys: ListLike[str] = ("loss
     return figure_lines(curves, [row["step"] for row in log], xlabel="step", ylabel=", ".join(keys))
 
 
-def figure_success(overlaps: Mapping[str, Tensor]) -> Figure:
+def figure_success(scores: Mapping[str, Scores | Tensor]) -> Figure:
     """Success plot: for each tracker the share of frames whose overlap exceeds the threshold on the x-axis.
 
-    overlaps: name -> (N,) IoU of each frame that counts. The legend states the average overlap (AO).
+    scores: name -> `evaluation.Scores`, or (N,) IoU of each frame that counts. The legend states the average
+    overlap (AO).
     """
-    curves = {f"{name} (AO {average_overlap(v):.3f})": success_curve(v) for name, v in overlaps.items()}
+    curves = {}
+    for name, score in scores.items():
+        whole = isinstance(score, Scores)
+        ao, curve = (score.ao, Tensor(score.curve)) if whole else (average_overlap(score), success_curve(score))
+        curves[f"{name} (AO {ao:.3f})"] = curve
     fig = figure_lines(curves, THRESHOLDS, xlabel="overlap threshold", ylabel="success rate")
     fig.axes[0].set(xlim=(0, 1), ylim=(0, 1))
     return fig
