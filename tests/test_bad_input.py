@@ -1,7 +1,6 @@
 """Broken data: each error names the file (and line), says how it is broken, and what to do."""
 from __future__ import annotations
 
-
 import pytest
 import torch
 from PIL import Image

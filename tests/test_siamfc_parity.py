@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
-
 from golden import assert_summary, frames, golden, image, state_dict
+
 from trackkit import official
 from trackkit.boxes import cxcywh_to_xywh
 from trackkit.crops import Windows, context_side, cut
@@ -104,7 +105,7 @@ def tracking_error(tracker, video, rows) -> float:
     images, boxes = video
     start = tracker.start(images[:1], torch.tensor(boxes[:1]))
     worst = 0.0
-    for before, row in zip(rows, rows[1:], strict=False):
+    for before, row in itertools.pairwise(rows):
         was = {k: torch.tensor(v, dtype=torch.float64) for k, v in before["state"].items()}
         state = SiamFCState(
             start.exemplar, start.fill, was["center_yx"].flip(0)[None] + 0.5, was["target_hw"].flip(0)[None], was["x_sz"][None]

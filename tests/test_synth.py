@@ -15,8 +15,8 @@ from trackkit.paths import SAMPLES as SAMPLES_ROOT
 from trackkit.sequences import Sequence, block_mean
 from trackkit.synth import (
     ATTRIBUTES,
-    SAMPLE_QUALITY,
     EMBEDDED,
+    SAMPLE_QUALITY,
     SynthConfig,
     SynthDataset,
     SynthSequence,

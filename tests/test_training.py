@@ -86,7 +86,7 @@ def test_killed_run_resumes_to_the_same_weights(whole, tmp_path):
 
 
 def test_another_run_in_the_folder_is_refused(whole):
-    with pytest.raises(CheckpointError, match="another run .*stages"):
+    with pytest.raises(CheckpointError, match=r"another run .*stages"):
         small_run(whole[1], steps=8)
     with pytest.raises(CheckpointError, match="seed"):
         small_run(whole[1], seed=5)
@@ -175,7 +175,7 @@ def test_checkpoint_errors(whole, tmp_path):
     with pytest.raises(CheckpointError, match="'Oracle'"):
         trackers.load(bad)
     checkpoints.write(bad, tensors, {**about, "config": {**about["config"], "channels": [8, 8, 8, 8, 8]}})
-    with pytest.raises(CheckpointError, match="another size: backbone.conv1.0.weight"):
+    with pytest.raises(CheckpointError, match=r"another size: backbone.conv1.0.weight"):
         trackers.load(bad)
     checkpoints.write(bad, tensors, {**about, "config": {**about["config"], "future": 1}})
     with pytest.raises(CheckpointError, match="future"):

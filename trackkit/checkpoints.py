@@ -35,7 +35,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     with path.open("rb") as file:
         head = file.read(9)
     # safetensors begins with the length of its header in 8 bytes, then "{"; torch.save with PK or a pickle opcode
-    if head[:2] == b"PK" or head[:1] == b"\x80" and head[8:] != b"{":
+    if head[:2] == b"PK" or (head[:1] == b"\x80" and head[8:] != b"{"):
         raise CheckpointError(
             f"{path}: a pickle (as torch.save writes it), not safetensors; it was not opened, because loading a pickle "
             "runs code. For an authors' checkpoint use trackkit.official"
