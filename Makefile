@@ -29,7 +29,7 @@ demo: setup
 	$(RUN) -m trackkit train siamfc-tiny --scale laptop --out $(DEMO) --workers 1
 	$(RUN) -m trackkit evaluate $(DEMO)/tracker.safetensors ncc stay --out $(DEMO)/results --json $(DEMO)/scores.json
 	$(RUN) -m trackkit track data_samples/val/synth_val_rotation --tracker $(DEMO)/tracker.safetensors --out $(DEMO)
-	@echo "open $(DEMO)/synth_val_rotation.mp4"
+	@echo "open $(DEMO)/synth_val_rotation-demo.mp4"
 
 test: lint test-unit test-lessons
 
@@ -49,6 +49,7 @@ lessons: setup
 	$(ONE_THREAD) TRACKKIT_SCALE=tiny $(RUN) -m trackkit lessons build lessons/*.ipynb
 
 samples: setup
+	rm -rf data_samples/train data_samples/val data_samples/test
 	$(RUN) -m trackkit synth --samples data_samples
 
 picture: setup

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from trackkit import cli, trackers
 from trackkit.got10k import GOT10k
@@ -49,19 +51,33 @@ def test_train_evaluate_track(tmp_path, capsys):
 
     assert run("track", data / "val" / name, "--tracker", checkpoint, "--out", tmp_path) == 0
     assert "average overlap with groundtruth.txt" in capsys.readouterr().out
-    assert len(VideoSequence(tmp_path / f"{name}.mp4")) == 8
-    assert len((tmp_path / f"{name}.txt").read_text().splitlines()) == 8
+    assert len(VideoSequence(tmp_path / f"{name}-run.mp4")) == 8
+    assert len((tmp_path / f"{name}-run.txt").read_text().splitlines()) == 8
 
 
 def test_track_a_video_with_a_box(tmp_path, capsys):
     sequence = SynthDataset(SynthConfig.only("motion", frames=6), seed=0, length=1)[0]
     write_video(tmp_path / "clip.mp4", (sequence.frame(i) for i in range(6)), fps=10)
     box = ",".join(f"{v:.0f}" for v in sequence.boxes_xywh[0].tolist())
-    assert run("track", tmp_path / "clip.mp4", "--box", box, "--tracker", "ncc", "--out", tmp_path / "out") == 0
-    rows = [[float(v) for v in line.split(",")] for line in (tmp_path / "out" / "clip.txt").read_text().splitlines()]
+    before = (tmp_path / "clip.mp4").read_bytes()
+    assert run("track", tmp_path / "clip.mp4", "--box", box, "--tracker", "ncc", "--out", tmp_path) == 0
+    assert (tmp_path / "clip.mp4").read_bytes() == before, "the user's own video is never written over"
+    rows = [[float(v) for v in line.split(",")] for line in (tmp_path / "clip-ncc.txt").read_text().splitlines()]
     assert rows[0] == [float(v) for v in box.split(",")] and len(rows) == 6
     assert (torch.tensor(rows) - sequence.boxes_xywh).abs().max() < 8
     assert "6 frames" in capsys.readouterr().out
+
+
+def test_track_frames_of_changing_size(tmp_path):
+    for i, size in enumerate([(60, 80), (90, 120), (40, 50)]):
+        Image.fromarray(np.full((*size, 3), 90 + 20 * i, dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    assert run("track", tmp_path, "--box", "10,10,20,20", "--tracker", "ncc", "--out", tmp_path / "out") == 0
+    video = VideoSequence(tmp_path / "out" / f"{tmp_path.name}-ncc.mp4")
+    assert len(video) == 3 and video.frame_size(0) == (80, 60)
+
+
+def test_options_may_come_before_the_name(tmp_path):
+    assert run("train", "--steps", 1, "--batch", 2, "--out", tmp_path, "siamfc-tiny") == 0
 
 
 def test_synth(tmp_path, capsys):
@@ -99,7 +115,10 @@ def test_help(command, capsys):
     ("arguments", "message"),
     [
         (["train", "siamfc-tny"], "there are stay, ncc, siamfc"),
+        (["train"], "name the tracker to train"),
         (["train", "ncc"], "nothing to train"),
+        (["train", "siamfc-tiny", "--steps", "0"], "at least 1"),
+        (["train", "siamfc-tiny", "--steps", "1", "--seed", "-1"], "must not be negative"),
         (["train", "siamfc-tiny", "--data", "nowhere"], "nowhere"),
         (["track", "nowhere.mp4", "--tracker", "ncc", "--box", "1,2,3,4"], "nowhere.mp4"),
         (["track", "x.mp4", "--tracker", "ncc", "--box", "1,2,3"], "four numbers"),
@@ -107,6 +126,9 @@ def test_help(command, capsys):
         (["track", str(ROOT / "data_samples" / "val" / "synth_val_scale"), "--tracker", "none.safetensors"], "no such checkpoint"),
         (["evaluate"], "at least one tracker"),
         (["evaluate", "ncc", "--data", "nowhere"], "nowhere"),
+        (["evaluate", "ncc", "--batch", "0"], "batch must be at least 1"),
+        (["evaluate", "ncc", "stay", "--split", "test", "--zip", "s.zip"], "one tracker"),
+        (["evaluate", "ncc", "--zip", "s.zip"], "test split"),
         (["profile"], "name a tracker"),
         (["profile", "x"], "no tracker is called 'x'"),
         (["synth", "out", "--only", "rain"], "rain"),

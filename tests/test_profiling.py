@@ -76,7 +76,7 @@ def test_speed_states_its_circumstances():
 
 def test_warm_up_is_not_timed_and_frames_are_repeated(monkeypatch):
     clock = iter(range(1000))
-    monkeypatch.setattr(profiling, "_now", lambda device: float(next(clock)))
+    monkeypatch.setattr(profiling, "now", lambda device: float(next(clock)))
     seen = []
 
     class Watching(StayTracker):

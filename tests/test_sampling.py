@@ -127,6 +127,8 @@ def test_siamfc_rule():
     sequence.boxes_xywh[2, 2:] = torch.tensor([20.0, 81.0])  # more than half the height, and aspect over 4
     sequence.cover[3] = 2  # not more than 0.3 of the best level, 8
     assert rule.usable(sequence).tolist() == list(range(4, 12))
+    sequence.cover[:] = 1  # the best level must itself be more than 1
+    assert len(rule.usable(sequence)) == 0
 
 
 def test_unusable_sequence_is_named_once_and_another_is_drawn(caplog):
@@ -152,3 +154,16 @@ def test_errors():
         dataclasses.replace(PAIR, order="sideways")
     with pytest.raises(ValueError, match="impossible crop"):
         CropSpec(0, 1.0)
+
+
+@pytest.mark.parametrize(("frames", "max_gap"), [(24, 100), (150, 100)])
+def test_every_pair_within_the_gap_is_equally_likely(frames, max_gap):
+    spec, usable, rng = dataclasses.replace(PAIR, max_gap=max_gap), np.arange(frames), np.random.default_rng(0)
+    drawn = np.array([choose_frames(spec, usable, rng) for _ in range(20_000)])
+    pairs = [(a, b) for a in range(frames) for b in range(a + 1, min(frames, a + max_gap))]
+    gaps = np.array([b - a for a, b in pairs])
+    assert np.diff(drawn).mean() == pytest.approx(gaps.mean(), rel=0.03)
+    expected = np.bincount(np.array(pairs).ravel(), minlength=frames) / len(pairs) / 2
+    found = np.bincount(drawn.ravel(), minlength=frames) / drawn.size
+    for frame in (0, frames // 2, frames - 1):
+        assert found[frame] == pytest.approx(expected[frame], rel=0.2)

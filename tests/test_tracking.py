@@ -80,7 +80,8 @@ def test_online_face_takes_arrays_and_tensors(tracker, videos):
     video, online = videos[0], Online(tracker)
     with pytest.raises(RuntimeError, match="init"):
         online.update(video.frame(0))
-    online.init(video.frame(0).permute(1, 2, 0).numpy(), tuple(video.boxes_xywh[0].tolist()))
+    bgr = video.frame(0).permute(1, 2, 0).numpy()[..., ::-1]
+    online.init(bgr[..., ::-1], tuple(video.boxes_xywh[0].tolist()))
     boxes = [online.update(video.frame(i).permute(1, 2, 0).numpy()) for i in range(1, len(video))]
     assert (torch.tensor(boxes) - track(tracker, video).boxes_xywh[1:]).abs().max() < 1e-3
 
@@ -114,6 +115,8 @@ def test_bad_frames(tracker, videos):
         online.init(videos[0].frame(0).float(), (10, 10, 20, 20))
     with pytest.raises(DataError, match=r"\(3, H, W\)"):
         online.init(videos[0].frame(0)[0], (10, 10, 20, 20))
+    with pytest.raises(DataError, match=r"shape \(N, 4\)"):
+        online.init(videos[0].frame(0), (10, 10, 20))
     with pytest.raises(DataError, match="one box for each frame"):
         tracker.start([videos[0].frame(0)], torch.tensor([[1, 1, 5, 5], [1, 1, 5, 5]]))
 

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,12 +19,16 @@ from trackkit.trackers.siamfc import SiamFC, SiamFCConfig
 from trackkit.training import Stage, freeze, read_log, train
 
 
-def small_run(out: Path, steps: int = 6, **options) -> SiamFC:
+def small_run(out: Path, steps: int = 6, second: int = 0, **options) -> SiamFC:
+    """A run of a few steps and, with `second`, of a second stage that trains the last layer with AdamW."""
     torch.manual_seed(0)
     tracker = SiamFC(SiamFCConfig.tiny())
-    stage = dataclasses.replace(tracker.recipe("tiny")[0], steps=steps, batch=2)
-    data = SynthDataset(SynthConfig(frames=8), seed=0, length=50)
-    train(tracker, [stage], data, out, **({"progress": False, "log_steps": 2, "device": "cpu"} | options))
+    first = dataclasses.replace(tracker.recipe("tiny")[0], steps=steps, batch=2, momentum=0.9)
+    stages = [first]
+    if second:
+        stages.append(dataclasses.replace(first, name="last layer", steps=second, trainable=("backbone.conv5.*",), momentum=None))
+    data = options.pop("data", None) or SynthDataset(SynthConfig(frames=8), seed=0, length=50)
+    train(tracker, stages, data, out, **({"progress": False, "log_steps": 2, "device": "cpu"} | options))
     return tracker
 
 
@@ -58,31 +61,83 @@ def test_loader_workers_do_not_change_the_weights(whole, tmp_path):
     assert same_weights(small_run(tmp_path, workers=1), whole[0])
 
 
-def test_finished_run_is_not_trained_again(whole):
+def test_finished_run_is_not_trained_again(whole, monkeypatch):
     tracker, out = whole
-    before = (out / "state.safetensors").stat().st_mtime_ns
+    before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    monkeypatch.setattr(SiamFC, "loss", lambda *_: pytest.fail("trained again"))
     assert same_weights(small_run(out), tracker)
-    assert (out / "state.safetensors").stat().st_mtime_ns == before
+    assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
 
 
-def test_killed_run_resumes_to_the_same_weights(whole, tmp_path):
-    code = (
-        "import sys; sys.path.insert(0, 'tests'); import torch; torch.set_num_threads(1);"
-        "from test_training import small_run; from pathlib import Path; small_run(Path(sys.argv[1]), save_seconds=0)"
-    )
+@pytest.fixture(scope="module")
+def two_stages(tmp_path_factory):
+    return small_run(tmp_path_factory.mktemp("two"), steps=3, second=3)
+
+
+# Each saved state replaces two files, the log and then the state; the run is killed just before replacement N.
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is a signal of unix")
+@pytest.mark.parametrize(
+    ("replacement", "steps_done"),
+    [(1, 0), (4, 1), (5, 2), (7, 3), (10, 4)],
+    ids=["before anything", "new log, old state", "between steps", "between stages", "in the second stage"],
+)
+def test_killed_run_resumes_to_the_same_weights(two_stages, tmp_path, replacement, steps_done):
+    code = f"""
+import os, signal, sys, torch
+from pathlib import Path
+from test_training import small_run
+torch.set_num_threads(1)
+count, replace = 0, os.replace
+def deadly(*paths):
+    global count
+    count += 1
+    if count == {replacement}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(*paths)
+os.replace = deadly
+small_run(Path(sys.argv[1]), steps=3, second=3, save_seconds=0)
+"""
     root = Path(__file__).parent.parent
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])}
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, stderr=subprocess.DEVNULL)
+    assert killed.returncode == -signal.SIGKILL
     state = tmp_path / "state.safetensors"
-    deadline = time.monotonic() + 120
-    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = checkpoints.read(state)[1]["step"]
-    assert 1 <= done < 6, "the run must have been killed on its way"
-    assert not (tmp_path / "tracker.safetensors").exists()
-    assert same_weights(small_run(tmp_path), whole[0])
-    assert [line["step"] for line in read_log(tmp_path)] == [2, 4, 6]
+    assert (checkpoints.read(state)[1]["step"] if state.exists() else 0) == steps_done
+    assert same_weights(small_run(tmp_path, steps=3, second=3), two_stages)
+    assert [line["step"] for line in read_log(tmp_path)] == [2, 3, 4, 6]
+    assert {p.name for p in tmp_path.glob("*")} == {"log.jsonl", "state.safetensors", "tracker.safetensors"}
+
+
+def test_several_processes_train_one_tracker(tmp_path):
+    """Two processes share each batch, keep equal weights and write one log; one process goes on from their state."""
+    code = """
+import sys, torch
+from pathlib import Path
+from test_training import small_run
+torch.set_num_threads(1)
+tracker = small_run(Path(sys.argv[1]), steps=3, second=2)
+torch.save([p.detach() for p in tracker.parameters()], f"{sys.argv[1]}/rank{torch.distributed.get_rank()}.pt")
+"""
+    root = Path(__file__).parent.parent
+    (tmp_path / "job.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]), "ACCELERATE_USE_CPU": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "job.py"), str(tmp_path)]
+    subprocess.run(launch, env=environment, check=True, capture_output=True)
+    first, second = (torch.load(tmp_path / f"rank{r}.pt") for r in (0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert [line["step"] for line in read_log(tmp_path)] == [2, 3, 4, 5]
+    assert all(torch.equal(a, b) for a, b in zip(small_run(tmp_path, steps=3, second=2).parameters(), first, strict=True))
+
+
+def test_log_lines_are_means_of_the_steps_since_the_last_line(tmp_path):
+    """Also where a stage ends between two lines: with a line for each step their means must be the same."""
+    small_run(tmp_path / "each", steps=3, second=4, log_steps=1)
+    small_run(tmp_path / "some", steps=3, second=4, log_steps=2)
+    each = {line["step"]: line["loss"] for line in read_log(tmp_path / "each")}
+    some = {line["step"]: line["loss"] for line in read_log(tmp_path / "some")}
+    assert list(some) == [2, 3, 4, 6, 7]
+    for step, before in ((2, 0), (3, 2), (4, 3), (6, 4), (7, 6)):
+        assert some[step] == pytest.approx(sum(each[i] for i in range(before + 1, step + 1)) / (step - before), abs=2e-6)
 
 
 def test_another_run_in_the_folder_is_refused(whole):
@@ -90,6 +145,15 @@ def test_another_run_in_the_folder_is_refused(whole):
         small_run(whole[1], steps=8)
     with pytest.raises(CheckpointError, match="seed"):
         small_run(whole[1], seed=5)
+    with pytest.raises(CheckpointError, match="other data"):
+        small_run(whole[1], data=SynthDataset(SynthConfig.only("blur", frames=8), seed=0, length=50))
+
+
+def test_state_files_are_as_readable_as_any_other(whole):
+    (whole[1] / "plain").write_text("")
+    modes = {p.name: p.stat().st_mode for p in whole[1].iterdir()}
+    (whole[1] / "plain").unlink()
+    assert len(set(modes.values())) == 1, modes
 
 
 def test_nan_loss_stops_and_keeps_the_last_state(tmp_path, monkeypatch):
@@ -108,20 +172,11 @@ def test_nan_loss_stops_and_keeps_the_last_state(tmp_path, monkeypatch):
     assert all(torch.isfinite(t).all() for t in tensors.values())
 
 
-def test_stages_follow_each_other_and_frozen_parts_stay(tmp_path):
-    torch.manual_seed(0)
-    tracker = SiamFC(SiamFCConfig.tiny())
-    first = dataclasses.replace(tracker.recipe("tiny")[0], steps=2, batch=2)
-    second = dataclasses.replace(first, name="last layer", trainable=("backbone.conv5.*",), momentum=None)
-    data = SynthDataset(SynthConfig(frames=8), seed=0, length=50)
-    train(tracker, [first], data, tmp_path / "one", progress=False, device="cpu")
-    after_first = {k: v.clone() for k, v in tracker.state_dict().items()}
-    torch.manual_seed(0)
-    tracker = SiamFC(SiamFCConfig.tiny())
-    log = train(tracker, [first, second], data, tmp_path / "two", progress=False, log_steps=1, device="cpu")
-    assert [(line["stage"], line["step"]) for line in log] == [("pairs", 1), ("pairs", 2), ("last layer", 3), ("last layer", 4)]
-    for key, value in tracker.state_dict().items():
-        assert torch.equal(value, after_first[key]) == (not key.startswith("backbone.conv5")), key
+def test_frozen_parts_stay(two_stages, tmp_path):
+    first = small_run(tmp_path / "one", steps=3, second=0).state_dict()
+    for key, value in two_stages.state_dict().items():
+        assert torch.equal(value, first[key]) == (not key.startswith("backbone.conv5")), key
+    assert all(p.requires_grad for p in two_stages.parameters()) and not two_stages.training
 
 
 def test_freeze_names_a_pattern_without_match():
@@ -134,7 +189,7 @@ def test_stage_validation_and_warmup():
     stage = Stage("s", steps=100, batch=1, sample=spec, lr=1.0, lr_end=0.01, warmup=10)
     assert stage.rate(0) == pytest.approx(0.1) and stage.rate(9) == pytest.approx(0.01 ** (9 / 100))
     assert stage.rate(99) == pytest.approx(0.01, rel=0.06)
-    with pytest.raises(ValueError, match="lr_end"):
+    with pytest.raises(TrackkitError, match="lr_end"):
         Stage("s", steps=1, batch=1, sample=spec, lr=1e-3, lr_end=1e-2)
 
 
@@ -204,5 +259,5 @@ def test_log_lines_are_json(whole):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_trains_on_a_gpu(tmp_path, precision):
-    tracker = small_run(tmp_path, device="cuda", precision=precision)
+    tracker = small_run(tmp_path, second=3, device="cuda", precision=precision)
     assert tracker.device.type == "cuda" and all(torch.isfinite(p).all() for p in tracker.parameters())

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 
 from trackkit.errors import CheckpointError
@@ -20,7 +21,7 @@ def write(path: str | Path, tensors: dict[str, Tensor], about: dict) -> None:
     contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     metadata = {"trackkit": json.dumps({"format": FORMAT, **about})}
     with atomic_write(path) as partial:
-        save_file(contiguous, partial, metadata=metadata)
+        partial.write_bytes(serialize(contiguous, metadata))  # save_file would make a private file of its own
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:

@@ -1,7 +1,7 @@
 """The command line: trackkit train | track | evaluate | synth | profile | doctor | lessons.
 
 Options come from dataclasses and function signatures (tyro), so `trackkit COMMAND --help` is always complete.
-Imports happen inside the commands: `--help` must not wait for torch.
+Imports happen inside the commands: `trackkit` alone must not wait for torch.
 """
 from __future__ import annotations
 
@@ -54,13 +54,16 @@ def train(argv: list[str]) -> None:
 
     from trackkit.paths import home
     from trackkit.sampling import training_set
-    from trackkit.trackers import create
+    from trackkit.trackers import TRACKERS, create
     from trackkit.training import train as run
 
-    name = next((a for a in argv if not a.startswith("-")), "siamfc-tiny")
-    chosen = create(name)
+    words = [a for a in argv if not a.startswith("-")]
+    name = next((w for w in words if w in TRACKERS), words[0] if words else None)
+    if name is None and not {"-h", "--help"} & set(argv):
+        raise TrackkitError(f"name the tracker to train: {', '.join(TRACKERS)}")
+    chosen = create(name or "siamfc-tiny")
     options_type = TrainOptions[type(chosen.config)]
-    default = options_type(tracker=name, config=chosen.config)
+    default = options_type(tracker=name or tyro.MISSING, config=chosen.config)
     options = tyro.cli(options_type, args=argv, prog="trackkit train", default=default)
 
     torch.manual_seed(options.seed)
@@ -96,9 +99,11 @@ def _track(
         tracker: a checkpoint (tracker.safetensors), or the name of a tracker that needs no training: ncc, stay.
         box: the object in the first frame as x,y,w,h: left, top, width, height in pixels. A sequence with a
             groundtruth.txt brings its own.
-        out: folder for NAME.mp4 and NAME.txt (default: beside where you are).
+        out: folder for VIDEO-TRACKER.mp4 and .txt (default: where you are).
         device: where to run.
     """
+    from torch.nn.functional import pad
+
     from trackkit.course.drawing import draw_boxes
     from trackkit.evaluation import average_overlap, sequence_overlaps
     from trackkit.paths import atomic_write, writable
@@ -109,23 +114,27 @@ def _track(
     sequence = open_sequence(video, parse_box(box))
     if len(sequence.boxes_xywh) == 0:
         raise TrackkitError(f"{video} has no groundtruth.txt; say what to follow: --box x,y,w,h in pixels of the first frame")
+    name = _label(tracker)
     network = _load(tracker, device)
-    folder = writable(out or Path.cwd())
+    results = writable(out or Path.cwd()) / f"{sequence.name}-{name}"
     _, result = next(track_many(network, [sequence], batch=1, progress=True))
-    with atomic_write(folder / f"{sequence.name}.txt") as partial:
+    with atomic_write(f"{results}.txt") as partial:
         partial.write_text("".join(",".join(f"{v:.3f}" for v in row) + "\n" for row in result.boxes_xywh.tolist()))
-    name, scored = _label(tracker), sequence.labelled and len(sequence) > 1
+    scored = sequence.labelled and len(sequence) > 1
 
     def pictures():
+        height, width = sequence.frame(0).shape[1:]
         for i in range(len(sequence)):
             boxes = {name: result.boxes_xywh[i]}
             if scored and bool(sequence.visible[i]):
                 boxes["truth"] = sequence.boxes_xywh[i]
-            yield draw_boxes(sequence.frame(i), boxes)
+            picture = draw_boxes(sequence.frame(i), boxes)
+            # frames of another size than the first are cut or filled up: a video has one size
+            yield pad(picture, (0, width - picture.shape[2], 0, height - picture.shape[1]))
 
-    write_video(folder / f"{sequence.name}.mp4", pictures(), getattr(sequence, "fps", 0) or 10)
+    write_video(f"{results}.mp4", pictures(), getattr(sequence, "fps", 0) or 10)
     fps = len(sequence) / float(result.seconds.sum())
-    print(f"{folder / sequence.name}.mp4 and .txt: {len(sequence)} frames, {fps:.0f} frames per second")
+    print(f"{results}.mp4 and .txt: {len(sequence)} frames, {fps:.0f} frames per second")
     if scored:
         overlap = average_overlap(sequence_overlaps(sequence, result.boxes_xywh))
         print(f"average overlap with groundtruth.txt: {overlap:.3f}")
@@ -168,6 +177,8 @@ def _evaluate(
 
     if not trackers:
         raise TrackkitError("name at least one tracker: a checkpoint, or ncc, stay")
+    if zip_out and (len(trackers) != 1 or split != "test"):
+        raise TrackkitError("--zip packs the results of one tracker on the test split: --split test, and a single tracker")
     dataset = GOT10k(data, split)
     out = out or home() / "results" / dataset.name
     scores = {}
@@ -225,7 +236,8 @@ def _synth(
         changes = {"frames": frames, "width": width, "height": height, "split": split}
         config = worlds.SynthConfig.only(*only, **changes) if only else worlds.SynthConfig(**changes)
         worlds.write_dataset(out, split, worlds.SynthDataset(config, seed=seed, length=count))
-    print(f"{out}: written; look at it with `trackkit evaluate ncc --data {out}`")
+    shown = "val" if samples else split
+    print(f"{out}: written" + (f"; try `trackkit evaluate ncc --data {out} --split {shown}`" if shown != "test" else ""))
 
 
 def profile(argv: list[str]) -> None:

@@ -113,68 +113,74 @@ def cut(frames: list[Tensor] | Tensor, windows: Windows, fill: Tensor | None = N
     for index, frame in enumerate(frames):
         left, top, side = (int(v[index]) for v in (windows.left, windows.top, windows.side))
         colour = None if fill is None else fill if fill.ndim == 1 else fill[index]
-        crops.append(_resize(_square(frame, left, top, side, colour), windows.size))
+        needed, rows, columns = _plan(side, windows.size, frame.device)
+        pixels = _square(frame, left, top, side, colour) if needed is None else _lines(frame, left, top + needed, side, colour)
+        crops.append(_resize(pixels, rows, columns))
     return torch.stack(crops)
 
 
 def _square(frame: Tensor, left: int, top: int, side: int, colour: Tensor | None) -> Tensor:
+    """All pixels of a window: uint8 (side, side, 3)."""
     height, width = frame.shape[1:]
-    x1, y1, x2, y2 = max(left, 0), max(top, 0), min(left + side, width), min(top + side, height)
-    if (x2 - x1, y2 - y1) == (side, side):
-        return frame[:, y1:y2, x1:x2]
+    if left >= 0 and top >= 0 and left + side <= width and top + side <= height:
+        return frame[:, top : top + side, left : left + side].permute(1, 2, 0)
+    return _lines(frame, left, torch.arange(top, top + side, device=frame.device), side, colour)
+
+
+def _lines(frame: Tensor, left: int, rows: Tensor, side: int, colour: Tensor | None) -> Tensor:
+    """Some rows of a window, so that the memory for a very large one stays small: uint8 (len(rows), side, 3)."""
+    height, width = frame.shape[1:]
     colour = mean_colour(frame) if colour is None else colour.to(frame.device)
-    square = colour.round().to(torch.uint8).repeat(side, side, 1).permute(2, 0, 1)  # channels innermost
-    if x2 > x1 and y2 > y1:
-        square[:, y1 - top : y2 - top, x1 - left : x2 - left] = frame[:, y1:y2, x1:x2]
-    return square
+    lines = colour.round().to(torch.uint8).repeat(len(rows), side, 1)
+    inside, x1, x2 = (rows >= 0) & (rows < height), max(left, 0), min(left + side, width)
+    if x2 > x1:
+        lines[inside, x1 - left : x2 - left] = frame.permute(1, 2, 0)[rows[inside], x1:x2]
+    return lines
 
 
-def _resize(square: Tensor, size: int) -> Tensor:
-    """Bilinear in OpenCV's fixed-point arithmetic, bit for bit, on every device: uint8 (3, n, n) -> (3, size, size).
+def _resize(pixels: Tensor, rows: tuple[Tensor, ...], columns: tuple[Tensor, ...]) -> Tensor:
+    """Bilinear in OpenCV's fixed-point arithmetic, bit for bit, on every device: uint8 (n, side, 3) -> (3, size, size).
 
     The arithmetic truncates twice and so darkens a crop by 1/8 of a grey level on average. That is nothing to
     a trained network, but the difference between agreeing with the authors' code to 1e-5 px and to 1e-1 px.
     """
-    side = square.shape[1]
-    rows, columns = square.permute(1, 2, 0).reshape(side, side * 3), _columns(side, size, square.device)
-    above, below, weight_above, weight_below = _rows(side, size, square.device)
-    if side <= size:
-        rows = _blend_columns(rows, *columns)
-        upper, lower = rows[above], rows[below]
+    above, below, weight_above, weight_below = rows
+    lines = pixels.flatten(1)
+    if len(lines) <= len(above):
+        lines = _blend_columns(lines, *columns)
+        upper, lower = lines[above], lines[below]
     else:  # fewer rows are wanted than there are
-        upper, lower = _blend_columns(rows[above], *columns), _blend_columns(rows[below], *columns)
+        upper, lower = _blend_columns(lines[above], *columns), _blend_columns(lines[below], *columns)
     upper = upper.mul_(weight_above).bitwise_right_shift_(16)
     lower = lower.mul_(weight_below).bitwise_right_shift_(16)
     blend = upper.add_(lower).add_(2).bitwise_right_shift_(2)
-    return blend.to(torch.uint8).view(size, size, 3).permute(2, 0, 1)
+    return blend.to(torch.uint8).view(len(above), len(above), 3).permute(2, 0, 1)
 
 
-def _blend_columns(rows: Tensor, left: Tensor, right: Tensor, weight_left: Tensor, weight_right: Tensor) -> Tensor:
+def _blend_columns(lines: Tensor, left: Tensor, right: Tensor, weight_left: Tensor, weight_right: Tensor) -> Tensor:
     def gather(index: Tensor) -> Tensor:
-        if rows.device.type == "cpu":  # NumPy gathers bytes five times faster than torch does
-            return torch.from_numpy(np.take(rows.numpy(), index.numpy(), 1)).int()
-        return rows.index_select(1, index).int()
+        if lines.device.type == "cpu":  # NumPy gathers bytes five times faster than torch does
+            return torch.from_numpy(np.take(lines.numpy(), index.numpy(), 1)).int()
+        return lines.index_select(1, index).int()
 
     return gather(left).mul_(weight_left).add_(gather(right).mul_(weight_right)).bitwise_right_shift_(4)
 
 
 @lru_cache(maxsize=512)
-def _rows(side: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The two source rows of each crop row and their weights, which sum to 2048."""
+def _plan(side: int, size: int, device: torch.device) -> tuple[Tensor | None, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What `_resize` needs: the two source rows of each crop row with their weights (sums of 2048), and the same
+    for the interleaved colours of a row. For a large window also which of its rows count at all."""
     position = ((torch.arange(size, dtype=torch.float64) + 0.5) * (side / size) - 0.5).float()
     first = position.floor()
     low, high = ((1 - (position - first)) * 2048).round().int(), ((position - first) * 2048).round().int()
-    first = first.long()
-    taps = first.clamp(0, side - 1), (first + 1).clamp(0, side - 1), low[:, None], high[:, None]
-    return tuple(t.to(device) for t in taps)
-
-
-@lru_cache(maxsize=512)
-def _columns(side: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `_rows` for the interleaved colours of a row. Beyond the border OpenCV takes the last pixel alone."""
-    left, right, low, high = _rows(side, size, device)
-    alone = (left == right)[:, None]
-    low, high = torch.where(alone, 2048, low).int(), torch.where(alone, 0, high).int()
-    colours = torch.arange(3, device=device)
-    indices = [(3 * index[:, None] + colours).flatten() for index in (left, right)]
-    return (*indices, *(weight.flatten().repeat_interleave(3) for weight in (low, high)))
+    first, second = first.long().clamp(0, side - 1), (first.long() + 1).clamp(0, side - 1)
+    alone = first == second  # at the border OpenCV takes the last column alone, but blends the last row with itself
+    low_column, high_column = torch.where(alone, 2048, low).int(), torch.where(alone, 0, high).int()
+    colours = torch.arange(3)
+    columns = [(3 * index[:, None] + colours).flatten() for index in (first, second)]
+    columns += [weight.repeat_interleave(3) for weight in (low_column, high_column)]
+    needed = None
+    if side > 8 * size:
+        needed, first, second = torch.cat([first, second]).to(device), torch.arange(size), torch.arange(size, 2 * size)
+    rows = first, second, low[:, None], high[:, None]
+    return needed, tuple(t.to(device) for t in rows), tuple(t.to(device) for t in columns)

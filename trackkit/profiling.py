@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trackkit.errors import DataError
 from trackkit.trackers import create
 from trackkit.trackers.base import Tracker
+from trackkit.tracking import now
 
 
 def profile(name: str) -> dict:
@@ -115,9 +115,9 @@ def frames_per_second(
     seconds = []
     for index in range(warm_up + repeats):
         image = frames[1 + index % (len(frames) - 1)]
-        began = _now(tracker.device)
+        began = now(tracker.device)
         state, _ = tracker.step(state, [image] * batch)
-        seconds.append(_now(tracker.device) - began)
+        seconds.append(now(tracker.device) - began)
     timed = torch.tensor(seconds[warm_up:], dtype=torch.float64)
     device = tracker.device
     return Speed(
@@ -129,12 +129,6 @@ def frames_per_second(
         threads=torch.get_num_threads(),
         precision=str(next((p.dtype for p in tracker.parameters()), torch.float64)).removeprefix("torch."),
     )
-
-
-def _now(device: torch.device) -> float:
-    if device.type in ("cuda", "mps", "xpu"):
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
 
 
 def _example() -> tuple[Tensor, Tensor]:

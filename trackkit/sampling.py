@@ -7,6 +7,7 @@ of loader workers nor of GPUs nor an interruption changes what a tracker sees.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class FrameRule:
         min_area: square pixels. min_side, max_side: pixels, for both sides of the box.
         min_share, max_share: sides of the box in units of the frame's sides.
         max_aspect: longer side over shorter side.
-        min_cover_share: the visibility level must exceed this share of the sequence's best level.
+        min_cover_share: the visibility level must exceed this share of the sequence's best level, and 1.
     """
 
     min_area: float = 0.0
@@ -85,7 +86,7 @@ class FrameRule:
             & (shares.min(1) >= self.min_share)
             & (shares.max(1) <= self.max_share)
             & (long <= self.max_aspect * short)
-            & (cover > self.min_cover_share * cover.max())
+            & (cover > (max(1, self.min_cover_share * cover.max()) if self.min_cover_share else 0))
         )
         return passes.nonzero()[0]
 
@@ -126,22 +127,25 @@ class SampleSpec:
 def choose_frames(spec: SampleSpec, usable: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Frame indices of one sample, templates first: (T + N,) out of the usable ones.
 
-    A sequence with fewer usable frames than T + N within `max_gap` repeats some.
+    Every set of T + N different frames within `max_gap` is equally likely (a clip: every start of its span). A
+    sequence with fewer usable frames than T + N within `max_gap` repeats some.
     """
     count = spec.templates + spec.searches
     # how many usable frames each possible first frame has within the gap, itself included
     ahead = np.searchsorted(usable, usable + spec.max_gap) - np.arange(len(usable))
-    starts = (ahead >= min(count, ahead.max())).nonzero()[0]
-    start = int(rng.choice(starts))
+    if ahead.max() < count:
+        start = int(rng.integers(len(usable)))
+        return np.sort(rng.choice(usable[start : start + ahead[start]], count))
+    # drawn as often as it is the first of some set of frames, so that all sets are equally likely
+    weights = np.array([math.comb(int(n) - 1, count - 1) for n in ahead], dtype=float)
+    start = int(rng.choice(len(usable), p=weights / weights.sum()))
     window = usable[start : start + ahead[start]]
-    if len(window) < count:
-        return np.sort(rng.choice(window, count))
     if spec.order == "clip":
         first = int(rng.integers(spec.templates, len(window) - spec.searches + 1))
         templates = np.sort(rng.choice(window[:first], spec.templates, replace=False))
         return np.concatenate([templates, window[first : first + spec.searches]])
-    chosen = rng.choice(window, count, replace=False)
-    return np.sort(chosen) if spec.order == "forward" else chosen
+    chosen = np.concatenate([window[:1], rng.choice(window[1:], count - 1, replace=False)])
+    return np.sort(chosen) if spec.order == "forward" else rng.permutation(chosen)
 
 
 def take_crop(sequence: Sequence, frame: int, spec: CropSpec, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -162,13 +166,16 @@ class Samples(Dataset):
     templates uint8 (T, 3, z, z), template_boxes (T, 4); searches uint8 (N, 3, x, x), search_boxes (N, 4).
     Boxes are cxcywh in units of the crop.
 
-    A sequence without two usable frames is never used in silence: it is named once in the log, and another one is
-    drawn. A file that cannot be read stops training with an error that names it.
+    A sequence without two usable frames is not used, and not in silence either: each process names it once in
+    its log, and another one is drawn. (Of a procedural stream, whose sequences nobody can mend, they are named
+    at the level "debug".) A file that cannot be read stops training with an error that names it.
     """
 
     def __init__(self, sequences, spec: SampleSpec, seed: int, length: int):
         if len(sequences) == 0:
             raise DataError("the training set has no sequences")
+        if seed < 0:
+            raise DataError(f"the seed must not be negative, got {seed}")
         self.sequences, self.spec, self.seed, self.length = sequences, spec, seed, length
         self._named: set[int] = set()
 
@@ -199,9 +206,9 @@ class Samples(Dataset):
                 return sequence, usable
             if number not in self._named:
                 self._named.add(number)
-                log.warning(
-                    "%s: %d of %d frames pass %s; another sequence is drawn", sequence.name, len(usable), len(sequence), self.spec.rule
-                )
+                level = logging.DEBUG if isinstance(self.sequences, SynthDataset) else logging.WARNING
+                text = "%s: %d of %d frames pass %s; another sequence is drawn"
+                log.log(level, text, sequence.name, len(usable), len(sequence), self.spec.rule)
         raise DataError(f"100 sequences drawn, none with two frames that pass {self.spec.rule}; loosen the rule or check the labels")
 
     def _augment(self, crops: list[Tensor], boxes: Tensor, rng: np.random.Generator) -> tuple[list[Tensor], Tensor]:
@@ -228,15 +235,12 @@ def training_set(root: str | os.PathLike | None = None, seed: int = 0):
 
 
 def batches(
-    samples: Samples, batch: int, first_step: int, steps: int, workers: int = 0, rank: int = 0, world: int = 1
+    samples: Samples, batch: int, first_step: int, steps: int, workers: int = 0, rank: int = 0, world: int = 1, pinned: bool = False
 ) -> Iterator[dict[str, Tensor]]:
     """The batches of steps first_step .. steps - 1; process `rank` of `world` gets its share of each step.
 
     `batch` counts samples of one process. Step s is made of samples s * batch * world onwards, so a run that
-    continues at step s sees what it would have seen.
+    continues at step s sees what it would have seen. `pinned` memory travels to a GPU faster.
     """
-    plan = [
-        list(range((step * world + rank) * batch, (step * world + rank + 1) * batch)) for step in range(first_step, steps)
-    ]
-    pinned = torch.cuda.is_available()
+    plan = [range((step * world + rank) * batch, (step * world + rank + 1) * batch) for step in range(first_step, steps)]
     return iter(DataLoader(samples, batch_sampler=plan, num_workers=workers, pin_memory=pinned))

@@ -169,11 +169,16 @@ class SynthDataset:
     def __init__(self, config: SynthConfig | None = None, seed: int = 0, length: int = 10_000):
         if length < 1:
             raise DataError(f"SynthDataset: length must be at least 1, got {length}")
+        if seed < 0:
+            raise DataError(f"SynthDataset: the seed must not be negative, got {seed}")
         self.config, self.seed, self.length = config or SynthConfig(), seed, length
         self.name = f"synth-{self.config.split}"
 
     def __len__(self) -> int:
         return self.length
+
+    def __repr__(self) -> str:
+        return f"SynthDataset({self.config!r}, seed={self.seed}, length={self.length})"
 
     def __getitem__(self, index: int) -> SynthSequence:
         if not -self.length <= index < self.length:

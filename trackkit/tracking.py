@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from trackkit.boxes import check_boxes
+from trackkit.errors import TrackkitError
 from trackkit.sequences import Sequence
 from trackkit.trackers.base import Prediction, Tracker, join, take
 
@@ -40,6 +43,8 @@ def track_many(tracker: Tracker, sequences, batch: int = 8, progress: bool = Fal
     When a sequence ends the next takes its place, so the batch stays full. The boxes do not depend on `batch`
     beyond float rounding. `progress` shows a bar that counts frames.
     """
+    if batch < 1:
+        raise TrackkitError(f"batch must be at least 1, got {batch}")
     bar = tqdm(total=sum(len(s) for s in sequences), desc="frames", disable=not progress)
     waiting = iter(range(len(sequences)))
     slots: list[_Slot] = []
@@ -48,10 +53,13 @@ def track_many(tracker: Tracker, sequences, batch: int = 8, progress: bool = Fal
     while True:
         fresh = [_Slot(i, sequences[i]) for i in islice(waiting, batch - len(slots))]
         if fresh:
-            began = _now(tracker)
+            for slot in fresh:
+                first, size = slot.sequence.boxes_xywh[:1], slot.sequence.frame_size(0)
+                check_boxes(first, f"sequence {slot.sequence.name}, first frame", size)
+            began = now(tracker.device)
             first_boxes = torch.cat([slot.sequence.boxes_xywh[:1] for slot in fresh])
             started = tracker.start([slot.sequence.frame(0) for slot in fresh], first_boxes)
-            share = (_now(tracker) - began) / len(fresh)
+            share = (now(tracker.device) - began) / len(fresh)
             for slot, box in zip(fresh, first_boxes, strict=True):
                 slot.add(box, torch.tensor(1.0), share)
             state = started if state is None else join(state, started)
@@ -69,9 +77,9 @@ def track_many(tracker: Tracker, sequences, batch: int = 8, progress: bool = Fal
             bar.close()
             return
         frames = [slot.sequence.frame(len(slot.boxes)) for slot in slots]
-        began = _now(tracker)
+        began = now(tracker.device)
         state, prediction = tracker.step(state, frames)
-        share = (_now(tracker) - began) / len(slots)
+        share = (now(tracker.device) - began) / len(slots)
         for slot, box, score in zip(slots, prediction.box, prediction.score, strict=True):
             slot.add(box, score, share)
         bar.update(len(slots))
@@ -99,9 +107,10 @@ class _Slot:
         return Track(torch.stack(self.boxes), torch.stack(self.scores), torch.tensor(self.seconds, dtype=torch.float64))
 
 
-def _now(tracker: Tracker) -> float:
-    if tracker.device.type == "cuda":
-        torch.cuda.synchronize(tracker.device)
+def now(device: torch.device) -> float:
+    """Seconds on a clock that is read when the device has finished its work."""
+    if device.type in ("cuda", "mps", "xpu"):
+        torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
@@ -133,5 +142,6 @@ class Online:
 
 
 def _as_frame(image) -> Tensor:
-    image = torch.as_tensor(image)
+    if not isinstance(image, Tensor):
+        image = torch.from_numpy(np.ascontiguousarray(image))  # image[..., ::-1] makes RGB of OpenCV's BGR
     return image.permute(2, 0, 1) if image.ndim == 3 and image.shape[-1] == 3 and image.shape[0] != 3 else image

@@ -69,9 +69,9 @@ class Stage:
 
     def __post_init__(self):
         if min(self.steps, self.batch, self.schedule_steps) < 1:
-            raise ValueError(f"stage {self.name}: steps, batch and schedule_steps must be at least 1")
+            raise TrackkitError(f"stage {self.name}: steps, batch and schedule_steps must be at least 1")
         if not 0 < self.lr_end <= self.lr:
-            raise ValueError(f"stage {self.name}: need 0 < lr_end <= lr, got {self.lr_end} and {self.lr}")
+            raise TrackkitError(f"stage {self.name}: need 0 < lr_end <= lr, got {self.lr_end} and {self.lr}")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, 0-based."""
@@ -115,7 +115,8 @@ def train(
         seed: of the samples and of dropout. (Seed the initial weights before making the tracker.)
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         precision: "no" (float32), "bf16" or "fp16".
-        workers: loader processes; they change the speed, not the samples.
+        workers: loader processes; they change the speed, not the samples. (On a CPU each takes a core from torch, whose
+            number of threads changes the last bits of the weights: for an exact resume keep it.)
         save_seconds: least time between two saved states.
         log_steps: steps between two lines of the log.
 
@@ -128,12 +129,14 @@ def train(
     accelerator = _accelerator(device, precision)
     run = _Run(tracker, stages, sequences, out, seed, precision)
     position = run.restore()
+    if accelerator.scaler is not None and run.scaler is not None:
+        accelerator.scaler.load_state_dict(run.scaler)
     threads = torch.get_num_threads()
     if accelerator.device.type == "cpu":  # threads that wait for a core which a worker has make all of them wait
-        torch.set_num_threads(max(1, min(threads, (os.cpu_count() or 1) - workers)))
-    tracker.train()
+        torch.set_num_threads(max(1, min(threads, _cores() - workers)))
     total = sum(stage.steps for stage in stages)
-    bar = tqdm(total=total, initial=position, desc=type(tracker).__name__, disable=not progress or not accelerator.is_main_process)
+    main = accelerator.is_main_process
+    bar = tqdm(total=total, initial=position, desc=type(tracker).__name__, disable=not progress or not main)
     try:
         first = 0  # step at which the stage begins, counted over all stages
         for stage in stages:
@@ -144,30 +147,29 @@ def train(
     finally:
         bar.close()
         torch.set_num_threads(threads)
-    tracker.requires_grad_(True).eval()
-    if accelerator.is_main_process:
+        tracker.requires_grad_(True).eval()
+    if main and not run.final_path.exists():
         run.finish()
     accelerator.wait_for_everyone()
     return run.log
 
 
 def _train_stage(run: _Run, stage: Stage, first: int, position: int, accelerator, workers, save_seconds, log_steps, bar):
-    tracker, world = run.tracker, accelerator.num_processes
+    tracker, world, rank = run.tracker, accelerator.num_processes, accelerator.process_index
     if stage.batch % world:
         raise TrackkitError(f"stage {stage.name}: its batch of {stage.batch} cannot be shared by {world} processes")
     freeze(tracker, stage.trainable)
     optimizer = _optimizer(stage, tracker)
     model, optimizer = accelerator.prepare(_Loss(tracker, stage.loss), optimizer)
     if position > first:
-        run.restore_optimizer(optimizer, accelerator)
+        run.restore_optimizer(optimizer)
     # offset by `first`, so that two stages never see the same samples
     samples = Samples(run.sequences, stage.sample, run.seed + 1_000_003 * first, stage.steps * stage.batch)
-    loader = batches(
-        samples, stage.batch // world, position - first, stage.steps, workers, accelerator.process_index, world
-    )
-    sums, since, saved = {}, time.perf_counter(), time.perf_counter()
+    pinned = accelerator.device.type == "cuda"
+    loader = batches(samples, stage.batch // world, position - first, stage.steps, workers, rank, world, pinned)
+    sums, count, since, saved = {}, 0, time.perf_counter(), time.perf_counter()
     for step, batch in enumerate(loader, start=position):
-        torch.manual_seed(run.seed * 1_000_003 + step)
+        torch.manual_seed((run.seed * 1_000_003 + step) * world + rank)
         rate = stage.rate(step - first)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -179,29 +181,25 @@ def _train_stage(run: _Run, stage: Stage, first: int, position: int, accelerator
         optimizer.zero_grad()
         for key, value in losses.items():
             sums[key] = sums.get(key, 0) + value.detach()
+        count += 1
         bar.update()
         last = step + 1 == first + stage.steps
-        logs, saves = (step + 1) % log_steps == 0 or last, last or time.perf_counter() - saved >= save_seconds
-        if not (logs or saves):
-            continue
-        loss = losses["loss"].item()
-        if not math.isfinite(loss):
-            raise TrackkitError(
-                f"the loss is {loss} at step {step + 1}; {run.state_path} keeps the last good state. Lower the rate, "
-                "set a clip, or try precision no"
-            )
-        if logs:
-            count = (step % log_steps) + 1 if step + 1 - position >= log_steps else step + 1 - position
+        if (step + 1) % log_steps == 0 or last:
+            means = {key: accelerator.reduce(value, "mean").item() / count for key, value in sums.items()}
+            run.check(step + 1, means["loss"])
             now = time.perf_counter()
             record = {"stage": stage.name, "step": step + 1, "lr": rate}
-            record |= {key: round(float(value) / count, 6) for key, value in sums.items()}
+            record |= {key: round(value, 6) for key, value in means.items()}
             record["samples_per_second"] = round(count * stage.batch / (now - since), 1)
             run.log.append(record)
             bar.set_postfix(loss=f"{record['loss']:.3f}")
-            sums, since = {}, now
-        if saves and accelerator.is_main_process:
-            run.save(step + 1, optimizer, accelerator)
+            sums, count, since = {}, 0, now
+        if last or time.perf_counter() - saved >= save_seconds:
+            if accelerator.is_main_process:
+                run.check(step + 1, losses["loss"].item())
+                run.save(step + 1, optimizer, accelerator)
             saved = time.perf_counter()
+    accelerator.free_memory()  # or the next stage's gradients would be unscaled once for each optimiser so far
 
 
 class _Run:
@@ -218,16 +216,17 @@ class _Run:
             "stages": [dataclasses.asdict(stage) for stage in stages],
             "seed": seed,
             "precision": precision,
-            "data": f"{getattr(sequences, 'name', type(sequences).__name__)}, {len(sequences)} sequences",
+            "data": repr(sequences),
         }
         self.identity = json.loads(json.dumps(identity))  # as it comes back from a file: lists for tuples
+        self.scaler: dict | None = None  # of a restored run in fp16
         self._loaded: dict[str, Tensor] = {}
-        self._about: dict = {}
 
     def restore(self) -> int:
         """Load the state if there is one; returns the number of steps done."""
-        for partial in self.state_path.parent.glob(".state.*"):  # of a run that was killed while it wrote
-            partial.unlink(missing_ok=True)
+        for path in (self.state_path, self.final_path, self.log_path):
+            for partial in path.parent.glob(f".{path.stem}.*"):  # of a run that was killed while it wrote
+                partial.unlink(missing_ok=True)
         if not self.state_path.exists():
             return 0
         tensors, about = checkpoints.read(self.state_path)
@@ -238,11 +237,11 @@ class _Run:
             )
         weights = {k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")}
         checkpoints.load_strictly(self.tracker, weights, str(self.state_path))
-        self._loaded, self._about = tensors, about
+        self._loaded, self.scaler = tensors, about["scaler"]
         self.log = [record for record in read_log(self.state_path.parent) if record["step"] <= about["step"]]
         return about["step"]
 
-    def restore_optimizer(self, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
+    def restore_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         state = optimizer.state_dict()
         entries: dict[int, dict] = {}
         for key, value in self._loaded.items():
@@ -250,8 +249,16 @@ class _Run:
                 _, index, name = key.split(".", 2)
                 entries.setdefault(int(index), {})[name] = value
         optimizer.load_state_dict({"state": entries, "param_groups": state["param_groups"]})
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(self._about["scaler"])
+
+    def check(self, step: int, loss: float) -> None:
+        """Stop if the loss or a weight is not finite, before it is saved. Under fp16 the scaler skips such steps."""
+        weights = (p for p in self.tracker.parameters())
+        if (math.isfinite(loss) or self.identity["precision"] == "fp16") and all(torch.isfinite(p).all() for p in weights):
+            return
+        raise TrackkitError(
+            f"the loss is {loss} at step {step}, or a weight has become infinite; {self.state_path} keeps the last good "
+            "state, if there was one. Lower the rate, set a clip, or try precision no"
+        )
 
     def save(self, step: int, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
         tensors = {f"weights.{k}": v for k, v in self.tracker.state_dict().items()}
@@ -307,6 +314,13 @@ def _accelerator(device: str, precision: str) -> Accelerator:
         raise TrackkitError(f'device must be "auto", "cpu" or "cuda", got {device!r}')
     if device == "cuda" and not torch.cuda.is_available():
         raise TrackkitError("device cuda: torch sees no GPU here; `trackkit doctor` says what it sees")
+    # "auto" means CUDA or the CPU: geometry is kept in float64, which Apple's GPUs do not have
+    cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     if "WORLD_SIZE" not in os.environ:  # accelerate keeps the first call's choices for the whole process
         AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=device == "cpu", mixed_precision=precision)
+    return Accelerator(cpu=cpu, mixed_precision=precision)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -26,8 +26,8 @@ class Prediction:
     """What a tracker says about one frame of each of B sequences.
 
     Attributes:
-        box: (B, 4) float64, xywh, frame pixels; may reach outside the frame.
-        score: (B,), confidence in [0, 1]; its meaning is the tracker's.
+        box: (B, 4) float64 on the CPU, xywh, frame pixels; may reach outside the frame.
+        score: (B,) on the CPU, confidence in [0, 1]; its meaning is the tracker's.
         maps: named intermediate results (responses, attention) when asked for, else None.
     """
 
@@ -71,7 +71,7 @@ class Tracker(nn.Module):
 
     def checked(self, frames: list[Tensor], boxes_xywh: Tensor) -> tuple[list[Tensor], Tensor]:
         """Frames on the tracker's device and boxes as float64 (B, 4), or DataError. For `start`."""
-        boxes = torch.as_tensor(boxes_xywh, dtype=torch.float64).reshape(-1, 4)
+        boxes = torch.as_tensor(boxes_xywh, dtype=torch.float64)
         if len(frames) != len(boxes):
             raise DataError(f"start: {len(frames)} frames but {len(boxes)} boxes; give one box for each frame")
         frames = self.moved(frames)
