@@ -68,7 +68,7 @@ class SiamFCConfig:
         return cls(
             exemplar_size=63,
             search_size=127,
-            train_search_size=127,
+            train_search_size=119,
             channels=(16, 32, 48, 48, 32),
             kernels=(7, 5, 3, 3, 3),
             groups=(1, 1, 1, 1, 1),
@@ -302,7 +302,7 @@ class SiamFC(Tracker):
 
         The short runs of the tiny network use AdamW, with which a few thousand pairs are enough.
         """
-        steps, batch = {"tiny": (320, 16), "laptop": (1900, 16), "gpu": (12_000, 32), "paper": (50 * 1166, 8)}[scale]
+        steps, batch = {"tiny": (320, 16), "laptop": (2200, 16), "gpu": (12_000, 32), "paper": (50 * 1166, 8)}[scale]
         short = scale in ("tiny", "laptop")
         return [
             Stage(
@@ -311,7 +311,7 @@ class SiamFC(Tracker):
                 batch=batch,
                 sample=self.samples(),
                 lr=2e-3 if short else 1e-2,
-                lr_end=1e-4 if short else 1e-5,
+                lr_end=1e-5,
                 schedule_steps=max(steps // 50, 1),
                 momentum=None if short else 0.9,
                 weight_decay=1e-4 if short else 5e-4,
