@@ -134,6 +134,7 @@ def train(
     threads = torch.get_num_threads()
     if accelerator.device.type == "cpu":  # threads that wait for a core which a worker has make all of them wait
         torch.set_num_threads(max(1, min(threads, _cores() - workers)))
+    tracker.to(memory_format=torch.channels_last)  # convolutions are a quarter faster
     total = sum(stage.steps for stage in stages)
     main = accelerator.is_main_process
     bar = tqdm(total=total, initial=position, desc=type(tracker).__name__, disable=not progress or not main)
@@ -147,7 +148,7 @@ def train(
     finally:
         bar.close()
         torch.set_num_threads(threads)
-        tracker.requires_grad_(True).eval()
+        tracker.to(memory_format=torch.contiguous_format).requires_grad_(True).eval()
     if main and not run.final_path.exists():
         run.finish()
     accelerator.wait_for_everyone()
