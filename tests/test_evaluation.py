@@ -261,7 +261,7 @@ def test_tables():
     assert ["scale", "2", "4", f"{scores['stay'].attributes['scale'].ao:.3f}", "1.000"] in rows
     assert rows[-1][0] == "all"
     with pytest.raises(DataError, match="cannot be compared"):
-        compare({"a": good, "b": score(data[:2] and Videos(data[:2]), map(stay, data[:2]), "b")})
+        compare({"a": good, "b": score(Videos(data[:2]), map(stay, data[:2]), "b")})
 
 
 # ---- runs ----

@@ -7,8 +7,6 @@ import platform
 import re
 from pathlib import Path
 
-import torch
-
 from trackkit.errors import TrackkitError
 from trackkit.paths import data_root, home, writable
 
@@ -20,7 +18,10 @@ def report() -> str:
 
 def _versions() -> list[str]:
     lines = [f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"]
-    requirements = importlib.metadata.requires("trackkit") or []
+    try:
+        requirements = importlib.metadata.requires("trackkit") or []
+    except importlib.metadata.PackageNotFoundError:
+        return [*lines, "! trackkit is not installed: python -m pip install -c requirements.lock -e '.[test]'"]
     for requirement in (r for r in requirements if "extra" not in r):
         name, minimum = re.match(r"([\w-]+)(?:>=([\d.]+))?", requirement).groups()
         try:
@@ -38,6 +39,10 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _devices() -> list[str]:
+    try:
+        import torch
+    except ImportError as error:
+        return [f"! torch cannot be imported ({error}): python -m pip install -c requirements.lock -e '.[test]'"]
     lines = [f"CPU: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)

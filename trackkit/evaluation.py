@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
+from trackkit import __version__
 from trackkit.errors import DataError
 from trackkit.results import claim, has_results, read_results, write_results
 from trackkit.sequences import Sequence
@@ -303,8 +304,8 @@ def score_results(results_dir: str | Path, dataset, name: str) -> Scores:
 
 
 def fingerprint(tracker: Tracker) -> str:
-    """16 hexadecimal digits that change when a tracker's class, config or any weight changes."""
-    digest = hashlib.sha256(f"{type(tracker).__name__} {tracker.config!r}".encode())
+    """16 hexadecimal digits that change when trackkit's version or a tracker's class, config or any weight changes."""
+    digest = hashlib.sha256(f"{__version__} {type(tracker).__name__} {tracker.config!r}".encode())
     for key, tensor in tracker.state_dict().items():
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -74,7 +74,7 @@ class FrameRule:
         if not sequence.labelled:
             raise DataError(f"sequence {sequence.name} has no boxes beyond the first frame; it cannot be trained on")
         width, height = sequence.frame_size(0)
-        sides = sequence.boxes_xywh[:, 2:].numpy()
+        sides = np.nan_to_num(sequence.boxes_xywh[:, 2:].numpy())
         shares = sides / (width, height)
         short, long = sides.min(1), sides.max(1)
         cover = sequence.cover.numpy()

@@ -165,7 +165,7 @@ def peak_shift(response: Tensor, stride: int, upsample: int, side: Tensor, searc
     `search_size` pixels show `side` frame pixels.
     """
     size = response.shape[-1]
-    peak = response.flatten(1).argmax(1).cpu()  # the one place where the CPU waits for the GPU
+    peak = response.flatten(1).argmax(1).cpu()  # geometry is kept on the CPU, in float64
     cells = torch.stack([peak % size, peak // size], 1).double() - (size - 1) / 2
     return cells * stride / upsample * (side / search_size)[:, None]
 
