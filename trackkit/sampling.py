@@ -85,7 +85,7 @@ class FrameRule:
             & (long <= self.max_side)
             & (shares.min(1) >= self.min_share)
             & (shares.max(1) <= self.max_share)
-            & (long <= self.max_aspect * short)
+            & (long <= self.max_aspect * np.maximum(short, 1e-9))
             & (cover > (max(1, self.min_cover_share * cover.max()) if self.min_cover_share else 0))
         )
         return passes.nonzero()[0]
