@@ -27,8 +27,8 @@ setup: $(VENV)/ready
 
 demo: setup
 	$(RUN) -m trackkit train siamfc-tiny --scale laptop --out $(DEMO) --workers 1
-	$(RUN) -m trackkit evaluate $(DEMO)/tracker.safetensors ncc stay --out $(DEMO)/results --json $(DEMO)/scores.json
-	$(RUN) -m trackkit track data_samples/val/synth_val_rotation --tracker $(DEMO)/tracker.safetensors --out $(DEMO)
+	$(ONE_THREAD) $(RUN) -m trackkit evaluate $(DEMO)/tracker.safetensors ncc stay --out $(DEMO)/results --json $(DEMO)/scores.json
+	$(ONE_THREAD) $(RUN) -m trackkit track data_samples/val/synth_val_rotation --tracker $(DEMO)/tracker.safetensors --out $(DEMO)
 	@echo "open $(DEMO)/synth_val_rotation-demo.mp4"
 
 test: lint test-unit test-lessons
