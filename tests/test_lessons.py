@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from trackkit import boxes
+from trackkit import boxes, losses
 from trackkit.course import lessons
 from trackkit.course.checks import exercises
 from trackkit.trackers import siamfc
@@ -21,6 +21,7 @@ BUILT = {
     "iou": boxes.iou,
     "cross_correlation": siamfc.cross_correlation,
     "label_map": siamfc.label_map,
+    "balanced_bce": losses.balanced_bce,
     "hann_window": siamfc.hann_window,
     "peak_shift": siamfc.peak_shift,
     "damped": siamfc.damped,
