@@ -11,7 +11,7 @@ def balanced_bce(logits: Tensor, labels: Tensor) -> Tensor:
 
     A response map has a dozen positive cells among hundreds; without the balance "no" everywhere is a good
     answer. Labels are 0 or 1. If one class is missing the other keeps its half.
-    Source: Bertinetto et al. 2016, section 2.2, Eq. 1-3 (labels there are +1 and -1).
+    Source: Bertinetto et al. 2016, section 2.2, Eq. 3-4 (labels there are +1 and -1).
     """
     positive = labels > 0.5
     weights = torch.where(

@@ -36,7 +36,7 @@ class SiamFCConfig:
 
     exemplar_size: int = 127
     search_size: int = 255
-    train_search_size: int = 239  # what the random crop of training leaves of a 255 crop
+    train_search_size: int = 239  # what the random crop of training leaves of a search crop
     context: float = 0.5  # margin around the target, in units of (w + h) / 2 on each side
     channels: tuple[int, ...] = (96, 256, 384, 384, 256)
     kernels: tuple[int, ...] = (11, 5, 3, 3, 3)
@@ -128,7 +128,7 @@ class Backbone(nn.Module):
 def cross_correlation(exemplar: Tensor, search: Tensor) -> Tensor:
     """Slide each exemplar over its own search map: (B, C, h, w), (B, C, H, W) -> (B, 1, H-h+1, W-w+1).
 
-    Paper, Eq. 1: f(z, x) = phi(z) * phi(x). It is a convolution whose kernel is a feature map; with the batch
+    Paper, Eq. 2: f(z, x) = phi(z) * phi(x). It is a convolution whose kernel is a feature map; with the batch
     folded into the channels, groups keep the pairs apart.
     """
     batch, channels, height, width = search.shape
@@ -140,7 +140,7 @@ def label_map(size: int, stride: int, radius: float) -> Tensor:
     """Training target of the response map, float32 (size, size): 1 near the centre, else 0.
 
     A cell is positive if it is at most `radius` search-crop pixels from the centre, counted in whole cells of
-    `stride` pixels along the two axes: |dx| + |dy| <= radius / stride (paper, Eq. 4 has the Euclidean distance;
+    `stride` pixels along the two axes: |dx| + |dy| <= radius / stride (paper, Eq. 6 has the Euclidean distance;
     at the default radius both mark the same 13 cells).
     """
     cells = torch.arange(size) - (size - 1) / 2
