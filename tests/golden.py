@@ -57,6 +57,12 @@ def image(name: str, shape) -> Tensor:
     return torch.from_numpy(((_uniform("image:" + name, shape) - 0.5) * 4.0).astype(np.float32))
 
 
+def mosaic(name: str, height: int, width: int) -> Tensor:
+    """A frame of random 8 x 8 squares, uint8 (3, height, width)."""
+    squares = ((image(name, (height // 8, width // 8, 3)) + 2) * 64).floor().clamp(0, 255).to(torch.uint8)
+    return squares.repeat_interleave(8, 0).repeat_interleave(8, 1).permute(2, 0, 1)
+
+
 def frames(name: str, count: int, height: int, width: int) -> tuple[list[Tensor], list[list[int]]]:
     """A video of a textured square over a rolling background, and its boxes xywh, all integers."""
     rng = np.random.Generator(np.random.PCG64(zlib.crc32(("frames:" + name).encode())))

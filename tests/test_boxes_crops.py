@@ -1,13 +1,14 @@
 """Properties of boxes and crops that hold for all inputs, searched by hypothesis."""
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trackkit import boxes as B
-from trackkit.crops import Windows, context_side, cut, mean_colour, reduction
+from trackkit.crops import Windows, context_side, cut, mean_colour, outside, reduction
 from trackkit.errors import DataError
 
 settings.register_profile("trackkit", max_examples=60, deadline=None, derandomize=True)
@@ -215,6 +216,49 @@ def test_content_lands_where_to_crop_says(x, y, w, h, shift, side):
         centre = (profile * at).sum() / extent
         assert abs(extent - expected[2 + axis]) <= 0.5
         assert abs(centre - (expected[axis] + expected[2 + axis] / 2)) <= 0.5
+
+
+def weights_of(side: int, size: int) -> np.ndarray:
+    """Bilinear interpolation along one axis as a matrix (size, side), entry by entry."""
+    matrix = np.zeros((size, side))
+    for i in range(size):
+        at = np.float32((i + 0.5) * (side / size) - 0.5)
+        below = int(np.floor(at))
+        for tap, weight in ((below, 1 - (at - np.floor(at))), (below + 1, at - np.floor(at))):
+            matrix[i, min(max(tap, 0), side - 1)] += weight
+    return matrix
+
+
+@given(st.lists(place, min_size=1, max_size=3), st.sampled_from([1, 15, 32, 100]))
+@example([(0, 0, 20), (48, 33, 20), (-1, 40, 19)], 32)  # windows that touch their frame's border
+@example([(0, 0, 20), (48, 33, 20), (-1, 40, 19)], 15)
+def test_outside_is_where_the_padding_has_weight(rows, size):
+    frame_sizes = [(70 - 2 * i, 50 + 3 * i) for i in range(len(rows))]
+    result = outside(windows(*rows, size=size), frame_sizes)
+    assert result.shape == (len(rows), size, size) and result.dtype == torch.bool
+    for (left, top, side), (width, height), mask in zip(rows, frame_sizes, result, strict=True):
+        x, y = np.arange(left, left + side), np.arange(top, top + side)
+        padding = ~(((y >= 0) & (y < height))[:, None] & ((x >= 0) & (x < width))).astype(bool)
+        weights = weights_of(side, size)
+        assert np.array_equal(mask.numpy(), weights @ padding @ weights.T > 1e-12)
+
+
+@given(place, st.sampled_from([1, 15, 32, 100]))
+def test_the_fill_shows_only_outside(row, size):
+    frame, window = frame_of(50, 70), windows(row, size=size)
+    black, white = (cut([frame], window, torch.full((3,), float(grey)))[0] for grey in (0, 255))
+    mask = outside(window, [(70, 50)])[0]
+    assert torch.equal(black[:, ~mask], white[:, ~mask])
+    left, top, side = row
+    if left + side <= 0 or top + side <= 0 or left >= 70 or top >= 50:
+        assert mask.all()
+    if left >= 0 and top >= 0 and left + side <= 70 and top + side <= 50:
+        assert not mask.any()
+
+
+def test_outside_wants_a_size_for_each_window():
+    with pytest.raises(ValueError):
+        outside(windows((0, 0, 10), (5, 5, 10), size=8), [(70, 50)])
 
 
 def test_same_size_crop_is_an_exact_copy():

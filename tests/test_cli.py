@@ -1,6 +1,7 @@
 """The command line, end to end: train, evaluate, track and continue, as a user types it."""
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -12,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from trackkit import cli, trackers
+from trackkit import ablations, cli, trackers
 from trackkit.got10k import GOT10k
 from trackkit.synth import SynthConfig, SynthDataset, write_dataset
+from trackkit.training import read_log
 from trackkit.video import VideoSequence, write_video
 
 ROOT = Path(__file__).parent.parent
@@ -80,6 +82,37 @@ def test_options_may_come_before_the_name(tmp_path):
     assert run("train", "--steps", 1, "--batch", 2, "--out", tmp_path, "siamfc-tiny") == 0
 
 
+def test_ablate(tmp_path, capsys, monkeypatch):
+    """A table of a paper in small: listed, trained in part, shown, continued and read."""
+    assert run("ablate") == 0
+    assert re.search(r"^stark-table6 +STARK, Table 6 \(stark-tiny\): base, no encoder, ", capsys.readouterr().out, re.M)
+
+    data = tmp_path / "GOT-10k"
+    for split in ("train", "val"):
+        write_dataset(data, split, SynthDataset(SynthConfig(frames=6, width=160, height=120, split=split), seed=1, length=2))
+    options = ("--steps", 2, "--seeds", 1, "--data", data, "--out", tmp_path / "out", "--device", "cpu")
+    assert run("ablate", "stark-table6", "--rows", "no encoder", "MLP head", *options) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^\| base +\| \d+\.\d \(1\) ", shown, re.M) and re.search(r"^\| MLP head +\| \d+\.\d \(1\) ", shown, re.M)
+    assert re.search(r"^\| no decoder +\| - \(0\) ", shown, re.M) and "one seed" in shown
+    path = tmp_path / "out" / "stark-table6_stark-tiny_tiny_2-steps.json"
+    assert str(path.with_suffix(".md")) in shown and path.with_suffix(".md").read_text() in shown
+    assert [row["label"] for row in ablations.load(path).rows if row["ao"]] == ["base", "no encoder", "MLP head"]
+
+    monkeypatch.setattr(ablations, "train", lambda *_, **__: pytest.fail("trained again"))
+    assert run("ablate", "stark-table6", "--rows", "MLP head", *options) == 0
+    assert capsys.readouterr().out == shown
+
+
+def test_ablate_interrupted(tmp_path, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ablations, "evaluate", interrupted)
+    assert run("ablate", "stark-table6", "--steps", 1, "--out", tmp_path) == 130
+    assert "continues" in capsys.readouterr().err and len(read_log(next((tmp_path / "runs").iterdir()))) == 2
+
+
 def test_synth(tmp_path, capsys):
     assert run("synth", tmp_path, "--only", "occlusion", "--count", 2, "--frames", 5, "--split", "val") == 0
     assert [len(s) for s in GOT10k(tmp_path, "val")] == [5, 5]
@@ -111,6 +144,15 @@ def test_help(command, capsys):
     assert "usage: trackkit " + command in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["siamfc-tiny", "stark-tiny"])
+def test_train_help_has_every_field_of_the_config(name, capsys):
+    with pytest.raises(SystemExit):
+        run("train", name, "--help")
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(trackers.create(name).config):
+        assert f"--config.{field.name.replace('_', '-')}" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -129,6 +171,13 @@ def test_help(command, capsys):
         (["evaluate", "ncc", "--batch", "0"], "batch must be at least 1"),
         (["evaluate", "ncc", "stay", "--split", "test", "--zip", "s.zip"], "one tracker"),
         (["evaluate", "ncc", "--zip", "s.zip"], "test split"),
+        (["ablate", "table6"], "no table is called 'table6'; there are stark-table1, stark-table6, stark-table7"),
+        (["ablate", "stark-table6", "--rows", "no eyes"], "no row 'no eyes'; it has base, no encoder"),
+        (["ablate", "stark-table6", "--tracker", "siamfc-tiny"], "siamfc-tiny has no encoder_layers"),
+        (["ablate", "stark-table6", "--tracker", "x"], "no tracker is called 'x'"),
+        (["ablate", "stark-table6", "--seeds", "0"], "at least 1"),
+        (["ablate", "stark-table6", "--steps", "0"], "at least 1"),
+        (["ablate", "stark-table6", "--data", "nowhere"], "nowhere"),
         (["profile"], "name a tracker"),
         (["profile", "x"], "no tracker is called 'x'"),
         (["synth", "out", "--only", "rain"], "rain"),

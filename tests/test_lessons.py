@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from trackkit import boxes, losses
+from trackkit import attention, boxes, losses
 from trackkit.course import lessons
 from trackkit.course.checks import exercises
 from trackkit.trackers import siamfc
@@ -25,6 +25,8 @@ BUILT = {
     "hann_window": siamfc.hann_window,
     "peak_shift": siamfc.peak_shift,
     "damped": siamfc.damped,
+    "sine_position": attention.sine_position,
+    "giou": boxes.giou,
 }
 
 pytestmark = pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)

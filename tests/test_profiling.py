@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trackkit import profiling
+from trackkit import cli, profiling
 from trackkit.errors import DataError, TrackkitError
-from trackkit.profiling import frames_per_second, macs, parameters, profile
+from trackkit.profiling import count, frames_per_second, macs, parameters, profile
+from trackkit.trackers import create
 from trackkit.trackers.references import NccTracker, StayTracker
 
 
@@ -104,7 +105,39 @@ def test_unusable_requests_are_refused():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_the_device_is_named():
-    from trackkit.trackers import create
-
     speed = frames_per_second(create("siamfc-tiny").cuda(), repeats=3)
     assert speed.device == torch.cuda.get_device_name()
+
+
+# STARK's Table 5, and the same numbers to the last digit: convolutions, feed-forward layers and heads, by hand
+STARK = {
+    "stark-s50": (28_095_554, 23_300_000, 10_500_000_000, 12_261_000_000),
+    "stark-st50": (28_227_395, 23_500_000, 10_900_000_000, 13_010_000_000),
+    "stark-st101": (47_167_299, 42_400_000, 18_500_000_000, 20_586_000_000),
+}
+
+
+@pytest.mark.parametrize("name", STARK)
+def test_stark_costs_what_its_table_5_says(name):
+    everything, printed, macs_printed, macs_everything = STARK[name]
+    found = profile(name)
+    assert found["name"] == name and found["paper"] == {"parameters": printed, "macs": macs_printed}
+    assert found["parameters"] == everything - 4_737_024 - 15_872 - 256  # attention, layer norms, query
+    assert abs(found["parameters"] - printed) <= 50_000
+    assert abs(found["macs"] - macs_printed) <= 50_000_000
+    tokens = 464 if name == "stark-s50" else 528
+    backbone = 14_265_548_800 if name == "stark-st101" else 6_689_587_200
+    feedforward = 2 * 256 * 2048 * 6 * (tokens + 1)
+    score = 0 if name == "stark-s50" else 2 * 256 * 256 + 256
+    assert found["macs"] == backbone + 104_857_600 + feedforward + 781_542_400 + score + 400 * 256  # the last: similarity
+    plain = count(create(name))
+    assert plain["parameters"] == everything
+    assert plain["macs"] == pytest.approx(macs_everything, abs=1_000_000), "with attention"
+
+
+def test_profile_of_stark_on_the_command_line(capsys):
+    assert cli.main(["profile", "stark-st50", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == profile("stark-st50")
+    assert cli.main(["profile", "stark-tiny", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["paper"] == {}

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import zlib
 
 import numpy as np
 import pytest
@@ -42,6 +43,25 @@ def test_sample_depends_on_seed_and_number_only():
     backwards = {i: two[i] for i in reversed(range(6))}
     assert all(equal(one[i], backwards[i]) for i in range(6))
     assert not equal(one[0], other[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"template": CropSpec(32, 1.0, 0.5, 2, 0.05), "search": CropSpec(60, 60 / 32, 0.5, 2, 0.05)}, 1384541349),
+        ({"order": "any", "templates": 2, "flip": 0.5, "brightness": 0.2}, 3654441044),
+        ({"order": "clip", "searches": 3, "max_gap": 8}, 2441668059),
+    ],
+)
+def test_samples_are_still_those_that_shipped_weights_and_lessons_have_seen(changes, expected):
+    y, x = torch.meshgrid(torch.arange(120), torch.arange(160), indexing="ij")
+    frames = [torch.stack([x * 3 + i, y * 5 + x, x * y + 7 * i]).remainder(256).to(torch.uint8) for i in range(12)]
+    sequence = ArraySequence("pattern", frames, torch.tensor([[30 + 3 * i, 40, 20, 25] for i in range(12)]))
+    samples, crc = Samples([sequence], dataclasses.replace(PAIR, **changes), 3, 6), 0
+    for i in range(6):
+        for key in ("templates", "searches"):
+            crc = zlib.crc32(samples[i][key].contiguous().numpy().tobytes(), crc)
+    assert crc == expected
 
 
 def test_batches_do_not_depend_on_workers_processes_or_interruption():
@@ -141,6 +161,18 @@ def test_unusable_sequence_is_named_once_and_another_is_drawn(caplog):
     assert [r.getMessage().split(":")[0] for r in caplog.records] == ["hidden"]
     with pytest.raises(DataError, match="100 sequences drawn"):
         Samples([hidden], PAIR, 0, 1)[0]
+
+
+def test_short_sequences_are_not_used():
+    long, short = moving_square(), moving_square(8)
+    short.name = "short"
+    hidden = moving_square(absent=torch.arange(12) >= 6)  # 6 usable frames
+    hidden.name = "hidden"
+    rule = FrameRule(min_frames=10, min_usable=7)
+    samples = Samples([short, hidden, long], dataclasses.replace(PAIR, rule=rule), 0, 20)
+    assert {samples._draw(np.random.default_rng(i))[0].name for i in range(20)} == {"square"}
+    with pytest.raises(ValueError, match="two usable frames"):
+        FrameRule(min_usable=1)
 
 
 def test_errors():

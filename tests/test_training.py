@@ -1,6 +1,7 @@
-"""The training loop: exact resume after SIGKILL, atomic files, stages, errors."""
+"""The training loop: exact resume after SIGKILL, atomic files, stages, optimiser, errors."""
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -11,22 +12,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden import golden
+from torch import nn
 
 from trackkit import checkpoints, trackers
 from trackkit.errors import CheckpointError, TrackkitError
+from trackkit.sampling import CropSpec, Samples, SampleSpec, batches
 from trackkit.synth import SynthConfig, SynthDataset
+from trackkit.trackers.base import Tracker
 from trackkit.trackers.siamfc import SiamFC, SiamFCConfig
-from trackkit.training import Stage, freeze, read_log, train
+from trackkit.training import Stage, _optimizer, freeze, read_log, train
 
 
 def small_run(out: Path, steps: int = 6, second: int = 0, **options) -> SiamFC:
-    """A run of a few steps and, with `second`, of a second stage that trains the last layer with AdamW."""
+    """A run of a few steps and, with `second`, of a second stage: AdamW for two layers, their biases at a tenth of the rate."""
     torch.manual_seed(0)
     tracker = SiamFC(SiamFCConfig.tiny())
     first = dataclasses.replace(tracker.recipe("tiny")[0], steps=steps, batch=2, momentum=0.9)
     stages = [first]
     if second:
-        stages.append(dataclasses.replace(first, name="last layer", steps=second, trainable=("backbone.conv5.*",), momentum=None))
+        layers = {"trainable": ("backbone.conv4.*", "backbone.conv5.*"), "rates": (("*.bias", 0.1),)}
+        stages.append(dataclasses.replace(first, name="last layers", steps=second, momentum=None, lr_end=None, drops=(2,), **layers))
     data = options.pop("data", None) or SynthDataset(SynthConfig(frames=8), seed=0, length=50)
     train(tracker, stages, data, out, **({"progress": False, "log_steps": 2, "device": "cpu"} | options))
     return tracker
@@ -175,7 +181,7 @@ def test_nan_loss_stops_and_keeps_the_last_state(tmp_path, monkeypatch):
 def test_frozen_parts_stay(two_stages, tmp_path):
     first = small_run(tmp_path / "one", steps=3, second=0).state_dict()
     for key, value in two_stages.state_dict().items():
-        assert torch.equal(value, first[key]) == (not key.startswith("backbone.conv5")), key
+        assert torch.equal(value, first[key]) == (not key.startswith(("backbone.conv4", "backbone.conv5"))), key
     assert all(p.requires_grad for p in two_stages.parameters()) and not two_stages.training
 
 
@@ -189,8 +195,125 @@ def test_stage_validation_and_warmup():
     stage = Stage("s", steps=100, batch=1, sample=spec, lr=1.0, lr_end=0.01, warmup=10)
     assert stage.rate(0) == pytest.approx(0.1) and stage.rate(9) == pytest.approx(0.01 ** (9 / 100))
     assert stage.rate(99) == pytest.approx(0.01, rel=0.06)
-    with pytest.raises(TrackkitError, match="lr_end"):
-        Stage("s", steps=1, batch=1, sample=spec, lr=1e-3, lr_end=1e-2)
+    for wrong, message in (
+        ({"lr_end": 10.0}, "lr_end"),
+        ({"lr_end": 0.1, "drops": (3,)}, "drops"),
+        ({"drops": (0,)}, "drops"),
+        ({"rates": (("*", 0.0),)}, "rates"),
+    ):
+        with pytest.raises(TrackkitError, match=message):
+            Stage("s", steps=1, batch=1, sample=spec, lr=1.0, **wrong)
+
+
+def test_rate_by_steps_constant_and_resized():
+    spec = SiamFC(SiamFCConfig.tiny()).samples()
+    assert {Stage("s", steps=100, batch=1, sample=spec, lr=0.5).rate(i) for i in range(100)} == {0.5}
+    stage = Stage("s", steps=100, batch=1, sample=spec, lr=1.0, drops=(60, 80), warmup=2)
+    assert [stage.rate(i) for i in (0, 1, 59, 60, 79, 80, 99)] == pytest.approx([0.5, 1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert stage.resized(10).drops == (6, 8) and stage.resized(1).drops == (1, 1) and stage.resized(100) == stage
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyConfig:
+    dropout: float = 0.5
+
+
+class Toy(Tracker):
+    """Two layers of a backbone, the first to be frozen, and a head with dropout, named as in STARK."""
+
+    Config = ToyConfig
+    spec = SampleSpec(template=CropSpec(8, 2.0), search=CropSpec(8, 4.0))
+
+    def __init__(self, config: ToyConfig = ToyConfig()):
+        super().__init__(config)
+        self.backbone = nn.ModuleDict({"layer1": nn.Linear(192, 8), "layer2": nn.Linear(8, 8)})
+        self.head = nn.Sequential(nn.Dropout(config.dropout), nn.Linear(8, 4))
+
+    def loss(self, batch, kind=""):
+        features = self.backbone.layer2(self.backbone.layer1(batch["searches"].float().flatten(1) / 255).relu())
+        return {"loss": (self.head(features) - batch["search_boxes"][:, 0]).square().mean()}
+
+
+def stark_stage(steps: int = 6) -> Stage:
+    """The numbers of STARK's first stage, the rate falling after four fifths, as after 400 of 500 epochs."""
+    return Stage(
+        "localisation", steps=steps, batch=2, sample=Toy.spec, lr=1e-4, drops=(steps * 4 // 5,), rates=(("backbone.*", 0.1),),
+        weight_decay=1e-4, clip=0.1, trainable=("backbone.layer2.*", "head.*"),
+    )  # fmt: skip
+
+
+def test_stark_optimiser_has_the_numbers_of_the_authors():
+    numbers, stage, toy = golden("stark_train")["optimizer"], stark_stage(), Toy()
+    groups = {len(group["params"]): group for group in _optimizer(dataclasses.replace(stage, trainable=("*",)), toy).param_groups}
+    for expected, tensors in zip(numbers["stage1"], (2, 4), strict=True):
+        group = groups[tensors]  # of the head, of the backbone
+        assert group["lr"] == pytest.approx(expected["lr"]) and list(group["betas"]) == expected["betas"]
+        assert group["weight_decay"] == expected["weight_decay"] and group["eps"] == expected["eps"]
+    for kind, epochs in (("stage1", 500), ("stage2", 50)):
+        size, gamma = numbers[f"{kind}_step_size"], numbers[f"{kind}_gamma"]
+        by_epoch = dataclasses.replace(stage, steps=epochs, drops=(size,))
+        assert [by_epoch.rate(i) for i in range(epochs)] == pytest.approx([1e-4 * gamma ** (i // size) for i in range(epochs)])
+
+
+def test_training_with_groups_and_drops_is_torchs_own(tmp_path):
+    """The loop's weights are those of a plain loop with the authors' two groups, StepLR and clipping."""
+    torch.manual_seed(0)
+    toy, data, stage = Toy(), SynthDataset(SynthConfig(frames=8), seed=0, length=50), stark_stage()
+    plain = copy.deepcopy(toy).train()
+    train(toy, [stage], data, tmp_path, progress=False, device="cpu")
+    parameters = [*plain.backbone.layer2.parameters(), *plain.head.parameters()]
+    optimizer = torch.optim.AdamW([{"params": parameters[:2], "lr": 1e-5}, {"params": parameters[2:]}], lr=1e-4, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 4, 0.1)
+    plain.backbone.layer1.requires_grad_(False)
+    for step, batch in enumerate(batches(Samples(data, stage.sample, 0, 12), 2, 0, 6)):
+        torch.manual_seed(step)
+        plain.loss(batch)["loss"].backward()
+        nn.utils.clip_grad_norm_(parameters, 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    for (name, mine), other in zip(toy.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-8, msg=name)
+
+
+def test_dropout_groups_and_drops_resume_exactly(tmp_path, monkeypatch):
+    def toy_run(out):
+        torch.manual_seed(0)
+        data = SynthDataset(SynthConfig(frames=8), seed=0, length=50)
+        train(toy := Toy(), [stark_stage()], data, out, progress=False, device="cpu", save_seconds=0)
+        return toy
+
+    whole, honest, calls = toy_run(tmp_path / "whole"), Toy.loss, iter(range(100))
+
+    def loss(self, batch, kind=""):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return honest(self, batch, kind)
+
+    monkeypatch.setattr(Toy, "loss", loss)
+    with pytest.raises(KeyboardInterrupt):
+        toy_run(tmp_path / "cut")
+    assert checkpoints.read(tmp_path / "cut" / "state.safetensors")[1]["step"] == 3
+    assert same_weights(toy_run(tmp_path / "cut"), whole)
+
+
+def test_first_matching_rate_counts():
+    stage = dataclasses.replace(stark_stage(), rates=(("backbone.*", 0.1), ("*.weight", 2.0)))
+    groups = _optimizer(stage, toy := Toy()).param_groups
+    names = {id(p): name for name, p in toy.named_parameters()}
+    assert {g["factor"]: [names[id(p)] for p in g["params"]] for g in groups} == {
+        0.1: ["backbone.layer2.weight", "backbone.layer2.bias"], 2.0: ["head.1.weight"], 1.0: ["head.1.bias"],
+    }  # fmt: skip
+
+
+def test_a_pattern_without_match_is_told_before_the_first_stage(tmp_path):
+    data = SynthDataset(SynthConfig(frames=8), seed=0, length=50)
+    frozen = ({"rates": (("backbone.layer1.*", 0.1),)}, r"Toy that stage later trains matches 'backbone.layer1")
+    for wrong, message in (({"trainable": ("neck.*",)}, r"no parameter of Toy matches 'neck"), frozen):
+        stages = [stark_stage(), dataclasses.replace(stark_stage(), name="later", **wrong)]
+        with pytest.raises(TrackkitError, match=message):
+            train(Toy(), stages, data, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_pickle_is_never_executed(tmp_path):

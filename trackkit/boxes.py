@@ -90,6 +90,17 @@ def clip_xywh(boxes_xywh: Tensor, width: float, height: float) -> Tensor:
     return torch.stack([x1, y1, x2 - x1, y2 - y1], -1)
 
 
+def clip_with_margin(boxes_xywh: Tensor, sizes: Tensor, margin: float) -> Tensor:
+    """Boxes (B, 4) kept in their frames of `sizes` (B, 2) width and height, at least `margin` pixels inside and large.
+
+    Unlike `clip_xywh` it never leaves an empty box, so a tracker can go on from any. The rule of STARK and its heirs.
+    """
+    low, high = xywh_to_xyxy(boxes_xywh).split(2, -1)
+    low = torch.minimum(low.clamp(min=0), sizes - margin)
+    high = torch.minimum(high.clamp(min=margin), sizes)
+    return torch.cat([low, (high - low).clamp(min=margin)], -1)
+
+
 def check_boxes(boxes_xywh: Tensor, what: str, frame_size: tuple[int, int] | None = None) -> Tensor:
     """Return the boxes as float64 (N, 4) if a tracker can start from them.
 

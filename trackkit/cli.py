@@ -1,4 +1,4 @@
-"""The command line: trackkit train | track | evaluate | synth | profile | doctor | lessons.
+"""The command line: trackkit train | track | evaluate | ablate | synth | profile | doctor | lessons.
 
 Options come from dataclasses and function signatures (tyro), so `trackkit COMMAND --help` is always complete.
 Imports happen inside the commands: `trackkit` alone must not wait for torch.
@@ -38,7 +38,7 @@ class TrainOptions(Generic[Config]):
     seed: int = 0
     """Seed of the weights and of the samples."""
     steps: int | None = None
-    """Steps of each stage, in place of the recipe's."""
+    """Steps of the longest stage, in place of the recipe's; the others shrink alike."""
     batch: int | None = None
     """Samples in a step, in place of the recipe's."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -47,6 +47,8 @@ class TrainOptions(Generic[Config]):
     """Mixed precision."""
     workers: int = 0
     """Loader processes. They change the speed, never the samples."""
+    pretrained: bool = True
+    """Start from the backbone that the paper starts from (ImageNet, MAE), if it starts from one."""
 
 
 def train(argv: list[str]) -> None:
@@ -55,6 +57,7 @@ def train(argv: list[str]) -> None:
     from trackkit.paths import home
     from trackkit.sampling import training_set
     from trackkit.trackers import TRACKERS, create
+    from trackkit.training import shortened
     from trackkit.training import train as run
 
     words = [a for a in argv if not a.startswith("-")]
@@ -68,9 +71,14 @@ def train(argv: list[str]) -> None:
 
     torch.manual_seed(options.seed)
     tracker = type(chosen)(options.config)
+    if options.pretrained:
+        tracker.load_pretrained()
     scale = options.scale or ("tiny" if name.endswith("-tiny") else "paper")
-    changes = {key: value for key in ("steps", "batch") if (value := getattr(options, key)) is not None}
-    stages = [dataclasses.replace(stage, **changes) for stage in tracker.recipe(scale)]
+    stages = tracker.recipe(scale)
+    if options.steps is not None:
+        stages = shortened(stages, options.steps)
+    if options.batch is not None:
+        stages = [dataclasses.replace(stage, batch=options.batch) for stage in stages]
     out = options.out or home() / "runs" / f"{name}-{scale}-{options.seed}"
     data = training_set(options.data, options.seed)
     print(f"{name}: {sum(stage.steps for stage in stages)} steps on {getattr(data, 'name', data)}, into {out}")
@@ -197,6 +205,56 @@ def _evaluate(
     if json_out:
         with atomic_write(json_out) as partial:
             partial.write_text(json.dumps({name: dataclasses.asdict(score) for name, score in labelled.items()}, indent=1))
+
+
+def ablate(argv: list[str]) -> None:
+    tyro.cli(_ablate, args=argv, prog="trackkit ablate")
+
+
+def _ablate(
+    table: tyro.conf.Positional[str] = "",
+    /,
+    seeds: int = 3,
+    scale: Literal["tiny", "laptop", "gpu", "paper"] = "tiny",
+    rows: tuple[str, ...] = (),
+    out: Path | None = None,
+    data: Path | None = None,
+    jobs: int = 1,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    steps: int | None = None,
+    tracker: str | None = None,
+) -> None:
+    """Train and score the rows of a paper's ablation table, beside the paper's figures. Without TABLE, list the tables.
+
+    An interrupted table continues; rows with a result are not trained again, in whichever table they stand.
+
+    Args:
+        table: a table's name, as `trackkit ablate` lists them.
+        seeds: each row is trained with so many seeds: all rows with the first, then all with the second, ...
+        scale: length of training.
+        rows: labels of the rows to train, beside the base (default: all).
+        out: folder of the runs and of TABLE_TRACKER_SCALE.md and .json, which are up to date after each
+            run (default: TRACKKIT_HOME/ablations).
+        data: GOT-10k's root, to train on its train split and score on its val split (default: TRACKKIT_GOT10K,
+            else procedural video and the embedded samples).
+        jobs: runs side by side, each a process with one thread.
+        device: where to run.
+        steps: steps of the longest stage, in place of the recipe's; the others shrink alike.
+        tracker: another tracker with the same config fields (default: the table's, a tiny one).
+    """
+    from trackkit import ablations
+    from trackkit.paths import home
+
+    tables = ablations.TABLES
+    if not table:
+        for one in tables.values():
+            print(f"{one.name:<16}{one.source} ({one.tracker}): {', '.join(row.label for row in one.rows)}")
+        return
+    if table not in tables:
+        raise TrackkitError(f"no table is called {table!r}; there are {', '.join(tables)}")
+    chosen = dataclasses.replace(tables[table], tracker=tracker or tables[table].tracker)
+    result = ablations.run(chosen, seeds, scale, out, data, rows, jobs, device, steps)
+    print(f"{result.text()}{(out or home() / 'ablations') / result.about['files']}.md and .json")
 
 
 def synth(argv: list[str]) -> None:
@@ -332,6 +390,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "train": (train, "train a tracker, or continue its training"),
     "track": (track, "follow an object through a video"),
     "evaluate": (evaluate, "score trackers as GOT-10k does"),
+    "ablate": (ablate, "train and score the rows of a paper's ablation table"),
     "synth": (synth, "write procedural video in GOT-10k's layout"),
     "profile": (profile, "count parameters, multiply-accumulates, frames per second"),
     "doctor": (doctor, "say what is installed, what is found, and how to mend what is not"),

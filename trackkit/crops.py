@@ -5,6 +5,7 @@ trackers and all training samples get their pixels here, so there is one place w
 """
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trackkit.boxes import cxcywh_to_xywh, xywh_to_cxcywh
 from trackkit.errors import DataError
 
 
@@ -119,6 +121,64 @@ def cut(frames: list[Tensor] | Tensor, windows: Windows, fill: Tensor | None = N
     return torch.stack(crops)
 
 
+def outside(windows: Windows, frame_sizes: Iterable[tuple[int, int]]) -> Tensor:
+    """Which pixels of each crop lie outside their frame, if only in part: bool (B, size, size).
+
+    `frame_sizes` are B pairs (width, height). A crop pixel blends up to four frame pixels; it is inside when all
+    that count are. This is the mask of the STARK family: ones on the padded pixels of the window, resized by
+    OpenCV's `resize`, "not zero" -> True. Their code pads one column and one row too early, so that the last ones
+    of a frame are lost. A frame one pixel narrower and lower gives the same: to imitate it, pass width - 1 and
+    height - 1 here and `frame[:, :-1, :-1]` to `cut`.
+    """
+    masks = []
+    corners = zip(windows.left.tolist(), windows.top.tolist(), windows.side.tolist(), strict=True)
+    for (left, top, side), (width, height) in zip(corners, frame_sizes, strict=True):
+        first, last = _reach(side, windows.size)
+        columns = (first < -left) | (last >= width - left)
+        rows = (first < -top) | (last >= height - top)
+        masks.append(rows[:, None] | columns)
+    return torch.from_numpy(np.stack(masks))
+
+
+def around_box(
+    frames: list[Tensor], boxes_xywh: Tensor, factor: float, size: int, exact: bool = True
+) -> tuple[Tensor, Windows]:
+    """Crops uint8 (B, 3, size, size) around the boxes (B, 4) as STARK and its heirs take them, and their windows.
+
+    The side is ceil(sqrt(w h) * factor) frame pixels; outside the frame is black. Without `exact` the last row and
+    column of a frame are lost too, see `outside`.
+    """
+    windows = Windows.around(xywh_to_cxcywh(boxes_xywh)[:, :2], (context_side(boxes_xywh) * factor).ceil(), size)
+    if not exact:
+        frames = [frame[:, :-1, :-1] for frame in frames]
+    return cut(frames, windows, torch.zeros(3)), windows
+
+
+def box_to_frame(boxes: Tensor, windows: Windows, around_xywh: Tensor, exact: bool = True) -> Tensor:
+    """Boxes (B, 4) found in crops, cxcywh in units of the crop -> xywh, frame pixels.
+
+    The windows are those of `around_box`, taken around `around_xywh` (B, 4). Without `exact` they count as centred
+    there, as STARK and its heirs have it, although they were snapped to whole pixels.
+    """
+    if exact:
+        return windows.to_frame(cxcywh_to_xywh(boxes * windows.size))
+    boxes = boxes * windows.side[:, None]
+    corner = xywh_to_cxcywh(around_xywh)[:, :2] - windows.side[:, None] / 2  # not where the window is: where it was meant to be
+    return cxcywh_to_xywh(torch.cat([boxes[:, :2] + corner, boxes[:, 2:]], 1))
+
+
+def gt_in_crop(boxes_xywh: Tensor, centre_xy: Tensor, windows: Windows) -> Tensor:
+    """STARK's rule for boxes in crops: (B, 4) xywh in frame pixels -> (B, 4) cxcywh in units of the crop, float64.
+
+    The windows were taken around `centre_xy` (B, 2). The rule ignores that they were then snapped to the pixel
+    grid, and it puts the centre of a crop at (size - 1) / 2, half a crop pixel from where it is. `Windows.to_crop`
+    has neither habit; this one is for agreement with the targets that the authors train on.
+    """
+    boxes, scale = xywh_to_cxcywh(boxes_xywh.double()), windows.scale[:, None]
+    centre = (windows.size - 1) / 2 + (boxes[:, :2] - centre_xy) * scale
+    return torch.cat([centre, boxes[:, 2:] * scale], 1) / windows.size
+
+
 def _square(frame: Tensor, left: int, top: int, side: int, colour: Tensor | None) -> Tensor:
     """All pixels of a window: uint8 (side, side, 3)."""
     height, width = frame.shape[1:]
@@ -166,14 +226,28 @@ def _blend_columns(lines: Tensor, left: Tensor, right: Tensor, weight_left: Tens
     return gather(left).mul_(weight_left).add_(gather(right).mul_(weight_right)).bitwise_right_shift_(4)
 
 
+def _source(side: int, size: int) -> tuple[Tensor, Tensor]:
+    """For each crop pixel along one axis: the pixel of the window that it begins at, int64 from -1 on, and how far
+    towards the next one it lies, float32 0..1."""
+    position = ((torch.arange(size, dtype=torch.float64) + 0.5) * (side / size) - 0.5).float()
+    first = position.floor()
+    return first.long(), position - first
+
+
+@lru_cache(maxsize=512)
+def _reach(side: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first and the last pixel of the window that count in each crop pixel, along one axis: int64 (size,)."""
+    first, share = _source(side, size)
+    return first.clamp(min=0).numpy(), (first + (share > 0)).clamp(max=side - 1).numpy()
+
+
 @lru_cache(maxsize=512)
 def _plan(side: int, size: int, device: torch.device) -> tuple[Tensor | None, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """What `_resize` needs: the two source rows of each crop row with their weights (sums of 2048), and the same
     for the interleaved colours of a row. For a large window also which of its rows count at all."""
-    position = ((torch.arange(size, dtype=torch.float64) + 0.5) * (side / size) - 0.5).float()
-    first = position.floor()
-    low, high = ((1 - (position - first)) * 2048).round().int(), ((position - first) * 2048).round().int()
-    first, second = first.long().clamp(0, side - 1), (first.long() + 1).clamp(0, side - 1)
+    first, share = _source(side, size)
+    low, high = ((1 - share) * 2048).round().int(), (share * 2048).round().int()
+    first, second = first.clamp(0, side - 1), (first + 1).clamp(0, side - 1)
     alone = first == second  # at the border OpenCV takes the last column alone, but blends the last row with itself
     low_column, high_column = torch.where(alone, 2048, low).int(), torch.where(alone, 0, high).int()
     colours = torch.arange(3)

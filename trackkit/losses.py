@@ -1,9 +1,13 @@
 """Training losses that trackers share."""
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from trackkit.boxes import giou, xyxy_to_cxcywh
 
 
 def balanced_bce(logits: Tensor, labels: Tensor) -> Tensor:
@@ -20,3 +24,92 @@ def balanced_bce(logits: Tensor, labels: Tensor) -> Tensor:
         0.5 / (~positive).sum().clamp(min=1),
     )
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), weights.to(logits.dtype), reduction="sum")
+
+
+def localisation(boxes_xyxy: Tensor, truth_xyxy: Tensor, keep_degenerate: bool = True) -> tuple[Tensor, Tensor]:
+    """Mean GIoU loss and mean L1 distance of boxes (..., 4), corners in units of the crop: two scalars.
+
+    L1 is the mean over all coordinates; it pulls when boxes do not touch, and GIoU = 1 - giou weighs small and large
+    boxes alike. STARK adds them as 2 * GIoU + 5 * L1 (Eq. 2). A box whose corners are the wrong way round has no area;
+    with `keep_degenerate` it still counts, else one such box turns the GIoU loss of the whole batch to 0 (the authors' code).
+    """
+    l1 = (boxes_xyxy - truth_xyxy).abs().mean()
+    loss = (1 - giou(boxes_xyxy, truth_xyxy)).mean()
+    if not keep_degenerate:
+        inside_out = (boxes_xyxy[..., 2:] < boxes_xyxy[..., :2]).any()
+        loss = torch.where(inside_out, torch.zeros_like(loss), loss)
+    return loss, l1
+
+
+def ciou(boxes_xyxy: Tensor, truth_xyxy: Tensor) -> Tensor:
+    """Complete IoU, pair by pair: (..., 4) corners -> (...), in [-1, 1].
+
+    IoU, less the squared distance of the centres in units of the enclosing box's diagonal, less a penalty for another
+    aspect ratio, which counts for more the better the boxes fit and not at all up to an IoU of 0.5. Source: Zheng et
+    al. 2021 ("Enhancing Geometric Factors in Model Learning and Inference"), in the form of MixFormer's code.
+    """
+    middle, sides = xyxy_to_cxcywh(boxes_xyxy).split(2, -1)
+    true_middle, true_sides = xyxy_to_cxcywh(truth_xyxy).split(2, -1)
+    low, high = torch.minimum(boxes_xyxy, truth_xyxy), torch.maximum(boxes_xyxy, truth_xyxy)
+    inner, outer = (low[..., 2:] - high[..., :2]).clamp(min=0).prod(-1), (high[..., 2:] - low[..., :2]).clamp(min=0)
+    tiny = torch.finfo(outer.dtype).tiny  # for empty boxes
+    union = sides.clamp(min=0).prod(-1) + true_sides.clamp(min=0).prod(-1) - inner
+    iou = inner / union.clamp(min=tiny)
+    distance = (middle - true_middle).square().sum(-1) / outer.square().sum(-1).clamp(min=tiny)
+    angle, true_angle = (torch.atan(w / h) for w, h in (s.clamp(min=1e-6).unbind(-1) for s in (sides, true_sides)))
+    aspect = 4 / math.pi**2 * (true_angle - angle).square()
+    weight = torch.where(iou > 0.5, aspect / (1 - iou + aspect).clamp(min=tiny), 0).detach()
+    return (iou - distance - weight * aspect).clamp(-1, 1)
+
+
+def gaussian_target(boxes: Tensor, grid: int) -> Tensor:
+    """What the score map should be: boxes (B, 4), cxcywh in units of the crop -> (B, grid, grid), 0..1 (CenterNet; ProContEXT, Eq. 2).
+
+    1 at the cell nearest to the centre, around it a Gaussian as wide as boxes may be off and still overlap by 0.7. (In
+    ProContEXT's print the parentheses around the two squares are missing.) The radius is CornerNet's, whose formulas divide by 2 instead of
+    2 a, known and kept by all of its heirs. A centre in the last half cell rounds to a cell outside the map.
+    """
+    cx, cy, w, h = (boxes * grid).unbind(1)
+    overlap, around, area = 0.7, h + w, h * w
+    shares = (1 - overlap) / (1 + overlap), 1 - overlap, overlap - 1
+    inner = (around + (around**2 - 4 * area * shares[0]).sqrt()) / 2
+    outer = (2 * around + (4 * around**2 - 16 * area * shares[1]).sqrt()) / 2
+    mixed = (-2 * overlap * around + (4 * overlap**2 * around**2 - 16 * overlap * area * shares[2]).sqrt()) / 2
+    radius = torch.minimum(torch.minimum(inner, outer), mixed).trunc()[:, None]
+    sigma = (2 * radius + 1) / 6
+    cells = torch.arange(grid, device=boxes.device)
+    lines = []
+    for centre in (cy, cx):
+        distance = cells - centre.round()[:, None]
+        lines.append(torch.exp(-(distance**2) / (2 * sigma**2)) * (distance.abs() <= radius))
+    return lines[0][:, :, None] * lines[1][:, None, :]
+
+
+def focal_loss(score: Tensor, target: Tensor) -> Tensor:
+    """Penalty-reduced focal loss of score maps against Gaussian targets, two equal shapes -> scalar (CornerNet; ProContEXT, Eq. 3).
+
+    Summed over the batch and divided by the number of peaks, cells that are exactly 1. Cells near a peak count little.
+    """
+    peak = target == 1
+    at_peak = (1 - score) ** 2 * score.log()
+    elsewhere = (1 - target) ** 4 * score**2 * (1 - score).log()
+    return -torch.where(peak, at_peak, elsewhere).sum() / peak.sum().clamp(min=1)
+
+
+def place_cross_entropy(logits: Tensor, place: Tensor) -> Tensor:
+    """Mean cross-entropy of maps (..., s, s) with the places (..., 2), x and y in [0, 1], that they should point at.
+
+    A place between cells (cell j stands for j / s, as in `heads.soft_argmax`) is shared by its four neighbours, so that
+    the target's expectation is the place itself (after Li et al., "Generalized Focal Loss", NeurIPS 2020).
+    """
+    size = logits.shape[-1]
+    at = (place * size).clamp(0, size - 1)
+    low = at.floor().clamp(max=size - 2)
+    share = torch.stack([1 - (at - low), at - low], -1)  # (..., 2 axes, 2 neighbours)
+    log = logits.flatten(-2).log_softmax(-1)
+    total = 0.0
+    for dy in (0, 1):
+        for dx in (0, 1):
+            cell = (low[..., 1] + dy) * size + low[..., 0] + dx
+            total = total - share[..., 0, dx] * share[..., 1, dy] * log.gather(-1, cell.long()[..., None])[..., 0]
+    return total.mean()

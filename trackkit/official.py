@@ -6,7 +6,9 @@ A tracker that agrees with `tests/goldens` computes what the authors' code compu
 """
 from __future__ import annotations
 
+import fnmatch
 import pickle
+import re
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from trackkit import checkpoints
 from trackkit.errors import CheckpointError
 from trackkit.trackers import TRACKERS, Tracker, create
+from trackkit.trackers.sbt import pvt_name
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
@@ -53,7 +56,7 @@ def load(name: str, state_dict: dict[str, Tensor]) -> Tracker:
     Raises CheckpointError that names the first entries that are missing, not expected or of another size.
     """
     tracker = create(name)
-    renamed = {rename(name, key): value.float() if value.is_floating_point() else value for key, value in state_dict.items()}
+    renamed = {key: value.float() if value.is_floating_point() else value for key, value in _translated(name, state_dict).items()}
     try:
         checkpoints.load_strictly(tracker, renamed, f"the checkpoint for {name}")
     except CheckpointError as error:
@@ -63,11 +66,73 @@ def load(name: str, state_dict: dict[str, Tensor]) -> Tracker:
     return tracker
 
 
+STARK = (
+    ("backbone.0.body.", "backbone."),
+    ("backbone.1.row_embed.", "position.row."),
+    ("backbone.1.col_embed.", "position.column."),
+    ("transformer.", ""),
+    (".multihead_attn.", ".cross_attn."),
+    ("query_embed.", "query."),
+    ("cls_head.", "score_head."),
+)
+
+SBT = (  # and `sbt.pvt_name` for the backbone
+    ("box_head.class_head.", "class_head."),
+    ("box_head.bbox_head.", "box_head."),
+    ("layers_spatial.", "spatial."),
+    ("layers_channle.", "channel."),
+)
+OSTRACK = (
+    ("backbone.patch_embed.proj.", "embed."),
+    ("backbone.pos_embed_", "position_"),
+    ("backbone.", ""),
+)
+UNUSED = {  # entries of the authors' checkpoints that their networks never use, by the beginning of the tracker's name
+    "sbt": ("backbone.norm1.*", "backbone.norm2.*"),  # of the single-image form
+    "ostrack": ("backbone.cls_token", "backbone.pos_embed"),
+    "procontext": ("backbone.cls_token", "backbone.pos_embed"),
+    # what its transformer inherits from timm, and the score branch of a second training stage
+    **dict.fromkeys(("mixvit", "ustam"), ("backbone.cls_token", "backbone.pos_embed", "backbone.norm.*", "backbone.head.*", "score_branch.*")),
+}
+
+
 def rename(name: str, key: str) -> str:
     """Our name for an entry of the authors' checkpoint. Our SiamFC has the authors' names."""
+    if name.startswith("stark"):
+        for theirs, ours in STARK:
+            key = key.replace(theirs, ours)
+        corner = re.fullmatch(r"box_head\.conv(\d)_(tl|br)(.*)", key)
+        if corner:
+            number, which, rest = corner.groups()
+            key = f"box_head.{'top_left' if which == 'tl' else 'bottom_right'}.{int(number) - 1}{rest}"
+    if name.startswith("sbt"):
+        key = pvt_name(key)
+        for theirs, ours in SBT:
+            key = key.replace(theirs, ours)
+    if name.startswith(("ostrack", "procontext")):
+        for theirs, ours in OSTRACK:
+            key = key.replace(theirs, ours)
+        tower = re.fullmatch(r"box_head\.conv(\d)_(ctr|offset|size)(.*)", key)
+        if tower:
+            number, which, rest = tower.groups()
+            key = f"head.{'score' if which == 'ctr' else which}.{int(number) - 1}{rest}"
+    if name.startswith(("mixvit", "ustam")):
+        for theirs, ours in OSTRACK:
+            key = key.replace(theirs, ours)
+        tower = re.fullmatch(r"box_head\.(conv\d|adjust\d)_(tl|br)(.*)", key)
+        if tower:
+            layer, which, rest = tower.groups()
+            key = f"box_head.{'top_left' if which == 'tl' else 'bottom_right'}.{layer}{rest}"
     return key
 
 
+def _translated(name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries by our names, without those that nothing uses; these may be missing."""
+    unused = [pattern for family, patterns in UNUSED.items() if name.startswith(family) for pattern in patterns]
+    return {rename(name, k): v for k, v in state_dict.items() if not any(fnmatch.fnmatchcase(k, p) for p in unused)}
+
+
 def _fits(name: str, state_dict: dict[str, Tensor]) -> bool:
-    wanted = {k: v.shape for k, v in create(name).state_dict().items()}
-    return wanted == {rename(name, k): v.shape for k, v in state_dict.items()}
+    with torch.device("meta"):  # shapes only: the largest would need gigabytes
+        wanted = {k: v.shape for k, v in create(name).state_dict().items()}
+    return wanted == {k: v.shape for k, v in _translated(name, state_dict).items()}

@@ -60,6 +60,32 @@ def macs(function: Callable[[], object]) -> int:
     return counter.get_total_flops() // 2
 
 
+def by_layers(network: nn.Module, function: Callable[[], object], norm: int = 4) -> dict[str, int]:
+    """{"parameters", "macs"} of a call of `function` as the counter of the field, thop, has them.
+
+    It sees only layers that the call goes through: linear and convolution layers (without biases), and `norm` for each
+    output of a layer or batch norm (0 in its older versions). So the products of attention are not counted, nor are parameters
+    outside these layers. Works on the device "meta" too.
+    """
+    total, seen = 0, set()
+
+    def add(module: nn.Module, given: tuple, made: Tensor) -> None:
+        nonlocal total
+        seen.add(module)
+        linear = isinstance(module, (nn.Linear, nn.Conv2d))
+        total += made.numel() * (module.weight[0].numel() if linear else norm)
+
+    kinds = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.BatchNorm2d)
+    hooks = [module.register_forward_hook(add) for module in network.modules() if isinstance(module, kinds)]
+    try:
+        with torch.no_grad():
+            function()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {"parameters": sum(parameters(module) for module in seen), "macs": total}
+
+
 @dataclass(frozen=True)
 class Speed:
     """How fast a tracker is, and on what.

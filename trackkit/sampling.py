@@ -6,25 +6,31 @@ of loader workers nor of GPUs nor an interruption changes what a tracker sees.
 """
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from trackkit.boxes import xywh_to_cxcywh
-from trackkit.crops import Windows, context_side, reduction
+from trackkit.boxes import cxcywh_to_xywh, xywh_to_cxcywh
+from trackkit.crops import Windows, context_side, gt_in_crop, outside, reduction
 from trackkit.errors import DataError
 from trackkit.got10k import GOT10k
 from trackkit.sequences import Sequence
 from trackkit.synth import SynthConfig, SynthDataset
 
 log = logging.getLogger("trackkit")
+
+ORDERS = ("forward", "any", "clip", "causal", "trident")
+TRIES = 100  # draws before giving up: data that need more are broken
+TOKEN = 16  # crop pixels from one token of a tracker to the next, or a multiple of it
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,10 @@ class CropSpec:
         context: margin before the factor, see `crops.context_side`.
         shift_px: the window moves by up to this many crop pixels along each axis, uniformly.
         scale: the target appears larger or smaller by up to this share, uniformly.
+        jitter_size, jitter_centre: the crop is taken around a box that is off in size and place, see `jitter_box`.
+        fill: grey level 0..255 outside the frame; None is the frame's mean colour.
+        exact: the sample's box lies where the target is (`Windows.to_crop`); False imitates the STARK authors, for
+            whom it is half a crop pixel off (`gt_in_crop`) and the last row and column of a frame are masked.
     """
 
     size: int
@@ -44,10 +54,16 @@ class CropSpec:
     context: float = 0.0
     shift_px: float = 0.0
     scale: float = 0.0
+    jitter_size: float = 0.0
+    jitter_centre: float = 0.0
+    fill: int | None = None
+    exact: bool = True
 
     def __post_init__(self):
         if self.size < 1 or self.factor <= 0 or not 0 <= self.scale < 1:
             raise ValueError(f"impossible crop: {self}")
+        if min(self.jitter_size, self.jitter_centre) < 0 or not 0 <= (self.fill or 0) <= 255:
+            raise ValueError(f"a jitter must not be negative, a fill lies in 0..255: {self}")
 
 
 @dataclass(frozen=True)
@@ -59,6 +75,7 @@ class FrameRule:
         min_share, max_share: sides of the box in units of the frame's sides.
         max_aspect: longer side over shorter side.
         min_cover_share: the visibility level must exceed this share of the sequence's best level, and 1.
+        min_frames, min_usable: a sequence with fewer frames, or fewer that pass, is not used at all.
     """
 
     min_area: float = 0.0
@@ -68,6 +85,12 @@ class FrameRule:
     max_share: float = float("inf")
     max_aspect: float = float("inf")
     min_cover_share: float = 0.0
+    min_frames: int = 2
+    min_usable: int = 2
+
+    def __post_init__(self):
+        if self.min_usable < 2:
+            raise ValueError(f"a sample needs two usable frames, min_usable cannot be {self.min_usable}")
 
     def usable(self, sequence: Sequence) -> np.ndarray:
         """Indices of the frames that pass, in order. The first frame's size stands for all."""
@@ -98,12 +121,21 @@ class SampleSpec:
     Attributes:
         template, search: how their crops are taken.
         templates, searches: T and N.
-        order: "forward": templates come before searches; "any": the frames are mixed;
+        order: which frames show what.
+            "forward": templates come before searches. "any": the frames are mixed.
             "clip": templates come first, then the searches as neighbouring usable frames.
-        max_gap: all frames of a sample lie within this many frames.
+            "causal": any frame is the template, the searches are drawn from those after it (STARK-S).
+            "trident": first template and search are any two frames, even the same; the other templates lie near the
+            search, on the first one's side, and need not show the target (STARK-ST).
+        max_gap: all frames of a sample lie within this many frames. "causal": the searches lie so near to the
+            template (farther only where none do). "trident": the later templates lie so near to the search.
         rule: which frames may be used.
         flip, grey: probabilities of mirroring the sample and of removing its colours.
         brightness: each crop is brightened or darkened by up to this share.
+        flip_each: probability that a crop is mirrored by itself, after `flip`.
+        masks: the sample says which pixels lie outside their frame. Crops of which a tracker would see nothing
+            else are drawn again.
+        negatives: probability that the searches do not show the target; the sample says whether they do.
     """
 
     template: CropSpec
@@ -116,20 +148,30 @@ class SampleSpec:
     flip: float = 0.0
     grey: float = 0.0
     brightness: float = 0.0
+    flip_each: float = 0.0
+    masks: bool = False
+    negatives: float = 0.0
 
     def __post_init__(self):
-        if self.order not in ("forward", "any", "clip"):
-            raise ValueError(f'order must be "forward", "any" or "clip", got {self.order!r}')
+        if self.order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r}")
         if self.templates < 1 or self.searches < 1 or self.max_gap < 1:
             raise ValueError("a sample needs at least one template, one search and a gap of one frame")
+        if (self.order == "causal" and self.templates > 1) or (self.order == "trident" and self.searches > 1):
+            raise ValueError('the order "causal" has one template, "trident" has one search')
 
 
-def choose_frames(spec: SampleSpec, usable: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Frame indices of one sample, templates first: (T + N,) out of the usable ones.
+def choose_frames(spec: SampleSpec, usable: np.ndarray, rng: np.random.Generator, length: int = 0) -> np.ndarray:
+    """Frame indices of one sample, templates first: (T + N,) out of the usable ones, of which there are two or more.
 
-    Every set of T + N different frames within `max_gap` is equally likely (a clip: every start of its span). A
-    sequence with fewer usable frames than T + N within `max_gap` repeats some.
+    "forward", "any", "clip": every set of T + N different frames within `max_gap` is equally likely (a clip: every
+    start of its span). A sequence with fewer usable frames than T + N within `max_gap` repeats some. `length` of
+    the sequence: "trident" alone needs it, as its later templates are drawn from all frames.
     """
+    if spec.order == "causal":
+        return _causal(spec, usable, rng)
+    if spec.order == "trident":
+        return _trident(spec, usable, rng, length)
     count = spec.templates + spec.searches
     # how many usable frames each possible first frame has within the gap, itself included
     ahead = np.searchsorted(usable, usable + spec.max_gap) - np.arange(len(usable))
@@ -148,27 +190,89 @@ def choose_frames(spec: SampleSpec, usable: np.ndarray, rng: np.random.Generator
     return np.sort(chosen) if spec.order == "forward" else rng.permutation(chosen)
 
 
-def take_crop(sequence: Sequence, frame: int, spec: CropSpec, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """A jittered crop around the target: uint8 (3, S, S), and its box cxcywh in units of the crop (4,)."""
-    box = sequence.boxes_xywh[frame : frame + 1]
+def _causal(spec: SampleSpec, usable: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The template is any usable frame t but the last, the searches come from (t, t + max_gap)."""
+    for gap in itertools.count(spec.max_gap, step=5):  # wider after each template with nothing usable behind it
+        start = int(rng.integers(len(usable) - 1))
+        later = usable[start + 1 : np.searchsorted(usable, usable[start] + gap)]
+        if len(later):
+            searches = rng.choice(later, spec.searches, replace=len(later) < spec.searches)
+            return np.concatenate([usable[start : start + 1], np.sort(searches)])
+
+
+def _trident(spec: SampleSpec, usable: np.ndarray, rng: np.random.Generator, length: int) -> np.ndarray:
+    """Any first template z, any search s; the others in [s, s + max_gap) if z >= s, else in [s - max_gap, s)."""
+    first, search = rng.choice(usable, 2)
+    low, high = (search, search + spec.max_gap) if first >= search else (search - spec.max_gap, search)
+    dynamic = rng.integers(max(low, 0), min(high, length), spec.templates - 1)
+    return np.concatenate([[first], dynamic, [search]])
+
+
+def jitter_box(box_xywh: Tensor, size: float, centre: float, normal: Tensor, uniform: Tensor) -> Tensor:
+    """A box that is off as a tracker's last one may be: (..., 4) -> (..., 4) for draws (..., 2).
+
+    The sides are multiplied by exp(size * normal), normal ~ N(0, 1). The centre then moves along each axis by
+    centre * (uniform - 1/2) of the new size sqrt(w h), uniform ~ U(0, 1). STARK: 0.5 and 4.5.
+    """
+    old = xywh_to_cxcywh(box_xywh)
+    sides = old[..., 2:] * (size * normal).exp()
+    move = sides.prod(-1, keepdim=True).sqrt() * centre * (uniform - 0.5)
+    return cxcywh_to_xywh(torch.cat([old[..., :2] + move, sides], -1))
+
+
+def choose_window(box_xywh: Tensor, spec: CropSpec, rng: np.random.Generator) -> tuple[Windows, Tensor]:
+    """A jittered window for a target (1, 4), and the target's box in its crop: cxcywh in units of the crop (4,)."""
     zoom = 1 + spec.scale * (2 * rng.random() - 1)
     shift = spec.shift_px * (2 * rng.random(2) - 1)  # crop pixels
-    side = context_side(box, spec.context) * spec.factor / zoom
-    centre = xywh_to_cxcywh(box)[:, :2] + torch.from_numpy(shift) * side / spec.size
-    window = Windows.around(centre, side, spec.size, grid=reduction(float(side), spec.size))
-    inside = xywh_to_cxcywh(window.to_crop(box))[0] / spec.size
-    return sequence.crop(frame, window), inside.float()
+    around = box_xywh
+    if spec.jitter_size or spec.jitter_centre:
+        normal, uniform = torch.from_numpy(rng.standard_normal(2)), torch.from_numpy(rng.random(2))
+        around = jitter_box(box_xywh, spec.jitter_size, spec.jitter_centre, normal, uniform)
+    side = context_side(around, spec.context) * spec.factor / zoom
+    if around is not box_xywh or not spec.exact:  # STARK rounds up
+        side = side.ceil()
+    centre = xywh_to_cxcywh(around)[:, :2] + torch.from_numpy(shift) * side / spec.size
+    grid = reduction(float(side), spec.size)
+    window = Windows.around(centre, side, spec.size, grid)
+    if spec.exact:
+        inside = xywh_to_cxcywh(window.to_crop(box_xywh)) / spec.size
+    elif grid == 1:
+        inside = gt_in_crop(box_xywh, centre, window)
+    else:  # the authors' window, to which their rule belongs, does not lie on the grid of a reduced frame
+        theirs = Windows.around(centre, side, spec.size)
+        boxes = theirs.to_frame(cxcywh_to_xywh(gt_in_crop(box_xywh, centre, theirs)) * spec.size)
+        inside = xywh_to_cxcywh(window.to_crop(boxes)) / spec.size
+    return window, inside[0].float()
+
+
+class Shot(NamedTuple):
+    """What a crop is made of: a frame of a sequence and the box (1, 4) xywh that counts as the target's."""
+
+    sequence: Sequence
+    frame: int
+    box_xywh: Tensor
+
+
+class Place(NamedTuple):
+    """Where a crop is: its window, the box in it (4,) cxcywh in units of the crop, its mask (S, S) if asked for."""
+
+    window: Windows
+    box: Tensor
+    mask: Tensor | None
 
 
 class Samples(Dataset):
     """Sample `i` of `seed`, for i in 0 .. `length` - 1, as a dict of tensors.
 
     templates uint8 (T, 3, z, z), template_boxes (T, 4); searches uint8 (N, 3, x, x), search_boxes (N, 4).
-    Boxes are cxcywh in units of the crop.
+    Boxes are cxcywh in units of the crop. With `spec.masks` also template_masks bool (T, z, z) and search_masks
+    (N, x, x), True outside the frame. With `spec.negatives` also labels float32 (N,), 1 where the search shows the
+    target and 0 where it does not; the box then means nothing.
 
-    A sequence without two usable frames is not used, and not in silence either: each process names it once in
+    A sequence with too few usable frames is not used, and not in silence either: each process names it once in
     its log, and another one is drawn. (Of a procedural stream, whose sequences nobody can mend, they are named
-    at the level "debug".) A file that cannot be read stops training with an error that names it.
+    at the level "debug".) A file that cannot be read stops training with an error that names it. DataError when
+    100 draws in a row give nothing to train on.
     """
 
     def __init__(self, sequences, spec: SampleSpec, seed: int, length: int):
@@ -177,6 +281,7 @@ class Samples(Dataset):
         if seed < 0:
             raise DataError(f"the seed must not be negative, got {seed}")
         self.sequences, self.spec, self.seed, self.length = sequences, spec, seed, length
+        self._crops = [spec.template] * spec.templates + [spec.search] * spec.searches
         self._named: set[int] = set()
 
     def __len__(self) -> int:
@@ -184,44 +289,115 @@ class Samples(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         spec, rng = self.spec, np.random.default_rng([self.seed, index])
-        sequence, usable = self._draw(rng)
-        frames = choose_frames(spec, usable, rng)
-        specs = [spec.template] * spec.templates + [spec.search] * spec.searches
-        crops, boxes = zip(*(take_crop(sequence, int(f), s, rng) for f, s in zip(frames, specs, strict=True)), strict=True)
-        crops, boxes = self._augment(list(crops), torch.stack(boxes), rng)
+        for _ in range(TRIES):
+            shots, shown = self._shots(rng)
+            places = self._places(shots, rng)
+            if places is not None:
+                break
+        else:
+            raise DataError(
+                f"{TRIES} samples drawn, all with a box of no size or a crop outside its frame; "
+                f"the last one of {', '.join(sorted({shot.sequence.name for shot in shots}))}: check the labels"
+            )
+        fills = [None if crop.fill is None else torch.full((3,), float(crop.fill)) for crop in self._crops]
+        crops = [
+            shot.sequence.crop(shot.frame, place.window, fill)
+            for shot, place, fill in zip(shots, places, fills, strict=True)
+        ]
+        boxes, masks = torch.stack([place.box for place in places]), [place.mask for place in places]
+        crops, boxes, masks = self._augment(crops, boxes, masks, rng)
         t = spec.templates
-        return {
+        sample = {
             "templates": torch.stack(crops[:t]),
             "template_boxes": boxes[:t],
             "searches": torch.stack(crops[t:]),
             "search_boxes": boxes[t:],
         }
+        if spec.masks:
+            sample |= {"template_masks": torch.stack(masks[:t]), "search_masks": torch.stack(masks[t:])}
+        if spec.negatives:
+            sample["labels"] = torch.full((spec.searches,), float(shown))
+        return sample
+
+    def _shots(self, rng: np.random.Generator) -> tuple[list[Shot], bool]:
+        """What the crops are made of, templates first, and whether the searches show the target."""
+        spec = self.spec
+        sequence, usable = self._draw(rng)
+        frames = choose_frames(spec, usable, rng, len(sequence))
+        shots = [Shot(sequence, int(f), sequence.boxes_xywh[f : f + 1]) for f in frames]
+        if not (spec.negatives and rng.random() < spec.negatives):
+            return shots, True
+        hidden = (~sequence.visible).numpy().nonzero()[0]
+        if len(hidden):  # the target is not there: look in the middle of the frame
+            frames = rng.choice(hidden, spec.searches)
+            sizes = [sequence.frame_size(int(f)) for f in frames]
+            middle = [[w * 7 // 16, h * 7 // 16, w // 8, h // 8] for w, h in sizes]
+            boxes = torch.tensor(middle, dtype=torch.float64)
+        else:  # the target is always there: look at another sequence's
+            sequence, _ = self._draw(rng)
+            frames = rng.integers(len(sequence), size=spec.searches)
+            boxes = sequence.boxes_xywh[frames]
+        searches = [Shot(sequence, int(f), box[None]) for f, box in zip(frames, boxes, strict=True)]
+        return shots[: spec.templates] + searches, False
+
+    def _places(self, shots: list[Shot], rng: np.random.Generator) -> list[Place] | None:
+        """The windows of a sample, or None if one of its boxes has no size or a tracker would see nothing in a crop."""
+        places = []
+        for (sequence, frame, box), crop in zip(shots, self._crops, strict=True):
+            if not (torch.isfinite(box).all() and (box[:, 2:] > 0).all()):
+                return None
+            window, inside = choose_window(box, crop, rng)
+            mask = None
+            if self.spec.masks:
+                width, height = sequence.frame_size(frame)
+                lost = 0 if crop.exact else 1
+                mask = outside(window, [(width - lost, height - lost)])[0]
+                # a token reads the pixel in its corner; none would be left to attend to, mirrored or not
+                if mask[::TOKEN, ::TOKEN].all() or mask.flip(-1)[::TOKEN, ::TOKEN].all():
+                    return None
+            places.append(Place(window, inside, mask))
+        return places
 
     def _draw(self, rng: np.random.Generator) -> tuple[Sequence, np.ndarray]:
-        for _ in range(100):
+        """A sequence and its usable frames."""
+        rule = self.spec.rule
+        for _ in range(TRIES):
             number = int(rng.integers(len(self.sequences)))
             sequence = self.sequences[number]
-            usable = self.spec.rule.usable(sequence)
-            if len(usable) >= 2:
+            usable = rule.usable(sequence)
+            if len(usable) >= rule.min_usable and len(sequence) >= rule.min_frames:
                 return sequence, usable
             if number not in self._named:
                 self._named.add(number)
                 level = logging.DEBUG if isinstance(self.sequences, SynthDataset) else logging.WARNING
                 text = "%s: %d of %d frames pass %s; another sequence is drawn"
-                log.log(level, text, sequence.name, len(usable), len(sequence), self.spec.rule)
-        raise DataError(f"100 sequences drawn, none with two frames that pass {self.spec.rule}; loosen the rule or check the labels")
+                log.log(level, text, sequence.name, len(usable), len(sequence), rule)
+        text = f"{TRIES} sequences drawn, none with enough frames that pass {rule}"
+        raise DataError(f"{text}; loosen the rule or check the labels")
 
-    def _augment(self, crops: list[Tensor], boxes: Tensor, rng: np.random.Generator) -> tuple[list[Tensor], Tensor]:
-        flip, grey = rng.random(2) < (self.spec.flip, self.spec.grey)
-        factors = 1 + self.spec.brightness * (2 * rng.random(len(crops)) - 1)
-        if flip:
-            crops = [crop.flip(-1) for crop in crops]
-            boxes = torch.cat([1 - boxes[:, :1], boxes[:, 1:]], 1)
+    def _augment(
+        self, crops: list[Tensor], boxes: Tensor, masks: list[Tensor | None], rng: np.random.Generator
+    ) -> tuple[list[Tensor], Tensor, list[Tensor | None]]:
+        spec = self.spec
+        flip, grey = rng.random(2) < (spec.flip, spec.grey)
+        factors = 1 + spec.brightness * (2 * rng.random(len(crops)) - 1)
+        flips = np.full(len(crops), flip)
+        if spec.flip_each:
+            flips ^= rng.random(len(crops)) < spec.flip_each
+        for i in flips.nonzero()[0]:
+            crops[i], boxes[i, 0] = crops[i].flip(-1), 1 - boxes[i, 0]
+            masks[i] = None if masks[i] is None else masks[i].flip(-1)
         if grey:
-            crops = [crop.float().mean(0, keepdim=True).round().to(torch.uint8).expand_as(crop) for crop in crops]
-        if self.spec.brightness:
+            crops = [grey_levels(crop).expand_as(crop) for crop in crops]
+        if spec.brightness:
             crops = [(c * float(f)).round().clamp(0, 255).to(torch.uint8) for c, f in zip(crops, factors, strict=True)]
-        return crops, boxes
+        return crops, boxes, masks
+
+
+def grey_levels(crop: Tensor) -> Tensor:
+    """Brightness of each pixel as OpenCV's RGB2GRAY has it, bit for bit: uint8 (..., 3, H, W) -> (..., 1, H, W)."""
+    weights = torch.tensor([9798, 19235, 3735], dtype=torch.int32)[:, None, None]  # 0.299, 0.587, 0.114 of 2 ** 15
+    return ((crop * weights).sum(-3, keepdim=True) + (1 << 14)).bitwise_right_shift(15).to(torch.uint8)
 
 
 def training_set(root: str | os.PathLike | None = None, seed: int = 0):

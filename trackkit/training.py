@@ -43,9 +43,12 @@ class Stage:
         name: shown in the progress bar and the log.
         steps: optimiser steps. batch: samples in a step, over all processes together.
         sample: what a sample is.
-        lr, lr_end: learning rate at the start and at the end of its exponential fall.
-        schedule_steps: the rate changes once in so many steps (an epoch, in the papers' words).
+        lr: learning rate at the start. It falls exponentially to `lr_end`; without `lr_end` it falls to a tenth after
+            each of `drops` (steps of this stage), and without either it stays.
+        schedule_steps: the exponential rate changes once in so many steps (an epoch, in the papers' words).
         warmup: steps over which the rate rises linearly from 0.
+        rates: (pattern, factor): the rate of the parameters whose names match (`fnmatch`) is multiplied. The first
+            pattern that matches counts.
         momentum: of SGD with weight decay; None means AdamW.
         weight_decay: on all trainable parameters.
         clip: largest gradient norm, or None.
@@ -58,9 +61,11 @@ class Stage:
     batch: int
     sample: SampleSpec
     lr: float
-    lr_end: float
+    lr_end: float | None = None
+    drops: tuple[int, ...] = ()
     schedule_steps: int = 1
     warmup: int = 0
+    rates: tuple[tuple[str, float], ...] = ()
     momentum: float | None = None
     weight_decay: float = 0.0
     clip: float | None = None
@@ -70,15 +75,33 @@ class Stage:
     def __post_init__(self):
         if min(self.steps, self.batch, self.schedule_steps) < 1:
             raise TrackkitError(f"stage {self.name}: steps, batch and schedule_steps must be at least 1")
-        if not 0 < self.lr_end <= self.lr:
+        if not 0 < (self.lr if self.lr_end is None else self.lr_end) <= self.lr:
             raise TrackkitError(f"stage {self.name}: need 0 < lr_end <= lr, got {self.lr_end} and {self.lr}")
+        if self.drops and (self.lr_end is not None or min(self.drops) < 1):
+            raise TrackkitError(f"stage {self.name}: drops are steps from 1 on, in place of lr_end; got {self.drops}, {self.lr_end}")
+        if any(factor <= 0 for _, factor in self.rates):
+            raise TrackkitError(f"stage {self.name}: rates must be factors above 0 (`trainable` freezes); got {self.rates}")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, 0-based."""
-        epochs = math.ceil(self.steps / self.schedule_steps)
-        fall = (self.lr_end / self.lr) ** (step // self.schedule_steps / epochs)
+        if self.lr_end is None:
+            fall = 0.1 ** sum(step >= drop for drop in self.drops)
+        else:
+            epochs = math.ceil(self.steps / self.schedule_steps)
+            fall = (self.lr_end / self.lr) ** (step // self.schedule_steps / epochs)
         rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         return self.lr * fall * rise
+
+    def resized(self, steps: int) -> Stage:
+        """The same stage in another number of steps; its warm-up and its drops keep their shares of them."""
+        drops = tuple(max(1, round(drop * steps / self.steps)) for drop in self.drops)
+        return dataclasses.replace(self, steps=steps, drops=drops, warmup=round(self.warmup * steps / self.steps))
+
+
+def shortened(stages: list[Stage], steps: int) -> list[Stage]:
+    """The stages in the same proportion, the longest of them with `steps` steps."""
+    longest = max(stage.steps for stage in stages)
+    return [stage.resized(max(1, round(stage.steps * steps / longest))) for stage in stages]
 
 
 class _Loss(nn.Module):
@@ -123,8 +146,11 @@ def train(
     Returns the log as a list of {"stage", "step", "loss", ..., "lr", "samples_per_second"}; `step` counts over
     all stages, the losses are means since the last line.
 
-    Raises CheckpointError if `out` holds another run, TrackkitError if the loss stops being finite.
+    Raises CheckpointError if `out` holds another run, TrackkitError for a stage with a pattern that matches no
+    parameter, or if the loss stops being finite.
     """
+    for stage in stages:  # now, not after the stages before it
+        _groups(tracker, stage)
     out = writable(out)
     accelerator = _accelerator(device, precision)
     run = _Run(tracker, stages, sequences, out, seed, precision)
@@ -173,7 +199,7 @@ def _train_stage(run: _Run, stage: Stage, first: int, position: int, accelerator
         torch.manual_seed((run.seed * 1_000_003 + step) * world + rank)
         rate = stage.rate(step - first)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         losses = model({k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()})
         accelerator.backward(losses["loss"])
         if stage.clip is not None:
@@ -282,12 +308,10 @@ def freeze(tracker: nn.Module, trainable: tuple[str, ...]) -> None:
 
     Raises TrackkitError for a pattern that matches nothing.
     """
-    names = [name for name, _ in tracker.named_parameters()]
-    for pattern in trainable:
-        if not fnmatch.filter(names, pattern):
-            raise TrackkitError(f"no parameter of {type(tracker).__name__} matches {pattern!r}")
-    for name, parameter in tracker.named_parameters():
-        parameter.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in trainable))
+    parameters = dict(tracker.named_parameters())
+    learning = _matching(list(parameters), trainable, f"parameter of {type(tracker).__name__}")
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in learning)
     tracker.train()
     for module in tracker.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in module.parameters()):
@@ -300,11 +324,34 @@ def read_log(run: str | Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def _matching(names: list[str], patterns: tuple[str, ...], what: str) -> dict[str, int]:
+    """The names that match one of the patterns, each with the number of the first that it matches."""
+    found: dict[str, int] = {}
+    for number, pattern in enumerate(patterns):
+        hits = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        if not hits:
+            raise TrackkitError(f"no {what} matches {pattern!r}")
+        found |= {name: number for name in hits if name not in found}
+    return found
+
+
+def _groups(tracker: nn.Module, stage: Stage) -> list[dict]:
+    """The trainable parameters by their factor of the learning rate, as an optimiser takes them."""
+    parameters, kind = dict(tracker.named_parameters()), type(tracker).__name__
+    learning = _matching(list(parameters), stage.trainable, f"parameter of {kind}")
+    patterns = tuple(pattern for pattern, _ in stage.rates)
+    special = _matching(list(learning), patterns, f"parameter of {kind} that stage {stage.name} trains")
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name in (name for name in parameters if name in learning):
+        groups.setdefault(stage.rates[special[name]][1] if name in special else 1.0, []).append(parameters[name])
+    return [{"params": group, "lr": stage.lr * factor, "factor": factor} for factor, group in groups.items()]
+
+
 def _optimizer(stage: Stage, tracker: nn.Module) -> torch.optim.Optimizer:
-    parameters = [p for p in tracker.parameters() if p.requires_grad]
+    groups = _groups(tracker, stage)
     if stage.momentum is None:
-        return torch.optim.AdamW(parameters, lr=stage.lr, weight_decay=stage.weight_decay)
-    return torch.optim.SGD(parameters, lr=stage.lr, momentum=stage.momentum, weight_decay=stage.weight_decay)
+        return torch.optim.AdamW(groups, lr=stage.lr, weight_decay=stage.weight_decay)
+    return torch.optim.SGD(groups, lr=stage.lr, momentum=stage.momentum, weight_decay=stage.weight_decay)
 
 
 def _accelerator(device: str, precision: str) -> Accelerator:

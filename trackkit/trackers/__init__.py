@@ -8,8 +8,12 @@ from pathlib import Path
 from trackkit import checkpoints
 from trackkit.errors import CheckpointError, TrackkitError
 from trackkit.trackers.base import Prediction, Tracker, join, take
+from trackkit.trackers.procontext import ProContext, ProContextConfig
 from trackkit.trackers.references import NccTracker, StayTracker
+from trackkit.trackers.sbt import SBT, SBTConfig
 from trackkit.trackers.siamfc import SiamFC, SiamFCConfig
+from trackkit.trackers.stark import Stark, StarkConfig
+from trackkit.trackers.ustam import Ustam, UstamConfig
 
 __all__ = ["TRACKERS", "Prediction", "Tracker", "create", "join", "load", "save", "take"]
 
@@ -18,6 +22,26 @@ TRACKERS: dict[str, Callable[[], Tracker]] = {
     "ncc": NccTracker,
     "siamfc": SiamFC,
     "siamfc-tiny": lambda: SiamFC(SiamFCConfig.tiny()),
+    "stark-s50": lambda: Stark(StarkConfig.s50()),
+    "stark-st50": lambda: Stark(StarkConfig.st50()),
+    "stark-st101": lambda: Stark(StarkConfig.st101()),
+    "stark-tiny": lambda: Stark(StarkConfig.tiny()),
+    "sbt-light": lambda: SBT(SBTConfig.light()),
+    "sbt-small": lambda: SBT(SBTConfig.small()),
+    "sbt-base": lambda: SBT(SBTConfig.base()),
+    "sbt-large": lambda: SBT(SBTConfig.large()),
+    "sbt-tiny": lambda: SBT(SBTConfig.tiny()),
+    "ostrack-256": lambda: ProContext(ProContextConfig.ostrack_256()),
+    "ostrack-384": lambda: ProContext(ProContextConfig.ostrack_384()),
+    "procontext-256": lambda: ProContext(ProContextConfig.procontext_256()),
+    "procontext-384": lambda: ProContext(ProContextConfig.procontext_384()),
+    "procontext-tiny": lambda: ProContext(ProContextConfig.tiny()),
+    "mixvit-b288": lambda: Ustam(UstamConfig.mixvit_b288()),
+    "mixvit-l384": lambda: Ustam(UstamConfig.mixvit_l384()),
+    "ustam-b288": lambda: Ustam(UstamConfig.ustam_b288()),
+    "ustam-b384": lambda: Ustam(UstamConfig.ustam_b384()),
+    "ustam-l384": lambda: Ustam(UstamConfig.ustam_l384()),
+    "ustam-tiny": lambda: Ustam(UstamConfig.tiny()),
 }
 
 
@@ -46,7 +70,7 @@ def load(source: str | Path) -> Tracker:
     if str(source) in TRACKERS:
         return create(str(source))
     tensors, about = checkpoints.read(source)
-    classes = {cls.__name__: cls for cls in (SiamFC,)}
+    classes = {cls.__name__: cls for cls in (SiamFC, Stark, SBT, ProContext, Ustam)}
     if about.get("tracker") not in classes:
         raise CheckpointError(f"{source}: made for the tracker {about.get('tracker')!r}; this trackkit has {', '.join(classes)}")
     cls = classes[about["tracker"]]

@@ -69,6 +69,13 @@ class Tracker(nn.Module):
         """The training stages (`training.Stage`) at `scale`: tiny, laptop, gpu or paper."""
         raise TrackkitError(f"{type(self).__name__} has nothing to train")
 
+    def load_pretrained(self) -> bool:
+        """Take the backbone's weights from where the paper's training starts; False if it starts from random ones.
+
+        They come from torchvision's or timm's cache or, once, from the network; TrackkitError if neither has them.
+        """
+        return False
+
     def checked(self, frames: list[Tensor], boxes_xywh: Tensor) -> tuple[list[Tensor], Tensor]:
         """Frames on the tracker's device and boxes as float64 (B, 4), or DataError. For `start`."""
         boxes = torch.as_tensor(boxes_xywh, dtype=torch.float64)

@@ -1,0 +1,389 @@
+"""OSTrack and ProContEXT against the authors' code: networks, pruning, tracking, targets, losses. And that these tests can fail."""
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from golden import golden, image, mosaic, state_dict
+from torch import Tensor, nn
+
+from trackkit import attention, official
+from trackkit.boxes import clip_with_margin, cxcywh_to_xywh, xywh_to_cxcywh
+from trackkit.crops import around_box
+from trackkit.heads import CenterHead
+from trackkit.losses import focal_loss, gaussian_target, localisation
+from trackkit.trackers import create, procontext
+from trackkit.trackers.procontext import Answer, ProContext, ProContextConfig, Templates, box_at, eliminate, hann
+
+OSTRACK, PROCONTEXT, UNITS = golden("ostrack_256_ce"), golden("procontext"), golden("procontext_units")
+FILES = {"ostrack-256": OSTRACK, "procontext-384": PROCONTEXT}
+TOLERANCE = {"maps": 2e-5, "boxes": 1e-5, "tracking, px": 0.01, "features": 1e-4, "kept cells": 0, "grey levels": 0, "units": 2e-6, "loss": 1e-5}
+
+
+@cache
+def loaded(name: str) -> ProContext:
+    """The golden weights; both networks have the same ones, but for the tables of positions."""
+    if name == "ostrack-256":
+        return official.load(name, state_dict(OSTRACK["keys"], OSTRACK["scale"]))
+    ours = {k: v for k, v in loaded("ostrack-256").state_dict().items() if not k.startswith("position")}
+    tables = {official.rename(name, k): v for k, v in state_dict(PROCONTEXT["keys"], PROCONTEXT["scale"]).items()}
+    tracker = create(name)
+    tracker.load_state_dict(ours | tables)
+    return tracker
+
+
+def varied(tracker: ProContext, modules: dict[str, nn.Module] | None = None, **changes) -> ProContext:
+    """The same weights with another config or other modules."""
+    other = copy.copy(tracker)
+    other._modules = {**tracker._modules, **(modules or {})}
+    other.config = replace(tracker.config, **changes)
+    return other
+
+
+def inputs(tracker: ProContext, case: int) -> tuple[list[Templates], Tensor]:
+    """A case's images as groups of templates and search tokens."""
+    item = FILES["procontext-384" if tracker.config.dynamic else "ostrack-256"]["inputs"][case]
+    images = item["templates"] if "templates" in item else [item["template"]]
+    tokens = [tracker.tokens(image(i["name"], i["shape"]), tracker.position_z) for i in images]
+    boxes = torch.full((len(tokens[0]), 2 if len(tokens) > 1 else 1, 4), 0.5)
+    groups = [tokens[:2], tokens[2:]] if len(tokens) > 1 else [tokens]
+    search = tracker.tokens(image(item["search"]["name"], item["search"]["shape"]), tracker.position_x)
+    return [Templates(torch.cat(group, 1), boxes) for group in groups], search
+
+
+@torch.no_grad()
+def outputs(tracker: ProContext, case: int, keep: float | None = None) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """What the golden files keep, by their names, and the kept cells."""
+    seen, blocks = {}, tracker.blocks
+    places = {"tokens": blocks[0].norm1, "block0": blocks[1].norm1, "block5": blocks[6].norm1, "block11": tracker.norm}
+    hooks = [m.register_forward_pre_hook(lambda module, x, name=name: seen.update({name: x[0]})) for name, m in places.items()]
+    hooks.append(tracker.norm.register_forward_hook(lambda module, x, y: seen.update(normed=y)))
+    hooks.append(tracker.head.register_forward_pre_hook(lambda module, x: seen.update(head=x[0])))
+    groups, search = inputs(tracker, case)
+    answer = tracker(groups, search, keep)
+    for hook in hooks:
+        hook.remove()
+    known = sum(group.tokens.shape[1] for group in groups)
+    response = answer.score * hann(tracker.config.grid)
+    return {
+        **{name: seen[name] for name in places},
+        "template_feat": seen["normed"][:, :known],
+        "search_feat": seen["head"].flatten(2).transpose(1, 2),
+        "score_map": answer.score[:, None],
+        "size_map": answer.size,
+        "offset_map": answer.offset,
+        "windowed_response": response[:, None],
+        "pred_boxes_cxcywh": box_at(answer.score, answer)[:, None],
+        "windowed_boxes_cxcywh": box_at(response, answer),
+        "score": answer.score.flatten(1).amax(1, keepdim=True),
+    }, answer.kept
+
+
+def deviation(value: Tensor, expected: dict) -> float:
+    """Largest difference from the numbers that a golden file keeps of a tensor."""
+    assert list(value.shape) == expected["shape"]
+    flat = value.flatten()
+    flat = flat[torch.tensor(expected["index"])] if "index" in expected else flat
+    return (flat.double() - torch.tensor(expected["value"], dtype=torch.float64)).abs().max().item()
+
+
+def network(tracker: ProContext, expected: dict, case: int, keep: float | None = None) -> dict[str, float]:
+    """Largest deviation of each kind of output; for kept cells, how many differ."""
+    worst = {"maps": 0.0, "boxes": 0.0, "features": 0.0, "kept cells": 0}
+    got, kept = outputs(tracker, case, keep)
+    for name, summary in expected.items():
+        if name != "pruning":
+            kind = "boxes" if "boxes" in name else "maps" if "map" in name or name in ("score", "windowed_response") else "features"
+            worst[kind] = max(worst[kind], deviation(got[name], summary))
+    worst["kept cells"] = differing(kept, expected["pruning"])
+    return worst
+
+
+def differing(kept: list[Tensor], expected: list[dict]) -> int:
+    """Cells that only one of the two keeps, over all prunings and samples; and ranks of the first 16 that differ."""
+    assert len(kept) == len(expected)
+    count = 0
+    for ours, theirs in zip(kept, expected, strict=True):
+        for cells, wanted, first in zip(ours.tolist(), theirs["kept_sorted"], theirs["kept_first16_by_rank"], strict=True):
+            count += len(set(cells) ^ set(wanted)) + sum(a != b for a, b in zip(cells[:16], first, strict=True))
+    return count
+
+
+def tracking(tracker: ProContext, expected: dict, first: int = 0, last: int = 3) -> tuple[float, list[bool]]:
+    """Largest difference of boxes from the authors' run, continued from their box `first`; and which frames were remembered."""
+    frames = [mosaic(name, 480, 640) for name in expected["frames"][: last + 1]]
+    truth = torch.tensor([expected["init_bbox_xywh"], *expected["boxes_xywh_after_each_frame"]], dtype=torch.float64)
+    state = tracker.start(frames[:1], truth[:1])
+    count = torch.tensor([expected.get("frame_counter_after_init", 0) + first])
+    state, worst, remembered = replace(state, box=truth[first : first + 1], frame=count), 0.0, []
+    for index in range(first + 1, last + 1):
+        before = state.dynamic
+        state, prediction = tracker.step(state, [frames[index]])
+        remembered.append(state.dynamic is not before)
+        worst = max(worst, (prediction.box[0] - truth[index]).abs().max().item())
+        worst = max(worst, abs(prediction.score.item() - expected["max_raw_score_per_frame"][index - 1]))
+    return worst, remembered
+
+
+@cache
+def deviations() -> dict[str, float]:
+    """What was compared -> largest deviation from the authors' code; after the last comma, what it is a deviation of."""
+    found = {}
+    for name, expected in FILES.items():
+        tracker = loaded(name)
+        for case, wanted in expected["outputs"].items():
+            for kind, value in network(tracker, wanted, int(case.removeprefix("case"))).items():
+                found[f"{name}, {kind}"] = max(value, found.get(f"{name}, {kind}", 0))
+        for label, variant in expected["variants"].items():
+            args = variant["args"]
+            other = tracker if args.get("use_mask", True) else varied(tracker, pruning_rows="all")
+            for kind, value in network(other, variant["outputs"], variant["on_input"], args.get("keep_rate")).items():
+                found[f"{name} ({label}), {kind}"] = value
+    found["ostrack-256, tracking, px"] = tracking(loaded("ostrack-256"), OSTRACK["tracking"])[0]
+    found["procontext-384, tracking, px"] = tracking(loaded("procontext-384"), PROCONTEXT["tracking"], first=1)[0]
+    return found | units()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_agrees_with_the_authors(name):
+    entries = {what: value for what, value in deviations().items() if what.startswith(name)}
+    assert len(entries) >= 5
+    for what, value in entries.items():
+        assert value <= next(t for kind, t in TOLERANCE.items() if what.endswith(kind)), what
+
+
+def test_templates_are_replaced_when_the_authors_replace_them():
+    """Of the frames counted 99, 100, 101 the second; the tracking run above contains it."""
+    expected = PROCONTEXT["tracking"]
+    assert expected["dynamic_templates_replaced"] == [False, True, False, False]
+    tracker = tracker_that_sees(expected["max_raw_score_per_frame"][1])
+    frame = torch.zeros(3, 90, 120, dtype=torch.uint8)
+    state = tracker.start([frame], torch.tensor([[40.0, 30, 20, 20]]))
+    state, replaced = replace(state, frame=state.frame + expected["frame_counter_after_init"]), []
+    for _ in range(4):
+        before = state.dynamic
+        state, _ = tracker.step(state, [frame])
+        replaced.append(state.dynamic is not before)
+    assert replaced == expected["dynamic_templates_replaced"]
+
+
+def tracker_that_sees(score: float) -> ProContext:
+    """A tiny tracker, with the full one's update rule, whose every score is `score`."""
+    tracker = ProContext(ProContextConfig.tiny(update_interval=100)).eval()
+    tracker.head.score[-1].weight.data.zero_()
+    tracker.head.score[-1].bias.data.fill_(torch.tensor(score).logit())
+    return tracker
+
+
+# ---- the network's certificate can fail ----
+
+
+class SigmoidOffset(CenterHead):
+    def forward(self, features):
+        score, offset, size = super().forward(features)
+        return score, offset.sigmoid(), size
+
+
+def mutant_tanh_gelu(tracker, patch):
+    patch.setattr(attention.Mlp, "forward", lambda m, x: m.fc2(nn.functional.gelu(m.fc1(x), approximate="tanh")))
+    return tracker
+
+
+def mutant_norm_epsilon(tracker, patch):
+    for part in tracker.head.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            patch.setattr(part, "eps", 1e-3)
+    return tracker
+
+
+def mutant_no_final_norm(tracker, patch):
+    return varied(tracker, {"norm": nn.Identity()})
+
+
+def mutant_sigmoid_offset(tracker, patch):
+    head = SigmoidOffset(8, 8)
+    head._modules = tracker.head._modules
+    return varied(tracker, {"head": head.eval()})
+
+
+@pytest.mark.parametrize("mutate", [mutant_tanh_gelu, mutant_norm_epsilon, mutant_no_final_norm, mutant_sigmoid_offset])
+def test_network_certificate_can_fail(mutate, monkeypatch):
+    found = network(mutate(loaded("ostrack-256"), monkeypatch), OSTRACK["outputs"]["case0"], 0)
+    assert any(value > TOLERANCE[kind] for kind, value in found.items() if kind != "features")
+
+
+@torch.no_grad()
+def first_pruning(tracker: ProContext) -> int:
+    """How many of the kept cells differ after the fourth block; the others are left out."""
+    tracker = varied(tracker, {"blocks": tracker.blocks[:4]})
+    answer = tracker(*inputs(tracker, 0))
+    return differing(answer.kept[:1], FILES["procontext-384" if tracker.config.dynamic else "ostrack-256"]["outputs"]["case0"]["pruning"][:1])
+
+
+def mutant_softmax(tracker, patch):
+    return varied(tracker, pruning_softmax="search")
+
+
+def mutant_keep_ratio(tracker, patch):
+    return varied(tracker, keep_ratio=0.69)
+
+
+def mutant_other_middle(tracker, patch):
+    patch.setattr(procontext, "template_rows", lambda rule, grid: torch.tensor([grid // 2 * (grid + 1)]))
+    return tracker
+
+
+def mutant_worst_first(tracker, patch):
+    patch.setattr(procontext, "eliminate", lambda x, score, *rest: eliminate(x, score.flip(1), *rest))
+    return tracker
+
+
+@pytest.mark.parametrize("mutate", [mutant_softmax, mutant_keep_ratio, mutant_other_middle, mutant_worst_first])
+def test_pruning_certificate_can_fail(mutate, monkeypatch):
+    assert first_pruning(mutate(loaded("ostrack-256"), monkeypatch)) > 0
+
+
+def test_pruning_certificate_can_fail_for_templates(monkeypatch):
+    tracker = loaded("procontext-384")
+    asking = tracker._asking
+    monkeypatch.setattr(tracker, "_asking", lambda groups: (asking(groups)[0][:2], None), raising=False)  # static ones alone
+    assert first_pruning(tracker) > 0
+
+
+@pytest.mark.parametrize("change", ["hann", "margin", "exact"])
+def test_tracking_certificate_can_fail(change, monkeypatch):
+    tracker = loaded("ostrack-256")
+    if change == "hann":
+        monkeypatch.setattr(procontext, "hann", lambda size: torch.ones(size, size))
+    else:
+        tracker = varied(tracker, **{change: {"margin": 11.0, "exact": True}[change]})
+    first = {"hann": 0, "margin": 3, "exact": 1}[change]  # where the box is as small as the margin, and off the pixel grid
+    assert tracking(tracker, OSTRACK["tracking"], first, first + 1)[0] > TOLERANCE["tracking, px"]
+
+
+# ---- targets, losses, tables ----
+
+
+def units() -> dict[str, float]:
+    found = {}
+    hanns = {size: hann(int(size)).diagonal().sqrt() for size in UNITS["hann1d"]}
+    found["Hann window, units"] = max(away(hanns[size], line) for size, line in UNITS["hann1d"].items())
+
+    case = UNITS["center_decode"]
+    score, size, offset = image("units.score", (2, 1, 16, 16)), image("units.size", (2, 2, 16, 16)), image("units.offset", (2, 2, 16, 16))
+    answer = Answer(score[:, 0].sigmoid(), offset * 0.25, size.sigmoid(), [], [])
+    found["boxes from maps, boxes"] = max(
+        away(box_at(answer.score, answer), case["boxes_cxcywh"]),
+        away(box_at(answer.score * hann(16), answer), case["windowed_boxes_cxcywh"]),
+    )
+
+    boxes = xywh_to_cxcywh(torch.tensor(UNITS["gaussian_target"]["boxes_xywh_normalised"]))
+    by_size = UNITS["gaussian_target"]["by_search_size"]
+    found["Gaussian targets, units"] = max(deviation(gaussian_target(boxes, int(s) // 16), g["maps"]) for s, g in by_size.items())
+    score = image("units.focal", (5, 1, 16, 16)).sigmoid().clamp(1e-4, 1 - 1e-4)[:, 0]
+    loss = focal_loss(score, gaussian_target(boxes, 16))
+    found["focal loss (relative), loss"] = abs(loss.item() / UNITS["focal"]["loss"] - 1)
+    giou, l1 = localisation(torch.tensor(UNITS["giou"]["pred_xyxy"]), torch.tensor(UNITS["giou"]["gt_xyxy"]))
+    found["GIoU and L1 losses, loss"] = max(abs(giou.item() - UNITS["giou"]["loss"]), abs(l1.item() - UNITS["giou"]["l1"]))
+
+    rates = []
+    for name, table in UNITS["keep_rate_schedule"].items():
+        tracker = ProContext(ProContextConfig.tiny(keep_ramp=80 if "warm80" in name else 50))
+        rates += [abs(tracker.keep_at(int(epoch)) - rate) for epoch, rate in table.items()]
+    found["keep ratios in training, units"] = max(rates)
+
+    case = UNITS["clip_box"]
+    sizes = torch.tensor([[case["W"], case["H"]]], dtype=torch.float64)
+    found["clipped boxes, units"] = away(clip_with_margin(torch.tensor(case["in_xywh"]).double(), sizes, case["margin"]), case["out_xywh"])
+    frame, crops = mosaic(UNITS["crops"]["frame"], 480, 640), []
+    for case in UNITS["crops"]["cases"]:
+        crop, _ = around_box([frame], torch.tensor([case["box_xywh"]]), case["factor"], case["size"], exact=False)
+        flat = crop[0].permute(1, 2, 0).flatten()
+        crops.append(away(flat[torch.tensor(case["index"])], case["value"]))
+    found["crops, grey levels"] = max(crops)
+    return found
+
+
+def away(value: Tensor, expected: list) -> float:
+    return (value.double() - torch.tensor(expected, dtype=torch.float64)).abs().max().item()
+
+
+def test_units_agree_with_the_authors():
+    for what, value in units().items():
+        assert value <= next(t for kind, t in TOLERANCE.items() if what.endswith(kind)), what
+
+
+def test_elimination():
+    case = UNITS["candidate_elimination"]
+    share, x = image("units.attn", (2, 3, 20, 20)).softmax(-1), image("units.tokens", (2, 20, 4))
+    for rows, kept in (([1], case["kept"]), (range(4), case["kept_without_mask"])):
+        score = share[:, :, list(rows), 4:].mean(2).mean(1)
+        tokens, order = eliminate(x, score, 4, 12)
+        assert order.tolist() == kept
+        if len(rows) == 1:
+            assert deviation(tokens, case["tokens_out"]) <= 1e-8  # the file is rounded
+    q, k = image("q", (2, 3, 20, 8)), image("k", (2, 3, 20, 8))
+    share = (q @ k.transpose(2, 3) / 8**0.5).softmax(-1)
+    assert torch.allclose(procontext.pruning_score(q, k, 4, torch.tensor([1, 2])), share[:, :, 1:3, 4:].mean((1, 2)), atol=1e-7)
+
+
+def test_template_rows():
+    masks = UNITS["template_masks"]
+    for rule, name in (("point", "CTR_POINT"), ("square", "CTR_REC")):
+        for size in (112, 128, 192, 224):
+            if masks[f"{name}_{size}"] is not None:  # their code fails there
+                assert procontext.template_rows(rule, size // 16).tolist() == masks[f"{name}_{size}"]
+    case = masks["GT_BOX_128"]
+    inside = procontext.cells_in(xywh_to_cxcywh(torch.tensor(case["boxes_xywh"])), 8)
+    assert [row.nonzero()[:, 0].tolist() for row in inside] == case["true_index"]
+
+
+def test_start_from_a_masked_autoencoder():
+    """Positions are resized as the authors do; the rest is taken over."""
+    case, table = UNITS["pos_embed_interpolation"], state_dict({"units.pos_embed": [1, 197, 768]}, {})["units.pos_embed"]
+    for config, grids in ((ProContextConfig.ostrack_256, (8, 16)), (ProContextConfig.ostrack_384, (12, 24))):
+        tracker = ProContext(config(depth=1, prune_blocks=(), head_channels=8))
+        theirs = {k.replace("embed.", "patch_embed.proj."): torch.full_like(v, 0.5) for k, v in tracker.state_dict().items() if "head" not in k}
+        tracker.start_from({**theirs, "pos_embed": table, "cls_token": torch.zeros(1, 1, 768)})
+        for position, grid in zip((tracker.position_z, tracker.position_x), grids, strict=True):
+            assert deviation(position.detach(), case["to_grid"][str(grid)]) <= 1e-6
+        assert all((p == 0.5).all() for n, p in tracker.named_parameters() if not n.startswith(("position", "head")))
+
+
+def test_costs():
+    for name, expected in UNITS["macs"].items():
+        variant, keep = name.split(" keep ")
+        config = getattr(ProContextConfig, variant.lower().replace("-", "_"))(keep_ratio=float(keep))
+        with torch.device("meta"):
+            cost = ProContext(config).profile()
+        counted = expected["linear_conv" if variant.startswith("OSTrack") else "thop"]
+        assert cost["macs"] == counted and cost["parameters"] == expected["params_called_layers"], name
+        if "paper" in expected:
+            assert cost["paper"]["macs"] == round(expected["paper"]["MACs_G"] * 1e9)
+            assert abs(cost["macs"] - cost["paper"]["macs"]) <= 0.06e9, name
+        else:
+            assert cost["paper"] == {}
+    unused = sum(torch.Size(OSTRACK["keys"][key]).numel() for key in ("backbone.cls_token", "backbone.pos_embed"))
+    with torch.device("meta"):
+        ours = sum(p.numel() for p in ProContext(ProContextConfig.ostrack_256()).parameters())
+    assert ours + unused == UNITS["macs"]["OSTrack-256 keep 0.7"]["params_all"]
+
+
+def test_gaussian_targets_at_the_border():
+    """A centre that rounds to a cell outside the map leaves no peak, and the loss is not divided."""
+    target = gaussian_target(torch.tensor([[0.99, 0.5, 0.4, 0.4]]), 16)
+    assert 0 < target.max() < 1
+    assert torch.isfinite(focal_loss(torch.full((1, 16, 16), 0.5), target))
+
+
+def test_decoding_is_the_inverse_of_the_target():
+    boxes = torch.tensor([[0.43, 0.61, 0.2, 0.3], [0.2, 0.8, 0.1, 0.1]])
+    target = gaussian_target(boxes, 16)
+    cells = (boxes[:, :2] * 16).round()
+    offset = (boxes[:, :2] * 16 - cells)[:, :, None, None].expand(-1, -1, 16, 16)
+    answer = Answer(target, offset, boxes[:, 2:, None, None].expand(-1, -1, 16, 16), [], [])
+    assert torch.allclose(box_at(target, answer), boxes)
+    assert torch.allclose(cxcywh_to_xywh(box_at(target, answer)), cxcywh_to_xywh(boxes))

@@ -1,0 +1,257 @@
+"""Attention, encoder and decoder layers, and what tells tokens apart: their positions.
+
+A token is a row of a (B, T, D) tensor. Notation: B batch, T tokens, Q queries, D width, H heads.
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head attention: each query gathers the values whose keys resemble it.
+
+    softmax(q k^T / sqrt(D / H)) v, for each of H heads on its own share of the width (Vaswani et al. 2017, Eq. 1).
+    The parameters have the names and the layout of `torch.nn.MultiheadAttention`: queries, keys, values stacked.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float = 0.0):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"a width of {width} cannot be shared by {heads} heads")
+        self.heads, self.dropout = heads, dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, ignore: Tensor | None = None, weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """query (B, Q, D), key and value (B, T, D), ignore (B, T) bool, True for tokens nobody may look at.
+
+        Returns (B, Q, D) and, with `weights`, how much each query looked at each token, (B, H, Q, T), rows summing to 1;
+        otherwise None, and the kernel never forms that matrix.
+        """
+        width = query.shape[-1]
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if query is key:  # one product for both
+            q, k = F.linear(query, weight[: 2 * width], bias[: 2 * width]).chunk(2, -1)
+        else:
+            q = F.linear(query, weight[:width], bias[:width])
+            k = F.linear(key, weight[width : 2 * width], bias[width : 2 * width])
+        v = F.linear(value, weight[2 * width :], bias[2 * width :])
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, H, Q or T, D / H)
+        allowed = None if ignore is None else ~ignore[:, None, None, :]
+        dropout = self.dropout if self.training else 0.0
+        if weights:
+            scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+            if allowed is not None:
+                scores = scores.masked_fill(~allowed, -math.inf)
+            share = scores.softmax(-1)
+            mixed = F.dropout(share, dropout) @ v
+        else:
+            share = None
+            mixed = F.scaled_dot_product_attention(q, k, v, allowed, dropout)
+        return self.out_proj(mixed.transpose(1, 2).flatten(2)), share
+
+
+class EncoderLayer(nn.Module):
+    """Tokens look at one another, then each thinks for itself: (B, T, D) -> (B, T, D).
+
+    Positions are added to queries and keys and never to values, so they steer who looks where without becoming part of
+    what is seen (Carion et al. 2020). `pre_norm` normalises before each step instead of after it.
+    """
+
+    def __init__(self, width: int, heads: int, feedforward: int, dropout: float = 0.1, pre_norm: bool = False):
+        super().__init__()
+        self.self_attn = Attention(width, heads, dropout)
+        self.linear1, self.linear2 = nn.Linear(width, feedforward), nn.Linear(feedforward, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.dropout, self.pre_norm = nn.Dropout(dropout), pre_norm
+        xavier(self)
+
+    def forward(
+        self, x: Tensor, position: Tensor, ignore: Tensor | None = None, weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        pre = self.pre_norm
+        y = self.norm1(x) if pre else x
+        at = y + position
+        change, share = self.self_attn(at, at, y, ignore, weights)
+        x = x + self.dropout(change)
+        x = x if pre else self.norm1(x)
+        y = self.norm2(x) if pre else x
+        x = x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(y)))))
+        return x if pre else self.norm2(x), share
+
+
+class DecoderLayer(nn.Module):
+    """Queries look at one another, then at the memory: (B, Q, D) and (B, T, D) -> (B, Q, D)."""
+
+    def __init__(self, width: int, heads: int, feedforward: int, dropout: float = 0.1, pre_norm: bool = False):
+        super().__init__()
+        self.self_attn, self.cross_attn = Attention(width, heads, dropout), Attention(width, heads, dropout)
+        self.linear1, self.linear2 = nn.Linear(width, feedforward), nn.Linear(feedforward, width)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+        self.dropout, self.pre_norm = nn.Dropout(dropout), pre_norm
+        xavier(self)
+
+    def forward(
+        self, x: Tensor, query: Tensor, memory: Tensor, position: Tensor, ignore: Tensor | None = None, weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """`query` (B, Q, D) is to the queries what `position` (B, T, D) is to the memory: added where looks are aimed."""
+        pre = self.pre_norm
+        y = self.norm1(x) if pre else x
+        at = y + query
+        x = x + self.dropout(self.self_attn(at, at, y)[0])
+        x = x if pre else self.norm1(x)
+        y = self.norm2(x) if pre else x
+        change, share = self.cross_attn(y + query, memory + position, memory, ignore, weights)
+        x = x + self.dropout(change)
+        x = x if pre else self.norm2(x)
+        y = self.norm3(x) if pre else x
+        x = x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(y)))))
+        return x if pre else self.norm3(x), share
+
+
+def sine_position(outside: Tensor, width: int) -> Tensor:
+    """Position embedding without parameters: cells outside the frame, bool (B, h, w) -> (B, h * w, width).
+
+    Cells inside are counted 1, 2, ... along each axis and the count is stretched to end at 2 pi, so small and large grids
+    share one scale. Half of the channels tell y, the other half x; of each half, even channels are sines and odd ones
+    cosines of the count divided by wavelengths from 1 to 10,000 (Carion et al. 2020, after Vaswani et al. 2017).
+    """
+    inside = (~outside).float()
+    half = width // 2
+    index = torch.arange(half, device=outside.device)
+    wavelength = 10_000 ** (2 * (index // 2) / half)
+    parts = []
+    for axis in (1, 2):  # y, then x
+        count = inside.cumsum(axis)
+        last = count.narrow(axis, count.shape[axis] - 1, 1)
+        angle = (count / (last + 1e-6) * (2 * math.pi))[..., None] / wavelength  # (B, h, w, half)
+        parts.append(torch.where(index % 2 == 0, angle.sin(), angle.cos()))
+    return torch.cat(parts, -1).flatten(1, 2)
+
+
+def sincos_position(grid: int, width: int) -> Tensor:
+    """Fixed positions of grid x grid tokens, row by row: (1, grid * grid, width).
+
+    Half of the channels tell the column, the other half the row; of each half, first all sines, then all cosines, of
+    wavelengths from 2 pi to 20,000 pi.
+    """
+    quarter = width // 4
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * 10_000 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    wave = torch.cat([angle.sin(), angle.cos()], 1).float()  # (grid, width / 2)
+    column, row = wave.expand(grid, -1, -1), wave[:, None].expand(-1, grid, -1)
+    return torch.cat([column, row], 2).flatten(0, 1)[None]
+
+
+class LearnedPosition(nn.Module):
+    """Position embedding from two learned tables, one row of each for a column and a row: up to 50 x 50 cells."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.column, self.row = nn.Embedding(50, width // 2), nn.Embedding(50, width // 2)
+        nn.init.uniform_(self.column.weight)
+        nn.init.uniform_(self.row.weight)
+
+    def forward(self, outside: Tensor) -> Tensor:
+        """Only the shape of `outside` (B, h, w) counts -> (B, h * w, width)."""
+        batch, height, width = outside.shape
+        x = self.column.weight[:width].expand(height, -1, -1)
+        y = self.row.weight[:height, None].expand(-1, width, -1)
+        return torch.cat([x, y], -1).flatten(0, 1).expand(batch, -1, -1)
+
+
+def xavier(module: nn.Module) -> None:
+    """Xavier-uniform weights wherever a parameter has more than one dimension (the transformer's usual start)."""
+    for parameter in module.parameters():
+        if parameter.ndim > 1:
+            nn.init.xavier_uniform_(parameter)
+
+
+class VitAttention(nn.Module):
+    """The attention of a plain vision transformer (Dosovitskiy et al. 2021), in two halves.
+
+    Trackers differ in what happens between them: who may look at whom, what is cached, what is done to the map. The
+    parameters have timm's names.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (B, T, D) -> queries, keys and values, each (B, H, T, D / H)."""
+        return self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def merge(self, mixed: Tensor) -> Tensor:
+        """What the heads have gathered, (B, H, T, D / H) -> tokens (B, T, D)."""
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, linear: (B, T, D) -> (B, T, D). The parameters have timm's names."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class DropPath(nn.Module):
+    """In training, drops a residual branch for a whole sample with probability `rate` (Huang et al. 2016)."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        kept = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= self.rate
+        return x * kept / (1 - self.rate)
+
+
+def squares(x: Tensor, side: int, shift: int = 0) -> Tensor:
+    """Cut a map into squares for a local attention: (B, H, W, C) -> (B * n, side, side, C), row by row; side 0 leaves it whole.
+
+    With `shift` the map is rolled by so many tokens up and to the left first, so that the squares of two layers overlap
+    (Liu et al. 2021, section 3.2).
+    """
+    if not side:
+        return x
+    x = x.roll((-shift, -shift), (1, 2)) if shift else x
+    return x.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3).flatten(0, 2)
+
+
+def whole(tokens: Tensor, like: Tensor, side: int, shift: int = 0) -> Tensor:
+    """The inverse of `squares`: tokens (B * n, side * side, C) -> a map of the size of `like` (B, H, W, C)."""
+    batch, height, width, _ = like.shape
+    if not side:
+        return tokens.unflatten(1, (height, width))
+    x = tokens.view(batch, height // side, width // side, side, side, -1).transpose(2, 3).reshape(*like.shape[:3], -1)
+    return x.roll((shift, shift), (1, 2)) if shift else x
+
+
+def shift_bias(like: Tensor, side: int, shift: int) -> Tensor:
+    """Added to the logits within shifted `squares` of a map (B, H, W, C): (B * n, 1, side ** 2, side ** 2), 0 or -inf.
+
+    The last squares hold tokens from opposite borders of the map, which must not look at one another.
+    """
+    parts = []
+    for length in like.shape[1:3]:
+        rolled = torch.arange(length, device=like.device).roll(-shift)
+        parts.append((rolled < shift).to(like.dtype))  # 1: came round from the other border
+    part = squares((2 * parts[0][:, None] + parts[1])[None, :, :, None], side).flatten(1)  # (n, side ** 2)
+    apart = torch.zeros(len(part), 1, side * side, side * side, dtype=like.dtype, device=like.device)
+    apart = apart.masked_fill((part[:, :, None] != part[:, None, :])[:, None], -math.inf)
+    return apart.repeat(len(like), 1, 1, 1)
