@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 FOLDER = Path(__file__).parent / "goldens"
@@ -61,6 +62,12 @@ def mosaic(name: str, height: int, width: int) -> Tensor:
     """A frame of random 8 x 8 squares, uint8 (3, height, width)."""
     squares = ((image(name, (height // 8, width // 8, 3)) + 2) * 64).floor().clamp(0, 255).to(torch.uint8)
     return squares.repeat_interleave(8, 0).repeat_interleave(8, 1).permute(2, 0, 1)
+
+
+def clouds(name: str, height: int, width: int) -> Tensor:
+    """A frame of smooth random colours, uint8 (3, height, width)."""
+    colours = F.interpolate(image(name, (1, 3, height // 16 + 1, width // 16 + 1)), (height, width), mode="bilinear", align_corners=True)
+    return ((colours[0] + 2) / 4 * 255).round().to(torch.uint8)
 
 
 def frames(name: str, count: int, height: int, width: int) -> tuple[list[Tensor], list[list[int]]]:

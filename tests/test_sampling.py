@@ -76,6 +76,18 @@ def test_batches_do_not_depend_on_workers_processes_or_interruption():
         assert equal(joined, whole[step])
 
 
+def test_each_template_frame_is_cropped_with_each_factor():
+    data = [moving_square()]
+    spec = dataclasses.replace(PAIR, templates=2)
+    both, near, far = (
+        Samples(data, dataclasses.replace(spec, template_factors=factors), 0, 3)[2] for factors in ((2.0, 3.0), (), (3.0,))
+    )
+    assert both["templates"].shape[0] == 4
+    for key in ("templates", "template_boxes"):
+        assert torch.equal(both[key], torch.cat([near[key], far[key]]))
+    assert torch.equal(both["searches"], near["searches"])
+
+
 @pytest.mark.parametrize("flip", [0.0, 1.0])
 def test_box_is_where_the_pixels_are(flip):
     spec = SampleSpec(

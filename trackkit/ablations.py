@@ -59,8 +59,9 @@ class Table:
     tracker: str
     rows: tuple[Row, ...]
 
-    def build(self, row: Row, scale: str, steps: int | None = None, seed: int = 0) -> tuple[Tracker, list[Stage]]:
-        """A row's tracker with the random weights of a seed, and its stages at `scale`, or shortened to `steps`.
+    def build(self, row: Row, scale: str, steps: int | None = None, batch: int | None = None, seed: int = 0) -> tuple[Tracker, list[Stage]]:
+        """A row's tracker with the random weights of a seed, and its stages at `scale`, or shortened to `steps` and
+        with another `batch`.
 
         Raises TrackkitError for changes that are no fields of the config.
         """
@@ -71,7 +72,8 @@ class Table:
         torch.manual_seed(seed)  # here, as in `trackkit train`
         tracker = type(chosen)(dataclasses.replace(chosen.config, **row.changes))
         stages = tracker.recipe(scale)
-        return tracker, stages if steps is None else shortened(stages, steps)
+        stages = stages if steps is None else shortened(stages, steps)
+        return tracker, [dataclasses.replace(stage, batch=batch or stage.batch) for stage in stages]
 
 
 _TABLE6 = (
@@ -176,12 +178,14 @@ def run(
     jobs: int = 1,
     device: str = "auto",
     steps: int | None = None,
+    batch: int | None = None,
     progress: bool = True,
 ) -> Result:
     """Train and evaluate the rows that have no result yet: all with seed 0, then all with seed 1, ...
 
     Args:
         scale: of the tracker's `recipe`. steps: of the longest stage, in place of the recipe's; the others shrink alike.
+        batch: samples in a step, in place of the recipe's.
         out: folder (default: TRACKKIT_HOME/ablations) of TABLE_TRACKER_SCALE.json and .md, written anew after each run,
             and of the runs themselves.
         data: GOT-10k's root, to train on its train and evaluate on its val split (default: TRACKKIT_GOT10K, else
@@ -197,10 +201,10 @@ def run(
     if min(seeds, jobs) < 1:
         raise TrackkitError(f"seeds and jobs must be at least 1, got {seeds} and {jobs}")
     out, test, wanted = writable(out or home() / "ablations"), GOT10k(data, "val"), {labels[0], *(rows or labels)}
-    plan, waiting, stages = [], {}, table.build(table.rows[0], scale, steps)[1]
-    options = {"seeds": seeds, "scale": scale, "steps": steps, "data": data, "tracker": table.tracker}
+    plan, waiting, stages = [], {}, table.build(table.rows[0], scale, steps, batch)[1]
+    options = {"seeds": seeds, "scale": scale, "steps": steps, "batch": batch, "data": data, "tracker": table.tracker}
     about = {
-        "files": f"{table.name}_{table.tracker}_{scale}" + ("" if steps is None else f"_{steps}-steps"),
+        "files": f"{table.name}_{table.tracker}_{scale}" + ("" if steps is None else f"_{steps}-steps") + ("" if batch is None else f"_batch-{batch}"),
         "command": shlex.join(["trackkit", "ablate", table.name, *(f"--{k}={v}" for k, v in options.items() if v is not None)]),
         "stages": ", ".join(f"{stage.name} {stage.steps} steps of {stage.batch}" for stage in stages),
         "train": "procedural video" if isinstance(training_set(data), SynthDataset) else training_set(data).name,
@@ -209,13 +213,13 @@ def run(
     for seed in range(seeds):
         sequences = training_set(data, seed)
         for row in table.rows:
-            tracker, stages = table.build(row, scale, steps, seed)
+            tracker, stages = table.build(row, scale, steps, batch, seed)
             parts = [describe(tracker), list(map(dataclasses.asdict, stages)), seed, repr(sequences), repr(test), __version__]
             key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
             folder = out / "runs" / f"{table.tracker}-{seed}-{key}"
             plan.append((row, seed, folder))
             if row.label in wanted and not (folder / "result.json").exists():
-                waiting[folder] = (folder, table, row, seed, scale, steps, data, device)
+                waiting[folder] = (folder, table, row, seed, scale, steps, batch, data, device)
     with tqdm(total=len(waiting), desc=table.name, unit="run", disable=not progress) as bar:
         for _ in _measured(list(waiting.values()), jobs, progress):
             bar.update()
@@ -235,9 +239,9 @@ def _write(table: Table, about: dict, plan: list[tuple[Row, int, Path]], out: Pa
     return result
 
 
-def _measure(progress: bool, folder: Path, table: Table, row: Row, seed: int, scale: str, steps, data, device: str) -> None:
+def _measure(progress: bool, folder: Path, table: Table, row: Row, seed: int, scale: str, steps, batch, data, device: str) -> None:
     """Train and evaluate, or go on with it; what comes out is folder/result.json."""
-    tracker, stages = table.build(row, scale, steps, seed)
+    tracker, stages = table.build(row, scale, steps, batch, seed)
     tracker.to("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     try:
         log = train(tracker, stages, training_set(data, seed), folder, seed=seed, device=device, progress=progress)

@@ -255,3 +255,45 @@ def shift_bias(like: Tensor, side: int, shift: int) -> Tensor:
     apart = torch.zeros(len(part), 1, side * side, side * side, dtype=like.dtype, device=like.device)
     apart = apart.masked_fill((part[:, :, None] != part[:, None, :])[:, None], -math.inf)
     return apart.repeat(len(like), 1, 1, 1)
+
+
+class SE(nn.Module):
+    """Squeeze and excitation (Hu et al. 2018): channels are weighted by what the mean over all cells says."""
+
+    def __init__(self, channels: int, reduction: int = 16):
+        super().__init__()
+        hidden = channels // reduction
+        self.fc = nn.Sequential(nn.Linear(channels, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, channels, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.fc(x.mean((2, 3))).sigmoid()[:, :, None, None]
+
+
+class CoordinateAttention(nn.Module):
+    """Coordinate attention (Hou et al. 2021): a weight for each channel and row, and one for each channel and column."""
+
+    def __init__(self, channels: int, reduction: int = 32):
+        super().__init__()
+        hidden = max(8, channels // reduction)
+        self.conv1, self.bn1 = nn.Conv2d(channels, hidden, 1), nn.BatchNorm2d(hidden)
+        self.conv_h, self.conv_w = nn.Conv2d(hidden, channels, 1), nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        lines = torch.cat([x.mean(3), x.mean(2)], 2)[..., None]  # (B, C, h + w, 1): rows, then columns
+        rows, columns = F.hardswish(self.bn1(self.conv1(lines))).split([height, width], 2)
+        return x * self.conv_h(rows).sigmoid() * self.conv_w(columns).sigmoid().transpose(2, 3)
+
+
+class CBAM(nn.Module):
+    """Convolutional block attention (Woo et al. 2018): a weight for each channel, then one for each cell."""
+
+    def __init__(self, channels: int, reduction: int = 16):
+        super().__init__()
+        hidden = channels // reduction
+        self.channel = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))
+        self.spatial = nn.Sequential(nn.Conv2d(2, 1, 7, padding=3, bias=False), nn.BatchNorm2d(1, momentum=0.01))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * (self.channel(x.mean((2, 3))) + self.channel(x.amax((2, 3)))).sigmoid()[:, :, None, None]
+        return x * self.spatial(torch.stack([x.amax(1), x.mean(1)], 1)).sigmoid()

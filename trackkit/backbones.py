@@ -1,7 +1,9 @@
 """Backbones: crops to feature maps."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -128,3 +130,161 @@ class _Residual(nn.Module):
 
 def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs))
+
+
+class Memo:
+    """A value made of tensors, kept until one of them changes (in place, or by another in its stead)."""
+
+    def __init__(self):
+        self._version, self._value, self._sources = None, None, []
+
+    def __call__(self, sources: list[Tensor], make: Callable[[], Any]) -> Any:
+        if any(t.is_inference() for t in sources):  # such tensors do not count their changes
+            return make()
+        version = tuple((t.data_ptr(), t._version) for t in sources)
+        if self._version != version:
+            self._version, self._value = version, make()
+            self._sources = [t.detach() for t in sources]  # kept, so that no other tensor gets their addresses
+        return self._value
+
+
+def fused(branches: list[tuple[nn.Conv2d | None, nn.BatchNorm2d]], like: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the one convolution that equals the sum of branches, each a convolution and its norm in evaluation.
+
+    A smaller kernel is padded to the size of `like`'s; a branch without a convolution passes its input on. Summed in float64.
+    """
+    weight, bias = torch.zeros_like(like.weight, dtype=torch.float64), 0.0
+    for conv, norm in branches:
+        if conv is None:
+            kernel = nn.init.dirac_(torch.zeros_like(weight), like.groups)
+        else:
+            margin = (like.kernel_size[0] - conv.kernel_size[0]) // 2
+            kernel = F.pad(conv.weight.double(), [margin] * 4)
+        scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
+        weight = weight + kernel * scale[:, None, None, None]
+        bias = bias + norm.bias.double() - norm.running_mean.double() * scale
+    return weight.to(like.weight).contiguous(memory_format=torch.channels_last), bias.to(like.weight)
+
+
+class ConvNorm(nn.Module):
+    """Convolution, batch norm, ReLU, by torchvision's names. In inference the norm is multiplied into the convolution."""
+
+    def __init__(self, inputs: int, outputs: int, **layout):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(inputs, outputs, bias=False, **layout), nn.BatchNorm2d(outputs, eps=1e-3)
+        self._memo = Memo()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or torch.is_grad_enabled():
+            return F.relu(self.bn(self.conv(x)))
+        norm = self.bn
+        sources = [self.conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var]
+        weight, bias = self._memo(sources, lambda: fused([(self.conv, norm)], self.conv))
+        return F.conv2d(x, weight, bias, self.conv.stride, self.conv.padding).relu_()
+
+
+class Inception(nn.Module):
+    """torchvision's Inception v3 up to Mixed_6e without its second max-pool, as STMTrack has it: stride 8, (B, 3, S, S) -> (B, 768, s, s).
+
+    Nothing is padded before Mixed_5b, so s = 33 for S = 289. Cell 0 is counted as centred at pixel `first`. The label map
+    of STMTrack enters behind the `stem`.
+    """
+
+    stride, channels, stem_channels, stem_padding, first = 8, 768, 32, 0, 16
+
+    def __init__(self, pretrained: bool = False):
+        super().__init__()
+        from torchvision.models import inception
+
+        self.Conv2d_1a_3x3 = ConvNorm(3, 32, kernel_size=3, stride=2)
+        self.Conv2d_2a_3x3 = ConvNorm(32, 32, kernel_size=3)
+        self.Conv2d_2b_3x3 = ConvNorm(32, 64, kernel_size=3, padding=1)
+        self.Conv2d_3b_1x1 = ConvNorm(64, 80, kernel_size=1)
+        self.Conv2d_4a_3x3 = ConvNorm(80, 192, kernel_size=3)
+        for name, inputs, pooled in (("5b", 192, 32), ("5c", 256, 64), ("5d", 288, 64)):
+            self.add_module(f"Mixed_{name}", inception.InceptionA(inputs, pooled, ConvNorm))
+        self.Mixed_6a = inception.InceptionB(288, ConvNorm)
+        for name, width in (("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192)):
+            self.add_module(f"Mixed_{name}", inception.InceptionC(768, width, ConvNorm))
+        if pretrained:
+            import torchvision
+
+            weights = torchvision.models.inception_v3(weights="IMAGENET1K_V1").state_dict()
+            self.load_state_dict({name: weights[name] for name in self.state_dict()})
+
+    def stem(self, crops: Tensor) -> Tensor:
+        """RGB, 0..255 -> (B, 32, s, s)."""
+        x = (crops.to(self.Conv2d_1a_3x3.conv.weight.dtype) - 127.5) / 127.5
+        return self.Conv2d_1a_3x3(x.contiguous(memory_format=torch.channels_last))
+
+    def rest(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(x)), 3, 2)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
+        for name in ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e"):
+            x = getattr(self, f"Mixed_{name}")(x)
+        return x
+
+    def forward(self, crops: Tensor) -> Tensor:
+        return self.rest(self.stem(crops))
+
+
+class MobileOne(nn.Module):
+    """timm's MobileOne (Vasu et al., CVPR 2023) up to a stage, the third one undiminished: stride 8, (B, 3, S, S) -> (B, C, s, s).
+
+    In training each block is a sum of branches, in inference one convolution that equals the sum. Everything is padded, so
+    cell k is centred at pixel 8 k.
+    """
+
+    stride, stem_padding, first = 8, 1, 0
+
+    def __init__(self, name: str, stage: int = 3, pretrained: bool = False):
+        super().__init__()
+        import timm
+
+        whole = timm.create_model(name, pretrained=pretrained, num_classes=0, output_stride=8)
+        self.begin, self.stages = whole.stem, whole.stages[:stage]
+        self.stem_channels, self.channels = (whole.feature_info[i]["num_chs"] for i in (0, stage))
+        self._memos = [Memo() for _ in self._blocks()]
+
+    def _blocks(self) -> list[nn.Module]:
+        return [self.begin, *(block for stage in self.stages for block in stage)]
+
+    def stem(self, crops: Tensor) -> Tensor:
+        """RGB, 0..255 -> (B, C, S / 2, S / 2)."""
+        return self._run(0, normalise(crops).contiguous(memory_format=torch.channels_last))
+
+    def rest(self, x: Tensor) -> Tensor:
+        for index in range(1, len(self._memos)):
+            x = self._run(index, x)
+        return x
+
+    def forward(self, crops: Tensor) -> Tensor:
+        return self.rest(self.stem(crops))
+
+    def _run(self, index: int, x: Tensor) -> Tensor:
+        block = self._blocks()[index]
+        if self.training or torch.is_grad_enabled():
+            return block(x)
+        conv = block.conv_kxk[0].conv
+        sources = [*block.parameters(), *(b for b in block.buffers() if b.is_floating_point())]
+        weight, bias = self._memos[index](sources, lambda: fused(_branches(block), conv))
+        return block.act(block.attn(F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=conv.groups)))
+
+
+def _branches(block: nn.Module) -> list[tuple[nn.Conv2d | None, nn.BatchNorm2d]]:
+    """Convolutions and norms whose sum a block of MobileOne is."""
+    branches = [(unit.conv, unit.bn) for unit in block.conv_kxk]
+    branches += [(block.conv_scale.conv, block.conv_scale.bn)] if block.conv_scale is not None else []
+    return branches + ([(None, block.identity)] if block.identity is not None else [])
+
+
+def mae_weights(name: str) -> dict[str, Tensor]:
+    """A vision transformer's weights as a masked autoencoder left them, by timm's name, from its cache or the network."""
+    import timm
+
+    try:
+        return timm.create_model(name, pretrained=True).state_dict()
+    except (OSError, RuntimeError) as error:
+        raise TrackkitError(
+            f"{name} is neither in timm's cache nor to be had ({error}); connect once, or start from random weights: --no-pretrained"
+        ) from error

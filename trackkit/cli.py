@@ -222,6 +222,7 @@ def _ablate(
     jobs: int = 1,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     steps: int | None = None,
+    batch: int | None = None,
     tracker: str | None = None,
 ) -> None:
     """Train and score the rows of a paper's ablation table, beside the paper's figures. Without TABLE, list the tables.
@@ -240,6 +241,7 @@ def _ablate(
         jobs: runs side by side, each a process with one thread.
         device: where to run.
         steps: steps of the longest stage, in place of the recipe's; the others shrink alike.
+        batch: samples in a step, in place of the recipe's.
         tracker: another tracker with the same config fields (default: the table's, a tiny one).
     """
     from trackkit import ablations
@@ -253,7 +255,7 @@ def _ablate(
     if table not in tables:
         raise TrackkitError(f"no table is called {table!r}; there are {', '.join(tables)}")
     chosen = dataclasses.replace(tables[table], tracker=tracker or tables[table].tracker)
-    result = ablations.run(chosen, seeds, scale, out, data, rows, jobs, device, steps)
+    result = ablations.run(chosen, seeds, scale, out, data, rows, jobs, device, steps, batch)
     print(f"{result.text()}{(out or home() / 'ablations') / result.about['files']}.md and .json")
 
 

@@ -1,6 +1,8 @@
 """Heads: from features to a box or a score."""
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,7 +54,7 @@ class CenterHead(nn.Module):
 
 def _tower(width: int, channels: int, outputs: int = 1) -> nn.Sequential:
     sizes = [width, channels, channels // 2, channels // 4, channels // 8]
-    layers = [_conv_norm(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)]
+    layers = [_conv_norm(a, b) for a, b in pairwise(sizes)]
     return nn.Sequential(*layers, nn.Conv2d(sizes[-1], outputs, 1))
 
 
@@ -103,7 +105,7 @@ class MLP(nn.Module):
     def __init__(self, width: int, hidden: int, outputs: int, depth: int = 3):
         super().__init__()
         sizes = [width, *[hidden] * (depth - 1), outputs]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:

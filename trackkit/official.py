@@ -16,8 +16,8 @@ from torch import Tensor
 
 from trackkit import checkpoints
 from trackkit.errors import CheckpointError
+from trackkit.pretraining import pvt_name
 from trackkit.trackers import TRACKERS, Tracker, create
-from trackkit.trackers.sbt import pvt_name
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
@@ -76,7 +76,7 @@ STARK = (
     ("cls_head.", "score_head."),
 )
 
-SBT = (  # and `sbt.pvt_name` for the backbone
+SBT = (  # and `pretraining.pvt_name` for the backbone
     ("box_head.class_head.", "class_head."),
     ("box_head.bbox_head.", "box_head."),
     ("layers_spatial.", "spatial."),
@@ -87,10 +87,25 @@ OSTRACK = (
     ("backbone.pos_embed_", "position_"),
     ("backbone.", ""),
 )
+STMTRACK = (
+    ("head.si", "head.scale"),
+    ("head.bi", "head.shift"),
+    ("basemodel_m.proj_fg_bg_label_map.", "memory.label."),
+    ("basemodel_m.", "memory.trunk."),
+    ("basemodel_q.", "query.trunk."),
+    ("neck_m.adjustor.", "memory.neck."),
+    ("neck_q.adjustor.", "query.neck."),
+    ("head.cls_ctr.", "head.score_tower."),
+    ("head.reg.", "head.side_tower."),
+    ("head.cls_score.", "head.score."),
+    ("head.ctr_score.", "head.centre."),
+    ("head.reg_offsets.", "head.sides."),
+)
 UNUSED = {  # entries of the authors' checkpoints that their networks never use, by the beginning of the tracker's name
     "sbt": ("backbone.norm1.*", "backbone.norm2.*"),  # of the single-image form
     "ostrack": ("backbone.cls_token", "backbone.pos_embed"),
     "procontext": ("backbone.cls_token", "backbone.pos_embed"),
+    "stmtrack": ("r_z_k.*", "c_z_k.*", "r_x.*", "c_x.*"),  # adjusters of the framework's Siamese head
     # what its transformer inherits from timm, and the score branch of a second training stage
     **dict.fromkeys(("mixvit", "ustam"), ("backbone.cls_token", "backbone.pos_embed", "backbone.norm.*", "backbone.head.*", "score_branch.*")),
 }
@@ -123,6 +138,14 @@ def rename(name: str, key: str) -> str:
         if tower:
             layer, which, rest = tower.groups()
             key = f"box_head.{'top_left' if which == 'tl' else 'bottom_right'}.{layer}{rest}"
+    if name == "stmtrack":
+        for theirs, ours in STMTRACK:
+            key = ours + key.removeprefix(theirs) if key.startswith(theirs) else key
+        if "_tower." in key:
+            layers = re.compile(r"conv_layers\.(\d+)")
+            key = layers.sub(lambda match: str(int(match[1]) + 1), key.replace("conv1.", "0."))
+        elif key.startswith(("head.score.", "head.centre.", "head.sides.")):
+            key = key.replace(".conv.", ".0.").replace(".bn.", ".1.")
     return key
 
 

@@ -6,6 +6,7 @@ of loader workers nor of GPUs nor an interruption changes what a tracker sees.
 """
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import math
@@ -136,6 +137,8 @@ class SampleSpec:
         masks: the sample says which pixels lie outside their frame. Crops of which a tracker would see nothing
             else are drawn again.
         negatives: probability that the searches do not show the target; the sample says whether they do.
+        template_factors: with these, each template frame is cropped once with each of them in place of `template.factor`;
+            the sample has all frames with the first factor, then all with the next (ProContEXT).
     """
 
     template: CropSpec
@@ -151,6 +154,7 @@ class SampleSpec:
     flip_each: float = 0.0
     masks: bool = False
     negatives: float = 0.0
+    template_factors: tuple[float, ...] = ()
 
     def __post_init__(self):
         if self.order not in ORDERS:
@@ -265,6 +269,7 @@ class Samples(Dataset):
     """Sample `i` of `seed`, for i in 0 .. `length` - 1, as a dict of tensors.
 
     templates uint8 (T, 3, z, z), template_boxes (T, 4); searches uint8 (N, 3, x, x), search_boxes (N, 4).
+    With K `spec.template_factors` there are T * K templates, the first T with the first factor.
     Boxes are cxcywh in units of the crop. With `spec.masks` also template_masks bool (T, z, z) and search_masks
     (N, x, x), True outside the frame. With `spec.negatives` also labels float32 (N,), 1 where the search shows the
     target and 0 where it does not; the box then means nothing.
@@ -281,7 +286,9 @@ class Samples(Dataset):
         if seed < 0:
             raise DataError(f"the seed must not be negative, got {seed}")
         self.sequences, self.spec, self.seed, self.length = sequences, spec, seed, length
-        self._crops = [spec.template] * spec.templates + [spec.search] * spec.searches
+        factors = spec.template_factors or (spec.template.factor,)
+        templates = [dataclasses.replace(spec.template, factor=f) for f in factors for _ in range(spec.templates)]
+        self._templates, self._crops = len(templates), templates + [spec.search] * spec.searches
         self._named: set[int] = set()
 
     def __len__(self) -> int:
@@ -306,7 +313,7 @@ class Samples(Dataset):
         ]
         boxes, masks = torch.stack([place.box for place in places]), [place.mask for place in places]
         crops, boxes, masks = self._augment(crops, boxes, masks, rng)
-        t = spec.templates
+        t = self._templates
         sample = {
             "templates": torch.stack(crops[:t]),
             "template_boxes": boxes[:t],
@@ -325,6 +332,8 @@ class Samples(Dataset):
         sequence, usable = self._draw(rng)
         frames = choose_frames(spec, usable, rng, len(sequence))
         shots = [Shot(sequence, int(f), sequence.boxes_xywh[f : f + 1]) for f in frames]
+        templates = shots[: spec.templates] * (self._templates // spec.templates)
+        shots = templates + shots[spec.templates :]
         if not (spec.negatives and rng.random() < spec.negatives):
             return shots, True
         hidden = (~sequence.visible).numpy().nonzero()[0]
@@ -338,7 +347,7 @@ class Samples(Dataset):
             frames = rng.integers(len(sequence), size=spec.searches)
             boxes = sequence.boxes_xywh[frames]
         searches = [Shot(sequence, int(f), box[None]) for f, box in zip(frames, boxes, strict=True)]
-        return shots[: spec.templates] + searches, False
+        return templates + searches, False
 
     def _places(self, shots: list[Shot], rng: np.random.Generator) -> list[Place] | None:
         """The windows of a sample, or None if one of its boxes has no size or a tracker would see nothing in a crop."""

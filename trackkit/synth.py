@@ -218,15 +218,17 @@ BASELINE = {"motion": 0.49, "camera": 0.3, "scale": 0.35, "aspect": 0.3, "rotati
 SAMPLE_FRAMES, SAMPLE_QUALITY = 40, 62
 
 
-def sample(split: str, key: str) -> SynthSequence:
-    """Sequence `key` of a split of the embedded set (`EMBEDDED`), before it is written."""
-    attributes, seed = EMBEDDED[split][key]
+def sample(split: str, key: str, seed: int | None = None) -> SynthSequence:
+    """Sequence `key` of a split of the embedded set (`EMBEDDED`), before it is written; another seed, another of its kind."""
+    attributes, own = EMBEDDED[split][key]
     if attributes:
         dials = BASELINE | dict.fromkeys(attributes, 0.9)
         config = SynthConfig.still(split=split, frames=SAMPLE_FRAMES, **dials)
     else:
         config = SynthConfig(split=split, frames=SAMPLE_FRAMES)
-    return SynthSequence(config, 2024, seed, name=f"synth_{split}_{key}")
+    if seed is None:
+        return SynthSequence(config, 2024, own, name=f"synth_{split}_{key}")
+    return SynthSequence(config, 2024, seed, name=f"synth_{split}_{key}_{seed}")
 
 
 def write_dataset(root: str | os.PathLike, split: str, sequences: Iterable[SynthSequence], quality: int = 90) -> Path:

@@ -200,6 +200,7 @@ def _train_stage(run: _Run, stage: Stage, first: int, position: int, accelerator
         rate = stage.rate(step - first)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
+        batch["progress"] = torch.tensor((step - first) / stage.steps)  # for losses that change on the way
         losses = model({k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()})
         accelerator.backward(losses["loss"])
         if stage.clip is not None:

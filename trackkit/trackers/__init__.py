@@ -8,10 +8,12 @@ from pathlib import Path
 from trackkit import checkpoints
 from trackkit.errors import CheckpointError, TrackkitError
 from trackkit.trackers.base import Prediction, Tracker, join, take
+from trackkit.trackers.dastm import DASTM, DASTMConfig
 from trackkit.trackers.procontext import ProContext, ProContextConfig
 from trackkit.trackers.references import NccTracker, StayTracker
 from trackkit.trackers.sbt import SBT, SBTConfig
 from trackkit.trackers.siamfc import SiamFC, SiamFCConfig
+from trackkit.trackers.siamfc_ca import SiamFCCA
 from trackkit.trackers.stark import Stark, StarkConfig
 from trackkit.trackers.ustam import Ustam, UstamConfig
 
@@ -36,6 +38,10 @@ TRACKERS: dict[str, Callable[[], Tracker]] = {
     "procontext-256": lambda: ProContext(ProContextConfig.procontext_256()),
     "procontext-384": lambda: ProContext(ProContextConfig.procontext_384()),
     "procontext-tiny": lambda: ProContext(ProContextConfig.tiny()),
+    "stmtrack": lambda: DASTM(DASTMConfig.stmtrack()),
+    "sastm": lambda: DASTM(DASTMConfig.sastm()),
+    "dastm": lambda: DASTM(DASTMConfig.dastm()),
+    "dastm-tiny": lambda: DASTM(DASTMConfig.tiny()),
     "mixvit-b288": lambda: Ustam(UstamConfig.mixvit_b288()),
     "mixvit-l384": lambda: Ustam(UstamConfig.mixvit_l384()),
     "ustam-b288": lambda: Ustam(UstamConfig.ustam_b288()),
@@ -70,7 +76,7 @@ def load(source: str | Path) -> Tracker:
     if str(source) in TRACKERS:
         return create(str(source))
     tensors, about = checkpoints.read(source)
-    classes = {cls.__name__: cls for cls in (SiamFC, Stark, SBT, ProContext, Ustam)}
+    classes = {cls.__name__: cls for cls in (SiamFC, SiamFCCA, Stark, SBT, ProContext, DASTM, Ustam)}
     if about.get("tracker") not in classes:
         raise CheckpointError(f"{source}: made for the tracker {about.get('tracker')!r}; this trackkit has {', '.join(classes)}")
     cls = classes[about["tracker"]]

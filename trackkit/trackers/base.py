@@ -62,7 +62,10 @@ class Tracker(nn.Module):
         raise NotImplementedError
 
     def loss(self, batch: dict[str, Tensor], kind: str = "") -> dict[str, Tensor]:
-        """Losses of a batch from `sampling`; the entry "loss" is minimised. `kind` is the stage's `loss`."""
+        """Losses of a batch from `sampling`; the entry "loss" is minimised. `kind` is the stage's `loss`.
+
+        In training the batch also has "progress", the share of the stage's steps that are done, a tensor () in [0, 1).
+        """
         raise TrackkitError(f"{type(self).__name__} has nothing to train")
 
     def recipe(self, scale: str) -> list[Any]:
@@ -100,7 +103,9 @@ def take(state: State, indices: list[int]) -> State:
 
 
 def join(first: State, second: State) -> State:
-    """Two batches of states as one."""
+    """Two batches of states as one. States that differ in the number of their parts say with `fitted` how to fill up."""
+    if hasattr(first, "fitted"):
+        first, second = first.fitted(second), second.fitted(first)
     return _map(lambda a, b: torch.cat([a, b]), first, second)
 
 

@@ -10,8 +10,8 @@ the middle of the template hardly looks at. ProContEXT adds templates: of two sc
 
 Networks and tracking are those of the authors' code (botaoye/OSTrack, jp-lan/ProContEXT), whose checkpoints load by
 `trackkit.official`. Where their paper differs, `ProContextConfig.paper()` follows the paper. We differ from the code in
-this: a new sequence starts with its own templates (theirs keeps those of the first sequence that a tracker object saw),
-and attention is only computed as a matrix for the few rows that decide what is removed.
+two places: a new sequence starts with its own templates (theirs keeps those of the first sequence that a tracker object saw),
+and pruning by the target's box uses each template's own (theirs, that of the first scale for all).
 """
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trackkit.attention import DropPath, Mlp, VitAttention, sine_position, xavier
-from trackkit.backbones import SmallNet, normalise
+from trackkit.backbones import SmallNet, mae_weights, normalise
 from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, xywh_to_cxcywh
 from trackkit.checkpoints import load_strictly
 from trackkit.crops import Windows, around_box, box_to_frame
+from trackkit.errors import CheckpointError, TrackkitError
 from trackkit.heads import CenterHead
 from trackkit.losses import focal_loss, gaussian_target, localisation
 from trackkit.sampling import CropSpec, SampleSpec
@@ -139,9 +140,9 @@ class ProContextConfig:
     def tiny(cls, **changes) -> ProContextConfig:
         """ProContEXT with a hundredth of the weights: learns from scratch on a laptop's CPU."""
         small = {
-            "template_size": 48, "search_size": 96, "search_factor": 4.0, "stem": "conv", "patch": 8, "width": 64, "depth": 4,
-            "heads": 4, "drop_path": 0.0, "head_channels": 64, "prune_blocks": (1, 2), "update_interval": 10,
-            "margin": 4.0, "exact": True, "search_jitter": (3.0, 0.25),
+            "template_size": 48, "search_size": 96, "search_factor": 4.0, "stem": "conv", "patch": 8,
+            "width": 64, "depth": 4, "heads": 4, "drop_path": 0.0, "head_channels": 64, "prune_blocks": (1, 2),
+            "update_interval": 10, "margin": 4.0, "exact": True, "search_jitter": (3.0, 0.25),
         }  # fmt: skip
         return cls(**{**small, **changes})
 
@@ -203,8 +204,7 @@ class ProContext(Tracker):
 
     Config = ProContextConfig
 
-    def __init__(self, config: ProContextConfig = ProContextConfig(), pretrained: bool = False):
-        """`pretrained` starts the transformer from a masked autoencoder's weights (timm's, from its cache or the network)."""
+    def __init__(self, config: ProContextConfig = ProContextConfig()):
         super().__init__(config)
         cfg = config
         rates = [cfg.drop_path * i / max(cfg.depth - 1, 1) for i in range(cfg.depth)]
@@ -220,19 +220,26 @@ class ProContext(Tracker):
         self.head = CenterHead(cfg.width, cfg.head_channels)
         xavier(self.blocks)
         xavier(self.head)
-        if pretrained:
-            import timm
 
-            self.start_from(timm.create_model("vit_base_patch16_224.mae", pretrained=True).state_dict())
+    def load_pretrained(self) -> bool:
+        """Start the transformer as the authors do, from ViT-B as a masked autoencoder; see `Tracker.load_pretrained`."""
+        if self.config.stem != "patch":
+            return False
+        self.start_from(mae_weights("vit_base_patch16_224.mae"))
+        return True
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
         """Take the transformer from a ViT's weights (the entry "model" of `mae_pretrain_vit_base.pth`, or timm's).
 
         Its table of positions, bicubically resized, is where both of ours begin. Raises CheckpointError if it does not fit.
         """
+        if "pos_embed" not in weights:
+            raise CheckpointError("the pretrained transformer has no entry pos_embed; give the weights of a plain ViT")
         table = weights["pos_embed"][:, 1:].transpose(1, 2)  # without the class token's
         table = table.unflatten(2, (math.isqrt(table.shape[2]), -1))
-        own = {name: weights.get(name.replace("embed.", "patch_embed.proj."), value) for name, value in self.state_dict().items()}
+        theirs = {name: name.replace("embed.", "patch_embed.proj.") for name in self.state_dict() if not name.startswith(("head.", "position"))}
+        own = {name: weights[other] for name, other in theirs.items() if other in weights}
+        own |= {name: value for name, value in self.state_dict().items() if name.startswith("head.")}
         for name, size in (("position_z", self.config.template_size), ("position_x", self.config.search_size)):
             grid = size // self.config.patch
             own[name] = F.interpolate(table, (grid, grid), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
@@ -354,23 +361,18 @@ class ProContext(Tracker):
         templates' patch embedding too. ProContEXT's version, not OSTrack's, adds four for each output of a norm. Counted on
         a copy without values, so nothing is computed.
         """
-        cfg, totals = self.config, {"parameters": 0, "macs": 0}
-        groups = 2 if cfg.dynamic else 1
-        norm = 0 if groups == len(cfg.template_factors) == 1 else 4
+        from trackkit.profiling import by_layers
 
-        def count(layer: nn.Module, _, output: Tensor) -> None:
-            totals["macs"] += output.numel() * (layer.weight[0].numel() if isinstance(layer, (nn.Linear, nn.Conv2d)) else norm)
+        cfg, groups = self.config, 2 if self.config.dynamic else 1
+        count, z, x = groups * len(cfg.template_factors), cfg.template_size, cfg.search_size
+        with torch.device("meta"):
+            twin, templates, search = type(self)(cfg).eval(), torch.empty(count, 3, z, z), torch.empty(1, 3, x, x)
 
-        with torch.device("meta"), torch.no_grad():
-            twin = type(self)(cfg).eval()
-            for layer in twin.modules():
-                if isinstance(layer, (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.BatchNorm2d)):
-                    layer.register_forward_hook(count)
-                    totals["parameters"] += sum(p.numel() for p in layer.parameters())
-            templates, search = torch.empty(groups, len(cfg.template_factors), 3, *[cfg.template_size] * 2), torch.empty(1, 3, *[cfg.search_size] * 2)
-            tokens = twin.tokens(templates.flatten(0, 1), twin.position_z).flatten(0, 1)[None]
-            twin([Templates(tokens, torch.empty(1, templates[:, :, 0, 0, 0].numel(), 4))], twin.tokens(search, twin.position_x))
-        return {**totals, "paper": PAPER.get(cfg, {})}
+        def frame() -> None:
+            tokens = twin.tokens(templates, twin.position_z).flatten(0, 1)[None]
+            twin([Templates(tokens, torch.empty(1, count, 4))], twin.tokens(search, twin.position_x))
+
+        return {**by_layers(twin, frame, norm=0 if count == 1 else 4), "paper": PAPER.get(cfg, {})}
 
     # ---- training (section 2.2) ----
 

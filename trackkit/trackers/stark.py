@@ -21,10 +21,12 @@ from trackkit.attention import Attention, DecoderLayer, EncoderLayer, LearnedPos
 from trackkit.backbones import ResNet, SmallNet, normalise
 from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, giou, xyxy_to_cxcywh
 from trackkit.crops import Windows, around_box, box_to_frame, outside
+from trackkit.eoc import CorrelatedFeatures
 from trackkit.heads import MLP, CornerHead, soft_argmax
 from trackkit.losses import localisation, place_cross_entropy
 from trackkit.sampling import CropSpec, FrameRule, SampleSpec
 from trackkit.trackers.base import Prediction, Tracker, take
+from trackkit.trackers.sbt import SBTConfig
 from trackkit.training import Stage
 
 
@@ -33,7 +35,8 @@ class StarkConfig:
     """Numbers of the network, of training and of tracking; every row of the paper's Tables 6 and 7 is a field.
 
     Attributes:
-        backbone: "resnet50", "resnet101" (stage 4, stride 16), or "tiny" (stride 8, trained from scratch).
+        backbone: "resnet50", "resnet101" (stage 4, stride 16), or "tiny" (stride 8, trained from scratch). "sbt-small", "sbt-tiny":
+            STARK-CA (Xie et al. 2022, section 5.3), whose search and template features know of one another.
         template_size: side of the template crops, pixels.
         search_size: side of the search crop, pixels.
         template_factor: side of a template's window in units of the square root of the target's area.
@@ -96,7 +99,7 @@ class StarkConfig:
 
     def __post_init__(self):
         choices = {
-            "backbone": ("resnet50", "resnet101", "tiny"),
+            "backbone": ("resnet50", "resnet101", "tiny", "sbt-small", "sbt-tiny"),
             "position": ("sine", "learned", "none"),
             "head": ("corner", "mlp"),
             "matching": ("all", "hungarian"),
@@ -105,7 +108,7 @@ class StarkConfig:
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} must be one of {', '.join(allowed)}; got {getattr(self, field)!r}")
-        stride = 8 if self.backbone == "tiny" else 16
+        stride = 8 if self.backbone.endswith("tiny") else 16
         if self.template_size % stride or self.search_size % stride:
             raise ValueError(f"template_size and search_size must be multiples of the backbone's stride, {stride}")
         if self.width % 4 or self.width % self.heads:
@@ -114,6 +117,8 @@ class StarkConfig:
             raise ValueError("queries and update_interval must be at least 1")
         if not self.score and (self.joint or self.matching == "hungarian"):
             raise ValueError("joint training and hungarian matching need the score head")
+        if self.backbone.startswith("sbt") and (self.dynamic or self.query != "learned"):
+            raise ValueError(f'backbone {self.backbone} joins the search crop with one template: dynamic = False, query = "learned"')
         if self.query != "learned" and (self.queries > 1 or self.decoder_layers == 0):
             raise ValueError(f'query "{self.query}" needs a decoder and queries = 1')
 
@@ -182,7 +187,7 @@ class Stark(Tracker):
     def __init__(self, config: StarkConfig = StarkConfig()):
         super().__init__(config)
         cfg = config
-        self.backbone = SmallNet() if cfg.backbone == "tiny" else ResNet(cfg.backbone)
+        self.backbone = _backbone(cfg.backbone)
         self.bottleneck = nn.Conv2d(self.backbone.channels, cfg.width, 1)
         sizes = cfg.width, cfg.heads, cfg.feedforward, cfg.dropout, cfg.pre_norm
         self.encoder, self.decoder = nn.Module(), nn.Module()
@@ -204,6 +209,8 @@ class Stark(Tracker):
             self._start_as_lookup()
 
     def load_pretrained(self) -> bool:
+        if isinstance(self.backbone, CorrelatedFeatures):
+            return self.backbone.load_pretrained()
         if not isinstance(self.backbone, ResNet):
             return False
         self.backbone.load_pretrained()
@@ -227,7 +234,10 @@ class Stark(Tracker):
 
         A cell of the feature grid takes the mask's value at its first pixel.
         """
-        features = self.bottleneck(self.backbone(images)).flatten(2).transpose(1, 2)  # (B, N, D)
+        features = self.backbone(images)
+        if not isinstance(self.backbone, CorrelatedFeatures):  # which `meet` first
+            features = self.bottleneck(features)
+        features = features.flatten(2).transpose(1, 2)  # (B, N, D)
         stride = self.backbone.stride
         cells = mask[:, ::stride, ::stride]  # (B, s, s)
         if self.config.position == "sine":
@@ -235,12 +245,21 @@ class Stark(Tracker):
         elif self.config.position == "learned":
             position = self.position(cells)
         else:
-            position = torch.zeros_like(features)
+            position = features.new_zeros(*features.shape[:2], self.config.width)
         return Tokens(features, position, cells.flatten(1))
+
+    def meet(self, templates: list[Tokens], search: Tokens) -> tuple[list[Tokens], Tokens]:
+        """STARK-CA: search and template tokens, half-way through the backbone, go through the rest of it together."""
+        sides = [int(t.features.shape[1] ** 0.5) for t in (search, templates[0])]
+        maps = [t.features.transpose(1, 2).unflatten(2, (s, s)) for t, s in zip((search, templates[0]), sides, strict=True)]
+        x, z = (self.bottleneck(m).flatten(2).transpose(1, 2) for m in self.backbone.meet(*maps))
+        return [replace(templates[0], features=z)], replace(search, features=x)
 
     def forward(self, templates: list[Tokens], search: Tokens, query: Tensor | None = None, maps: bool = False) -> Answer:
         """Tokens of the template(s) and of the search crop -> boxes and scores. `query` (B, Q, D) replaces the learned one."""
         cfg, seen = self.config, {}
+        if isinstance(self.backbone, CorrelatedFeatures):
+            templates, search = self.meet(templates, search)
         batch, cells = search.features.shape[:2]
         if cfg.from_scratch:
             templates = [replace(t, position=t.position + self.segment.weight[0]) for t in templates]
@@ -290,7 +309,7 @@ class Stark(Tracker):
         """
         if self.config.head == "mlp":
             return self.box_head(decoded).float().sigmoid(), None
-        batch, queries, width = decoded.shape
+        batch, queries, _ = decoded.shape
         size = int(memory.shape[1] ** 0.5)
         similarity = decoded @ memory.transpose(1, 2)  # (B, Q, N): a plain dot product
         if seen is not None:
@@ -500,7 +519,7 @@ class Stark(Tracker):
             rate, clip = (1.5e-3, 1.0) if short else (1e-4, 0.1)
             return Stage(name, steps=steps, batch=batch, lr=rate, weight_decay=1e-4, clip=clip, **fall, **rest)
 
-        frozen = ("conv1", "layer1") if cfg.backbone != "tiny" else ()
+        frozen = ("conv1", "layer1") if isinstance(self.backbone, ResNet) else ()
         body = [f"backbone.{name}.*" for name, part in self.backbone.named_children() if name not in frozen and _learns(part)]
         body += [f"{name}.*" for name, part in self.named_children() if name not in ("backbone", "score_head") and _learns(part)]
         together = cfg.joint or cfg.matching == "hungarian"
@@ -536,6 +555,14 @@ def hungarian(answer: Answer, truth: Tensor) -> Tensor:
         truth = cxcywh_to_xyxy(truth)[:, None].clamp(0, 1).expand_as(boxes)
         cost = 2 * (1 - giou(boxes, truth)) + 5 * (boxes - truth).abs().mean(-1) - answer.logits.sigmoid()
     return cost.argmin(1)
+
+
+def _backbone(name: str) -> nn.Module:
+    """By its name in the config. SBT's has the strides of the backbone that it replaces."""
+    if name.startswith("sbt"):
+        config = SBTConfig.tiny() if name == "sbt-tiny" else SBTConfig.small(strides=(4, 2, 2))
+        return CorrelatedFeatures(config)
+    return SmallNet() if name == "tiny" else ResNet(name)
 
 
 def _learns(part: nn.Module) -> bool:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trackkit.attention import DropPath, Mlp, VitAttention, sincos_position
-from trackkit.backbones import SmallNet, normalise
+from trackkit.backbones import SmallNet, mae_weights, normalise
 from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, xyxy_to_cxcywh
 from trackkit.checkpoints import load_strictly
 from trackkit.crops import around_box, box_to_frame
@@ -36,7 +36,7 @@ class UstamConfig:
     """Numbers of the network, of training and of tracking; Table 4's rows are `spatial` and `temporal`.
 
     Attributes:
-        template_size, search_size: sides of the crops, pixels (Table 3: 288 or 384). template_factor, search_factor:
+        template_size, search_size: sides of the crops, pixels (Tables 3 and 5: 288 or 384). template_factor, search_factor:
             sides of their windows in units of the square root of the target's area. train_factor: of the search
             windows in training. The paper says "twice the width and height" of the search window too; but 288 / 128 =
             4.5 / 2 shows target and template at the same scale, and in a window of 2 a target that moves by half
@@ -48,7 +48,7 @@ class UstamConfig:
         spatial: the last block's attention map is sharpened (Eq. 5, 6).
         temporal: the first block's is multiplied by the last frame's (Eq. 3, 4).
         residual: what the spatial layer's output is added to: the attention "map", or Eq. 6's "relative" map, which takes
-            the same value from all columns. The figure's text names the input of the module, which is the map.
+            one number from all of it. The paper's text names the input of the module, which is the map.
         mean: Eq. 6's means are over each "column" (its formula: the attention that a token receives) or each "row" (its
             text). With `residual` "map" it makes no difference, as softmax does not see what is subtracted everywhere.
         carried: the map that goes to the next frame: "enhanced", the one that the last block uses, or "relative".
@@ -244,8 +244,7 @@ class Ustam(Tracker):
 
     Config = UstamConfig
 
-    def __init__(self, config: UstamConfig = UstamConfig(), pretrained: bool = False):
-        """`pretrained`: the transformer of the masked autoencoder (MAE), from timm's cache or the network."""
+    def __init__(self, config: UstamConfig = UstamConfig()):
         super().__init__(config)
         cfg = config
         if cfg.stem == "patch":
@@ -264,13 +263,14 @@ class Ustam(Tracker):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        if pretrained:
-            import timm
 
-            names = {768: "vit_base_patch16_224.mae", 1024: "vit_large_patch16_224.mae"}
-            if cfg.width not in names or cfg.stem != "patch":
-                raise TrackkitError("there are pretrained transformers of the widths 768 and 1024 with the stem patch only")
-            self.start_from(timm.create_model(names[cfg.width], pretrained=True).state_dict())
+    def load_pretrained(self) -> bool:
+        """Start the transformer as the authors do, from a masked autoencoder; see `Tracker.load_pretrained`."""
+        names = {768: "vit_base_patch16_224.mae", 1024: "vit_large_patch16_224.mae"}
+        if self.config.stem != "patch" or self.config.width not in names:
+            return False
+        self.start_from(mae_weights(names[self.config.width]))
+        return True
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
         """Take the transformer of a ViT (the entry "model" of `mae_pretrain_vit_base.pth`, or timm's), or all of a MixViT.
@@ -314,28 +314,26 @@ class Ustam(Tracker):
         cfg, seen, x, n = self.config, {}, search, search.shape[1]
         last, kept = cfg.depth - 1, None
         for i, block in enumerate(self.blocks):
-            q, k, v = block.split(x)  # (B, H, n, d)
-            own = v
-            old = memory[i]
-            k, v = torch.cat([old[0], k], 2), torch.cat([old[1], v], 2)  # Eq. 1
+            q, *own = block.split(x)  # (B, H, n, d)
+            k, v = (torch.cat(pair, 2) for pair in zip(memory[i], own, strict=True))  # Eq. 1: (B, H, T + n, d)
             mixed = F.scaled_dot_product_attention(q, k, v)  # Eq. 2, right
             if i == 0 and carried is not None and cfg.temporal:
                 share = attention_map(q, k)[..., -n:]  # Eq. 3; the search tokens' part
                 more = share * carried
-                mixed = mixed + more @ own  # Eq. 4: (G P + G) V
+                mixed = mixed + more @ own[1]  # Eq. 4: (G P + G) V
                 if maps:
                     seen |= {"carried": carried, "temporal": share + more}
             if i == last and (cfg.spatial or cfg.temporal):
                 share = attention_map(q, k)[..., -n:]  # Eq. 5
                 kept = share
                 if cfg.spatial:
-                    more = self.spatial_attention(share)
-                    mixed = mixed + more @ own
+                    more = self.spatial_attention(share)  # Eq. 6 and what follows it
+                    mixed = mixed + more @ own[1]
                     kept = share + more
                 if cfg.carried == "relative":
                     kept = relative(share, cfg.mean)
                 if maps:
-                    seen |= {"spatial": kept}
+                    seen["enhanced"] = kept
             if maps:
                 seen[f"attention_{i}"] = attention_map(q, k)  # (B, H, n, T + n), before the patches
             x = block.merge(x, mixed)
@@ -388,7 +386,7 @@ class Ustam(Tracker):
         if state.window is not None:
             state = replace(state, window=window)
 
-        # 3. how sure the corner maps are of themselves; neither paper has a score
+        # 3. how sure the corner maps are of themselves; there is no score head (MixFormer's belongs to another training stage)
         peaks = [corner.flatten(1).softmax(1) for corner in answer.corners]
         score = (sum(peak.amax(1) for peak in peaks) / 2).double().cpu()
         seen = None
