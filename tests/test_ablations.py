@@ -16,6 +16,7 @@ import torch
 from trackkit import ablations, cli, trackers
 from trackkit.ablations import TABLES, Result, Row, Table, load, run
 from trackkit.errors import DataError, TrackkitError
+from trackkit.paths import SAMPLES
 from trackkit.synth import SynthConfig, SynthDataset, write_dataset
 from trackkit.training import _groups
 
@@ -255,3 +256,10 @@ def test_ctrl_c_and_kill_stop_all_processes(tmp_path, data, how):
     process.send_signal(how)
     output = process.communicate(timeout=300)[0]
     assert ("KeyboardInterrupt" in output) == (how == signal.SIGINT) and process.returncode != 0, output
+
+
+@pytest.mark.parametrize("name", ["stark-table1", "stark-table6"])
+def test_results_that_come_with_trackkit(name):
+    result = load(SAMPLES / "ablations" / f"{name}.json")
+    assert result.table == TABLES[name] and {row["label"] for row in result.rows} == {row.label for row in TABLES[name].rows}
+    assert all(len(row["ao"]) >= 2 for row in result.rows), "run the command in data_samples/ablations/README.md to the end"

@@ -3,18 +3,28 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import zlib
 from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import golden, image, state_dict
+from golden import golden, image, mosaic, state_dict
 from torch import Tensor, nn
 
 from trackkit import official
 from trackkit.trackers import dastm
-from trackkit.trackers.dastm import DASTM, Answer, DASTMConfig, DASTMState, MemoryAttention, detection_losses, label_map, targets
+from trackkit.trackers.dastm import (
+    DASTM,
+    Answer,
+    DASTMConfig,
+    DASTMState,
+    MemoryAttention,
+    detection_losses,
+    label_map,
+    targets,
+)
 
 GOLD, BLOCKS = golden("stmtrack"), golden("dastm_blocks")
 CASES, TRAIN, TRACK = GOLD["outputs"]["cases"], GOLD["outputs"]["train"][0], GOLD["outputs"]["tracker"]
@@ -399,41 +409,57 @@ def test_trunk_certificate_can_fail(change, monkeypatch):
     assert (_memory_of(tracker, colours, labels) > TOLERANCE["features"]) == (change != "none")
 
 
+class _Nothing(nn.Module):
+    def forward(self, *given):
+        return None
+
+
 @pytest.mark.parametrize("change", ["none", "window", "penalty", "rate", "ends", "exact"])
-def test_tracking_certificate_can_fail(change, monkeypatch):
+def test_tracking_certificate_can_fail(change):
     state, image_, answer = tracked()[1]
-    tracker = copy.copy(loaded())
+    tracker = with_parts(loaded())
     if change in ("window", "penalty", "rate", "exact"):
         tracker.config = replace(tracker.config, **{change: {"window": 0.0, "penalty": 0.05, "rate": 0.9, "exact": True}[change]})
     if change == "ends":
         answer = replace(answer, boxes=answer.boxes - torch.tensor([0.0, 0, 1, 1]))
-    monkeypatch.setattr(tracker, "query", lambda crops, trim: None, raising=False)
-    monkeypatch.setattr(tracker, "answer", lambda *given: answer, raising=False)
-    monkeypatch.setattr(tracker, "_memorise", lambda state, frames: state, raising=False)
-    tracker._modules = {name: part for name, part in tracker._modules.items() if name != "query"}
+    tracker.query = _Nothing()
+    tracker.answer, tracker._memorise = lambda *given: answer, lambda state, frames: state
     _, prediction = tracker.step(state, [image_])
     wrong = (prediction.box[0] - torch.tensor(TRACK["boxes_xywh"][0])).abs().max().item()
     assert (wrong > TOLERANCE["tracking, px"]) == (change != "none")
 
 
-@pytest.mark.parametrize("change", ["none", "centre to the pixel", "a pixel narrower", "fill", "nearest"])
-def test_crop_certificate_can_fail(change, monkeypatch):
-    """The third frame's crop: its side is even, and it reaches out of the frame."""
-    x, y, w, h = TRACK["boxes_xywh"][5]
-    centre, size = torch.tensor([[x + (w - 1) / 2, y + (h - 1) / 2]], dtype=torch.float64), torch.tensor([[w, h]], dtype=torch.float64)
-    image_, detail = frame(TRACK["frames"][7]), TRACK["detail"][6]
-    side = 4 * size.prod(1).sqrt()
-    if change == "centre to the pixel":
-        centre = centre.round()
-    if change == "a pixel narrower":
-        side = side - 1
-    crops, scale = dastm.warped([image_], centre, side, 289, torch.tensor([[128.0, 128, 128]]))
-    assert scale.item() == pytest.approx(detail["scale"]) or change == "a pixel narrower"
-    if change == "nearest":
-        crops = crops[..., ::2].repeat_interleave(2, -1)[..., :289]
-    if change == "fill":
-        return
-    assert (abs(crops.double().mean().item() - detail["crop_mean"]) > 1e-6) == (change != "none")
+# centre, side, size, CRC-32 of the pixels that the authors' function makes with OpenCV 5.0.0: inside, over a border, over a corner and
+# enlarged, every second pixel, every third, every second with another size, ten times enlarged
+CROPS = [
+    ((153.3, 109.9), 167.2, 289, 3555523616),
+    ((12.7, 200.2), 148.49, 289, 2039164269),
+    ((300.9, 3.2), 90.5, 97, 324978584),
+    ((160.0, 120.0), 640.3, 289, 4054556578),
+    ((5.5, 233.8), 950.0, 289, 21238957),
+    ((310.2, 7.9), 400.0, 160, 2005562666),
+    ((150.5, 20.1), 31.0, 289, 890699629),
+]
+
+
+def same_pixels(number: int, change: tuple[float, float, float, float] = (0, 0, 0, 0)) -> bool:
+    """Whether a crop has the authors' pixels; `change` is added to centre, side and fill."""
+    (x, y), side, size, expected = CROPS[number]
+    pattern = (torch.arange(320) % 7 + (torch.arange(240) % 5)[:, None]).int()
+    picture = (mosaic("warped", 240, 320) + pattern).clamp(0, 255).to(torch.uint8)
+    fill = torch.tensor([[100.9, 120.2, 7.5 + change[3]]])
+    centre, sides = torch.tensor([[x + change[0], y + change[1]]], dtype=torch.float64), torch.tensor([side + change[2]], dtype=torch.float64)
+    pixels = dastm.warped([picture], centre, sides, size, fill)[0][0].permute(1, 2, 0).contiguous()
+    return zlib.crc32(pixels.numpy().tobytes()) == expected
+
+
+def test_crops_are_the_authors_pixel_by_pixel():
+    assert all(same_pixels(number) for number in range(len(CROPS)))
+
+
+@pytest.mark.parametrize("change", [(0.8, 0, 0, 0), (0, -1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)])
+def test_crop_certificate_can_fail(change):
+    assert not same_pixels(1, change)
 
 
 @pytest.mark.parametrize("change", ["none", "touching cells", "negatives ask", "sides without ends", "half a pixel"])

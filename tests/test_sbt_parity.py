@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from trackkit import official
 from trackkit.eoc import EoC
-from trackkit.profiling import macs, parameters, profile
+from trackkit.profiling import macs, parameters
 from trackkit.trackers import sbt
-from trackkit.trackers.sbt import SBT, SBTConfig, positive_tokens
+from trackkit.trackers.sbt import SBT, Answer, SBTConfig, positive_tokens
 
 FILES = {"sbt-light": golden("sbt_light"), "sbt-base": golden("sbt_base")}
 COUNTS, MATCHER = golden("sbt_counts"), golden("sbt_matcher")
@@ -61,41 +61,43 @@ def sampled(value: Tensor, summary: dict, key: str = "value") -> float:
 
 
 def network(tracker: SBT, case: dict, double: bool = False) -> dict[str, float]:
-    """What the network says of a case, and how far that is from the authors': logits, boxes, features of every block, losses."""
+    """How far what the network says of a case is from the authors': logits, boxes, features, losses, decoding."""
     z, x = pair(case)
     if double:
         tracker, z, x = copy.deepcopy(tracker).double(), z.double(), x.double()
-    seen: dict[str, Tensor] = {}
     with torch.no_grad():
         answer = tracker(tracker.encode(z), x)
-        if not double:
-            of_z: dict[str, Tensor] = {}
-            halves = [tracker.backbone.alone(x, seen), tracker.backbone.alone(z, of_z)]
-            tracker.backbone.together(*halves, both=True, seen=seen)
-            seen |= {f"{name}.template": value for name, value in of_z.items()}
         losses = tracker.losses(answer, torch.tensor(case["outputs"]["loss"]["gt_cxcywh"]).to(x))
     values = {"logits": answer.logits, "boxes": answer.boxes, "features": answer.maps["features"]}
     expected = {OUTPUTS[key]: case["outputs"][key] for key in OUTPUTS}
     if double:
         return {f"{kind}, float64": sampled(values[kind], expected[kind], "value64") for kind in values}
     found = {kind: sampled(values[kind], expected[kind]) for kind in values}
+    wanted = case["outputs"]["loss"]
+    parts = {"class": wanted["loss_ce"], "l1": wanted["loss_bbox"], "giou": wanted["loss_giou"], "loss": wanted["total_120_70_50"] / 10}
+    found["losses"] = max(abs(losses[k].item() - v) / max(1, v) for k, v in parts.items())
+    return found | {"decoding, scores": decoding(answer, case["outputs"]["decode"])}
+
+
+def blocks(tracker: SBT, case: dict) -> float:
+    """Largest difference of the maps of both images behind every block from the authors'."""
+    (z, x), seen, of_z, worst = pair(case), {}, {}, 0.0
+    with torch.no_grad():
+        halves = [tracker.backbone.alone(x, seen), tracker.backbone.alone(z, of_z)]
+        tracker.backbone.together(*halves, both=True, seen=seen)
+    seen |= {f"{name}.template": value for name, value in of_z.items()}
     for name, summary in case["outputs"]["features"].items():
         step = re.fullmatch(r"(patch_embed|block)(\d)\.?(\d*)\.(x|z)", name)
         layer = "embed" if step[1] == "patch_embed" else f"block{int(step[3]) + 1}"
         value = seen[f"stage{step[2]}.{layer}" + (".template" if step[4] == "z" else "")]
-        found["features"] = max(found["features"], sampled(value.flatten(1, 2), summary))
-    wanted = case["outputs"]["loss"]
-    parts = {"class": wanted["loss_ce"], "l1": wanted["loss_bbox"], "giou": wanted["loss_giou"], "loss": wanted["total_120_70_50"] / 10}
-    return found | {"losses": max(abs(losses[k].item() - v) / max(1, v) for k, v in parts.items())}
+        worst = max(worst, sampled(value.flatten(1, 2), summary))
+    return worst
 
 
-def decoded(tracker: SBT, case: dict) -> float:
-    """Largest difference of the best score with and without the window from the authors'."""
-    z, x = pair(case)
-    with torch.no_grad():
-        answer = tracker(tracker.encode(z), x)
+def decoding(answer: Answer, rows: list[dict]) -> float:
+    """Largest difference of the chosen token's scores and box from the authors'; infinite if it is another token."""
     score, worst = answer.logits.softmax(-1)[..., 0], 0.0
-    for row, expected in enumerate(case["outputs"]["decode"]):
+    for row, expected in enumerate(rows):
         hann = torch.hann_window(32, periodic=False)
         blended = 0.51 * score[row] + 0.49 * (hann[:, None] * hann).flatten()
         best = blended.argmax()
@@ -144,9 +146,9 @@ def deviations() -> dict[str, float]:
     for name, file in FILES.items():
         tracker = loaded(name)
         for case in file["outputs"]["cases"]:
-            single = len(case["outputs"]["decode"]) == 1
-            values = network(tracker, case) | (network(tracker, case, double=True) if single else {})
-            values["decoding, scores"] = decoded(tracker, case)
+            values = network(tracker, case)
+            if len(case["outputs"]["decode"]) == 1:
+                values |= network(tracker, case, double=True) | {"all blocks, features": blocks(tracker, case)}
             for kind, value in values.items():
                 found[f"{name}, {kind}"] = max(value, found.get(f"{name}, {kind}", 0))
         for kind, value in tracking(tracker, file["outputs"]["tracker"]).items():
@@ -157,7 +159,7 @@ def deviations() -> dict[str, float]:
 
 def test_agrees_with_the_authors():
     found = deviations()
-    assert len(found) == 2 * 10 + 1
+    assert len(found) == 2 * 11 + 1
     for what, value in found.items():
         assert value <= ALLOWED[what.split(", ")[-1]], what
 
@@ -247,14 +249,12 @@ def test_another_epsilon_is_noticed_in_float64(of_block):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"window_influence": 0.45}, {"search_factor": 4.0}, {"template_factor": 2.1}, {"margin": 9.0}, {"exact": True}]
+    "changes", [{"window_influence": 0.48}, {"search_factor": 4.0}, {"template_factor": 2.1}, {"exact": True}]
 )
 def test_tracking_certificate_can_fail(changes):
     mutant = variant(loaded("sbt-light"), **changes)
     found = tracking(mutant, FILES["sbt-light"]["outputs"]["tracker"])
-    if "margin" in changes:  # at the border, where the target of this run does not get
-        return
-    assert found["px"] > ALLOWED["px"]
+    assert any(value > ALLOWED[kind] for kind, value in found.items())
 
 
 def test_matching_certificate_can_fail():
@@ -266,30 +266,34 @@ def test_matching_certificate_can_fail():
 # ---- costs ----
 
 
-@pytest.mark.parametrize("name", ["light", "small", "base", "large"])
-def test_counts_as_the_paper(name):
-    """Every entry of the file, to the unit; and Table 2, to its digits, misprints aside."""
-    config = getattr(SBTConfig, name)()
-    for ratios in ((8, 8, 4), (4, 4, 4)):
-        for ours, theirs in (("released", "released_mixer"), ("eq7", "eq7"), ("mlp3", "mlp3"), ("mlp5", "mlp5")):
-            expected = COUNTS["counts"].get(f"{name}|mlp{ratios}|{theirs}")
-            if expected is None:
-                continue
-            with torch.device("meta"):
-                tracker = SBT(replace(config, head=ours, ratios=ratios))
-            found = tracker.profile()
-            assert found["parameters"] == expected["params_conv_linear"]
-            assert found["macs"] == expected["macs_conv"] + expected["conv_bias_adds"] + expected["macs_linear"]
-            unused = 2 * sum(config.dims[:2])  # the authors' norms behind the first two stages
-            assert parameters(tracker) == expected["params_all"] - unused
-            bare = COUNTS["counts"][f"{name}|mlp{ratios}|none"]
-            assert parameters(tracker.backbone) == bare["params_all"] - unused
+@pytest.mark.parametrize(
+    "name, head, ratios",
+    [
+        *((name, "released", (8, 8, 4)) for name in ("light", "small", "large")),
+        *(("base", head, (8, 8, 4)) for head in ("released", "eq7", "mlp3", "mlp5")),
+        ("light", "eq7", (8, 8, 4)),
+        ("base", "released", (4, 4, 4)),
+    ],
+)
+def test_counts_to_the_unit(name, head, ratios):
+    config = getattr(SBTConfig, name)(head=head, ratios=ratios)
+    key = f"{name}|mlp{ratios}|"
+    expected = COUNTS["counts"][key + ("released_mixer" if head == "released" else head)]
+    with torch.device("meta"):
+        tracker = SBT(config)
+    found = tracker.profile()
+    assert found["parameters"] == expected["params_conv_linear"]
+    assert found["macs"] == expected["macs_conv"] + expected["conv_bias_adds"] + expected["macs_linear"]
+    unused = 2 * sum(config.dims[:2])  # the authors' norms behind the first two stages
+    assert parameters(tracker) == expected["params_all"] - unused
+    assert parameters(tracker.backbone) == COUNTS["counts"][key + "none"]["params_all"] - unused
 
 
 def test_printed_figures():
     """Table 2 cuts after two digits. Light's figures stand in each other's place; base's 21.27 M is a misprint of 21.97 M."""
-    found = {name: profile(f"sbt-{name}") for name in ("light", "small", "base", "large")}
-    for name, row in found.items():
+    for name in ("light", "small", "base", "large"):
+        with torch.device("meta"):
+            row = SBT(getattr(SBTConfig, name)()).profile()
         printed = COUNTS["paper_table2_params_M_flops_G"][name]
         assert [row["paper"]["parameters"], row["paper"]["macs"]] == [round(printed[0] * 1e6), round(printed[1] * 1e9)]
         ours = [math.floor(row["parameters"] / 1e4) / 100, math.floor(row["macs"] / 1e7) / 100]

@@ -421,8 +421,8 @@ def warped(frames: list[Tensor], centre: Tensor, side: Tensor, size: int, fill: 
     The centre is cut to whole pixels and the side rounded, to s. Crop pixels 0 .. size - 1 lie evenly on window pixels 0 .. s, so the window
     is one pixel wider than s, which is why the scale, crop pixels per frame pixel, is size / (s + 1). From a side of 2.1 sizes on, only
     every second pixel of the frame is used, from 3.1 on every third, and so on. Each crop pixel blends its four neighbours linearly;
-    those outside the frame have the colour `fill`, cut to integers. Bit for bit OpenCV 5's `warpAffine`, which calculates in float32
-    with fused multiply-adds: a product in float64 is exact, so one rounding of the sum is the same.
+    those outside the frame have the colour `fill`, cut to integers. This is OpenCV 5's `warpAffine` (but for one pixel in a hundred crops, by a grey level), which
+    calculates in float32 with fused multiply-adds: a product in float64 is exact, so that one rounding of the sum is the same.
     """
     crops, scales, steps = [], [], torch.arange(size, dtype=torch.float64)
     for frame, at, wide, colour in zip(frames, centre.tolist(), side.tolist(), fill, strict=True):

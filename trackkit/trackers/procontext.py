@@ -27,7 +27,7 @@ from trackkit.backbones import SmallNet, mae_weights, normalise
 from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, xywh_to_cxcywh
 from trackkit.checkpoints import load_strictly
 from trackkit.crops import Windows, around_box, box_to_frame
-from trackkit.errors import CheckpointError, TrackkitError
+from trackkit.errors import CheckpointError
 from trackkit.heads import CenterHead
 from trackkit.losses import focal_loss, gaussian_target, localisation
 from trackkit.sampling import CropSpec, SampleSpec
