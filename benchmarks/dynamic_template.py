@@ -1,6 +1,6 @@
 """Does the dynamic template help when the target changes its looks? STARK-ST against STARK-S, same training budget.
 
-    python benchmarks/dynamic_template.py [--seeds 3] [--scale laptop] [--steps 300] [--out FOLDER]
+    python benchmarks/dynamic_template.py [--seeds 3] [--scale laptop] [--steps 600] [--batch 4] [--out FOLDER]
 
 Trains what `trackkit ablate stark-table1` with the same options trains (or takes its runs), then tracks held-out procedural
 sequences that show an appearance change: with ST, with the same ST when its second template stays the first one, with S.
@@ -29,12 +29,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--scale", default="laptop")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--out", type=Path, default=home() / "ablations")
     parser.add_argument("--sequences", type=int, default=24)
     options = parser.parse_args()
     result = ablations.run(
-        ablations.TABLES["stark-table1"], options.seeds, options.scale, options.out, steps=options.steps, device="cpu"
+        ablations.TABLES["stark-table1"], options.seeds, options.scale, options.out, steps=options.steps, batch=options.batch, device="cpu"
     )
     config = SynthConfig.only("appearance", "motion", frames=60, split="val")
     dataset = SynthDataset(config, seed=100, length=options.sequences)

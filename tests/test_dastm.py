@@ -5,7 +5,6 @@ import copy
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from golden import frames
@@ -22,6 +21,8 @@ from trackkit.trackers.dastm import (
     DASTM,
     DASTMConfig,
     MemoryAttention,
+    cell_centres,
+    cells_of,
     frame_macs,
     gate_macs,
     label_map,
@@ -116,15 +117,13 @@ def test_bounded_memory_looks_where_the_authors_look_for_long_and_close_to_it_la
     assert max(o / n for n, o in enumerate(off, 2)) <= 1 / 6
 
 
-def test_bounded_and_unbounded_track_alike_while_nothing_is_forgotten(tracker, video):
-    small = changed(tracker, capacity=6)
+def test_bounded_and_unbounded_track_alike_while_nothing_is_missed(tracker, video):
     states, predictions = run(changed(tracker, memory="unbounded"), video, maps=True)
-    small_states, small_predictions = run(small, video, maps=True)
+    small_states, small_predictions = run(changed(tracker, capacity=8), video, maps=True)
     for n, (a, b) in enumerate(zip(predictions, small_predictions, strict=True), 1):
         assert torch.equal(a.box, b.box) and torch.equal(a.maps["memory"], b.maps["memory"]), n
     assert states[-1].held.tolist() == [list(range(1, 10))]
-    assert sorted(small_states[-1].held[0].tolist())[0] == 1 and len(small_states[-1].slots) == 6
-    assert 9 in small_states[-1].held[0].tolist(), "the latest is there, to be looked at if it was a good one"
+    assert len(small_states[-1].slots) == 8 and {1, 9} <= set(small_states[-1].held[0].tolist())
 
 
 def test_confident_frames_are_looked_at(tracker, video):
@@ -140,7 +139,7 @@ def test_time_and_memory_stay_flat(tracker, video):
     small, images = changed(tracker, capacity=8), video[0]
     state = small.start(images[:1], torch.tensor(video[1][:1]))
     sizes, work = [], []
-    for n in range(60):
+    for n in range(24):
         before = state
         held = {tensor.data_ptr() for tensor in before.slots}
         state, prediction = small.step(state, [images[n % 9]], maps=True)
@@ -148,12 +147,12 @@ def test_time_and_memory_stay_flat(tracker, video):
         work.append(prediction.maps["read"].numel())
         assert sum(tensor.data_ptr() not in held for tensor in state.slots) == 1, "one slot is new, the others are shared"
     assert len(set(sizes[8:])) == 1 and max(work[8:]) <= 6 * 11**4
-    assert work[-1] == work[30]
+    assert work[-1] == work[14]
     endless = changed(tracker, memory="unbounded")
     state = endless.start(images[:1], torch.tensor(video[1][:1]))
-    for n in range(12):
+    for n in range(9):
         state, _ = endless.step(state, [images[n % 9]])
-    assert len(state.slots) == 13
+    assert len(state.slots) == 10
 
 
 def test_states_are_left_as_they_are(tracker, video):
@@ -211,13 +210,13 @@ def test_unknown_memory_changes_nothing():
 
 def test_cells():
     """As the specification has them: 25 x 25 around the middle of 289 pixels, 20 x 20 from 0 on for 160."""
-    with torch.device("meta"):
-        trackers = [DASTM(DASTMConfig.stmtrack()), DASTM(DASTMConfig.dastm(query_size=160, query_trim=0))]
-    for made in trackers:
-        made.head.scale = nn.Parameter(torch.tensor(1.0))
-        cells = made.cells(289)
+    for config in (DASTMConfig.stmtrack(), DASTMConfig.dastm(query_size=160, query_trim=0)):
+        cells = cell_centres(config, 289)
         assert cells.shape == (625, 2) and cells[0].tolist() == [48, 48] and cells[1].tolist() == [56, 48] and cells[-1].tolist() == [240, 240]
-    assert trackers[1].cells(160)[[0, -1]].tolist() == [[0, 0], [152, 152]]
+    cells = cell_centres(config, 160)
+    assert cells.shape == (400, 2) and cells[[0, -1]].tolist() == [[0, 0], [152, 152]]
+    for size in (97, 160, 161, 288, 289):
+        assert cells_of("tiny", size) == dastm.SmallTrunk().eval()(torch.zeros(1, 3, size, size)).shape[-1]
 
 
 def test_queries_smaller_than_the_memory(tracker, video):
@@ -315,8 +314,8 @@ def test_one_decision_for_all_memory_frames(tracker, features, video):
     known = torch.tensor([[True, False]] * 3)
     own = tracker.attention(features)[1].probability[:, 0]
     assert torch.allclose(block(features, known)[1].probability[:, 0], own, atol=1e-5), "a frame that is not there has no say"
-    assert torch.equal(block.train()(features)[1].weights[:, 0], block(features)[1].weights[:, 1]) in (True, False)
-    block.eval()
+    drawn = copy.deepcopy(block).train()(features)[1].weights
+    assert torch.equal(drawn[:, 0], drawn[:, 1])
     states, _ = run(changed(tracker, granularity="memory"), video)
     plain, _ = run(changed(tracker, attention=(), gate="none"), video)
     assert torch.equal(states[0].slots[0], plain[0].slots[0]), "kept as it is, strengthened when looked at"
@@ -389,23 +388,20 @@ def test_costs_are_the_specifications():
 
     assert giga(trunk="mobileone_s1", trunk_stage=2) == [10.7, 11.9]
     assert giga(trunk="mobileone_s1", trunk_stage=2, query_size=160, query_trim=0) == [7.1, 7.9]
-    assert giga(query_size=160, query_trim=0, size=160, trim=0) == [9.4, 9.9]
     assert module_macs(DASTMConfig()) == {"se": 32_768, "ca": 819_200, "cbam": 126_786} and gate_macs(DASTMConfig()) == 66_048
-    counts = {"se": 32_768, "ca": 25_648 + 32, "cbam": 33_412 - 1 + 1 - 2 + 2}
     blocks = MemoryAttention(DASTMConfig())
-    sizes = {name: sum(p.numel() for p in branch.parameters()) for name, branch in blocks.branches.items()}
-    assert sizes["se"] == counts["se"] and sizes["ca"] in (25_648, counts["ca"]) and sizes["cbam"] in (33_412, 33_410)
+    assert {name: sum(p.numel() for p in branch.parameters()) for name, branch in blocks.branches.items()} == {"se": 32_768, "ca": 25_648, "cbam": 33_412}
     assert sum(p.numel() for p in blocks.gate.parameters()) == 66_180
 
 
 def test_profile():
-    found = profile("stmtrack")
+    with torch.device("meta"):
+        found = DASTM(DASTMConfig.stmtrack()).profile()
     assert found["parameters"] == 36_812_532 and found["macs"] == pytest.approx(42.2e9, abs=0.2e9)
     assert found["paper"]["peak_memory_bytes"] == 1_240_000_000
     tiny = profile("dastm-tiny")
     assert tiny["paper"] == {} and tiny["macs"] < 150e6 and tiny["parameters"] < 600_000
-    with torch.device("meta"):
-        assert DASTM(DASTMConfig.dastm()).profile()["paper"]["dearest_module_share"] == 0.335
+    assert dastm.TABLE_4[DASTMConfig.dastm()]["dearest_module_share"] == 0.335
 
 
 def test_budgets_of_table_4():
@@ -424,7 +420,7 @@ def test_budgets_of_table_4():
 
 @pytest.fixture(scope="module")
 def batch():
-    spec = replace(DASTMConfig.tiny() and DASTM(DASTMConfig.tiny()).samples(), negatives=0.5)
+    spec = replace(DASTM(DASTMConfig.tiny()).samples(), negatives=0.5)
     samples = Samples(SynthDataset(SynthConfig(frames=8, width=160, height=120), seed=3, length=4), spec, 0, 6)
     items = [samples[i] for i in range(6)]
     return {key: torch.stack([item[key] for item in items]) for key in items[0]}
@@ -443,12 +439,13 @@ def test_everything_learns(tracker, batch):
     assert unchosen == [], "each part of the network takes part"
 
 
+@torch.no_grad()
 def test_batches_without_the_target(tracker, batch):
     """Nothing to locate: the loss is finite, and teaches to say no."""
     negative = {key: value[:2] for key, value in batch.items()} | {"labels": torch.zeros(2, 1)}
     losses = tracker.loss(negative)
     assert math.isfinite(losses["loss"]) and losses["sides"] == 0 and losses["score"] > 0
-    assert "labels" in batch and math.isfinite(tracker.loss({k: v for k, v in batch.items() if k != "labels"})["loss"])
+    assert math.isfinite(tracker.loss({k: v for k, v in batch.items() if k != "labels"})["loss"])
 
 
 def test_expected_cost(tracker, batch):
@@ -468,7 +465,7 @@ def test_a_short_training_runs_and_goes_on(tmp_path):
     assert math.isfinite(log[-1]["loss"]) and load(tmp_path / "tracker.safetensors").config == small.config
 
 
-@pytest.mark.parametrize("name", ["stmtrack", "sastm", "dastm", "tiny"])
+@pytest.mark.parametrize("name", ["stmtrack", "dastm", "tiny"])
 def test_recipes(name):
     config = getattr(DASTMConfig, name)()
     with torch.device("meta"):
@@ -482,7 +479,8 @@ def test_recipes(name):
     assert first.lr_end == second.lr and first.momentum == 0.9 and first.weight_decay == 1e-4
     assert {"stmtrack": (10 * 4687, 10 * 4687)}.get(name, (150_000, 450_000)) == (first.steps, second.steps)
     assert ("*.trunk.*.bn.*" in learning) == (name == "stmtrack")
-    trained = {n for n, p in made.named_parameters() for group in _groups(made, second) for q in group["params"] if p is q}
+    learns = {id(p) for group in _groups(made, second) for p in group["params"]}
+    trained = {n for n, p in made.named_parameters() if id(p) in learns}
     stem = [n for n in dict(made.named_parameters()) if "Conv2d_" in n and n.endswith("conv.weight")]
     assert not trained & set(stem) and len(stem) == (10 if name == "stmtrack" else 0)
     assert len(trained) == len(dict(made.named_parameters())) - len(stem)
@@ -524,26 +522,24 @@ def test_labels_of_boxes_larger_than_the_crop_do_not_wrap():
     assert label[1].nonzero().tolist() == [[10, 10], [10, 11], [10, 12]]
 
 
-def test_wrong_checkpoints(tracker, tmp_path):
+def test_wrong_checkpoints(tracker, tmp_path, monkeypatch):
     save(tracker, tmp_path / "a.safetensors")
     again = load(tmp_path / "a.safetensors")
     assert again.config == tracker.config and all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), tracker.state_dict().values(), strict=True))
-    with torch.device("meta"):
-        theirs = {f"basemodel_m.{k}": torch.empty(3) for k in ("Conv2d_1a_3x3.conv.weight", "fc")}
-    with pytest.raises(CheckpointError, match=r"checkpoint for stmtrack does not fit DASTM.*missing: head"):
+    monkeypatch.setattr(official, "_fits", lambda name, entries: False)
+    theirs = {f"basemodel_m.{k}": torch.empty(3) for k in ("Conv2d_1a_3x3.conv.weight", "fc")} | {"r_x.conv.weight": torch.empty(2)}
+    with pytest.raises(CheckpointError, match=r"does not fit DASTM.*missing: memory.*not expected: memory.trunk.fc; of another size: memory.trunk.Conv2d_1a"):
         official.load("stmtrack", theirs)
 
 
-def test_exact_and_authors_crops_see_the_same_place(tracker, video):
-    """They differ by rounding: less than a pixel of the frame."""
-    images, boxes = video
-    views = []
-    for exact in (True, False):
-        made = changed(tracker, exact=exact)
-        state = made.start(images[:1], torch.tensor(boxes[:1]))
-        crops, scale, origin = made._look(images[:1], state, 97)
-        views.append((crops, scale, origin))
-    (a, scale_a, origin_a), (b, scale_b, origin_b) = views
-    assert (origin_a - origin_b).abs().max() < 2 and (scale_a / scale_b - 1).abs() < 0.02
-    correlation = np.corrcoef(a.flatten().numpy(), b.flatten().numpy())[0, 1]
-    assert correlation > 0.6
+@pytest.mark.parametrize(("exact", "off"), [(True, 0.75), (False, 1.6)])
+def test_boxes_come_back_from_where_the_pixels_are(tracker, exact, off):
+    """A frame whose colours are coordinates. The authors' way back misses the place by up to a pixel and a half, the exact one by
+    what rounding of colours leaves."""
+    made = changed(tracker, exact=exact)
+    frame = torch.stack([torch.arange(256).expand(200, 256), torch.arange(200)[:, None].expand(200, 256), torch.zeros(200, 256)]).to(torch.uint8)
+    state = made.start([frame], torch.tensor([[113.3, 80.9, 26.4, 31.7]]))
+    crops, scale, origin = made._look([frame], state, 97)
+    place = origin[0][:, None] + torch.arange(97) / scale - (0.5 if exact else 0.0)  # x and y of the crop's columns and rows
+    found = torch.stack([crops[0, 0, 40], crops[0, 1, :, 40]]).double()
+    assert (found - place).abs().max() < off

@@ -362,7 +362,8 @@ def mutant_norm_epsilon_of_the_head(tracker, patch):
 
 
 def mutant_true_cells(tracker, patch):
-    patch.setattr(tracker.query.trunk, "first", 13, raising=False)
+    cells = tracker.cells(289) - 3
+    patch.setattr(tracker, "cells", lambda size: cells, raising=False)
     return tracker
 
 

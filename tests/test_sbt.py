@@ -271,16 +271,15 @@ def test_positive_tokens():
 def test_losses_by_hand():
     tracker = tiny(search_size=64, background=0.5)
     logits = torch.zeros(1, 64, 2)
-    logits[0, 9] = torch.tensor([2.0, 0.0])
+    logits[0, 18] = torch.tensor([2.0, 0.0])
     boxes = torch.full((1, 64, 4), 0.25)
-    truth = torch.tensor([[0.2, 0.2, 0.15, 0.15]])  # between the first and the third corner: one token, row and column 1
+    truth = torch.tensor([[0.2, 0.2, 0.08, 0.08]])  # between corners: it has the next token, in row and column 2
     losses = tracker.losses(Answer(logits, boxes, {}), truth)
     log2, rest = torch.log(torch.tensor(2.0)), torch.log1p(torch.exp(torch.tensor(-2.0)))
     assert losses["class"].item() == pytest.approx(((rest + 63 * 0.5 * log2) / (1 + 63 * 0.5)).item(), rel=1e-6)
-    assert losses["l1"].item() == pytest.approx(0.3)
-    overlap, union, hull = 0.15**2 / 1, 0.25**2, 0.25**2  # the true box lies in the other: 0.125..0.275 in 0.125..0.375
-    assert losses["giou"].item() == pytest.approx(1 - (overlap / union - (hull - union) / hull), rel=1e-5)
-    assert losses["loss"].item() == pytest.approx(12 * losses["class"].item() + 7 * 0.3 + 5 * losses["giou"].item(), rel=1e-6)
+    assert losses["l1"].item() == pytest.approx(2 * 0.05 + 2 * 0.17)
+    assert losses["giou"].item() == pytest.approx(1 - 0.08**2 / 0.25**2, rel=1e-5)  # the true box lies in the other
+    assert losses["loss"].item() == pytest.approx(12 * losses["class"].item() + 7 * 0.44 + 5 * losses["giou"].item(), rel=1e-6)
     tenfold = replace(tracker.config, weights=(120.0, 70.0, 50.0))
     with patch.object(tracker, "config", tenfold):
         assert tracker.losses(Answer(logits, boxes, {}), truth)["loss"].item() == pytest.approx(10 * losses["loss"].item())

@@ -186,11 +186,10 @@ class ConvNorm(nn.Module):
 class Inception(nn.Module):
     """torchvision's Inception v3 up to Mixed_6e without its second max-pool, as STMTrack has it: stride 8, (B, 3, S, S) -> (B, 768, s, s).
 
-    Nothing is padded before Mixed_5b, so s = 33 for S = 289. Cell 0 is counted as centred at pixel `first`. The label map
-    of STMTrack enters behind the `stem`.
+    Hardly anything is padded before Mixed_5b, so s = 33 for S = 289. The label map of STMTrack enters behind the `stem`.
     """
 
-    stride, channels, stem_channels, stem_padding, first = 8, 768, 32, 0, 16
+    stride, channels, stem_channels, stem_padding = 8, 768, 32, 0
 
     def __init__(self, pretrained: bool = False):
         super().__init__()
@@ -235,7 +234,7 @@ class MobileOne(nn.Module):
     cell k is centred at pixel 8 k.
     """
 
-    stride, stem_padding, first = 8, 1, 0
+    stride, stem_padding = 8, 1
 
     def __init__(self, name: str, stage: int = 3, pretrained: bool = False):
         super().__init__()

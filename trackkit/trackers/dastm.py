@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -170,6 +171,17 @@ def cells_of(trunk: str, size: int) -> int:
     return (size + 7) // 8
 
 
+def cell_centres(config: DASTMConfig, size: int) -> Tensor:
+    """Where the cells of a query crop of `size` are: x and y (N, 2), crop pixels, row by row. For 289: 25 x 25 of them, at 48, 56, ... 240.
+
+    STMTrack counts 25 cells around the middle, although Inception's layers without padding see 3 pixels further up and left; the
+    network learns that. Padded layers see cell k at pixel 8 k, which for 289 is the same 25 cells.
+    """
+    trim, first = config.trim if size == config.size else config.query_trim, 16 if config.trunk == "inception" else 0
+    at = first + 8 * torch.arange(trim, cells_of(config.trunk, size) - trim)
+    return torch.stack([at.repeat(len(at)), at.repeat_interleave(len(at))], 1)
+
+
 # ---- attention for memory frames (DASTM, section III.B) ----
 
 
@@ -266,7 +278,7 @@ class MemoryAttention(nn.Module):
 class SmallTrunk(SmallNet):
     """`SmallNet` with a place for the label map."""
 
-    stem_channels, stem_padding, first = 16, 1, 0
+    stem_channels, stem_padding = 16, 1
 
     def stem(self, crops: Tensor) -> Tensor:
         return self.layers[:2](normalise(crops).contiguous(memory_format=torch.channels_last))
@@ -474,11 +486,8 @@ class DASTM(Tracker):
     # ---- the network (Fig. 1) ----
 
     def cells(self, size: int) -> Tensor:
-        """Where the cells of a query crop are: x and y (N, 2), crop pixels. For 289: 25 x 25 of them, at 48, 56, ... 240."""
-        cfg, trunk = self.config, self.query.trunk
-        trim = self._trim(size)
-        at = trunk.first + 8 * torch.arange(trim, cells_of(cfg.trunk, size) - trim, device=self.device)
-        return torch.stack([at.repeat(len(at)), at.repeat_interleave(len(at))], 1).to(self.head.scale)
+        """Where the cells of a query crop are, see `cell_centres`."""
+        return cell_centres(self.config, size).to(self.head.scale)
 
     def _trim(self, size: int) -> int:
         return self.config.trim if size == self.config.size else self.config.query_trim
@@ -770,27 +779,34 @@ def detection_losses(answer: Answer, cells: Tensor, truth: Tensor, shown: Tensor
 
 def frame_macs(config: DASTMConfig) -> int:
     """Multiply-accumulates of a tracked frame with all the memory frames that may be looked at; of a gate's modules the dearest."""
+    cells = [(cells_of(config.trunk, size) - 2 * trim) ** 2 for size, trim in ((config.size, config.trim), (config.query_size, config.query_trim))]
+    looked_at = config.segments + 2
+    total = _network_macs(replace(config, attention=(), gate="none", test_gate="", segments=1)) + looked_at * 2 * config.width * math.prod(cells)
+    costs = [*module_macs(config).values()] or [0]
+    strengthened = looked_at if config.granularity == "memory" else 1
+    if config.gate == "none":
+        return total + strengthened * sum(costs)
+    return total + strengthened * ((sum if config.gate == "soft" else max)(costs) + gate_macs(config))
+
+
+@cache
+def _network_macs(config: DASTMConfig) -> int:
+    """Of both paths and the head, without the read-out. Counted on tensors without values, so nothing is computed."""
     from trackkit.profiling import macs
 
-    side = cells_of(config.trunk, config.size) - 2 * config.trim
     with torch.device("meta"):
-        twin = DASTM(replace(config, attention=(), gate="none", test_gate="")).eval()
+        twin = DASTM(config).eval()
         crop, query = (torch.empty(1, 3, size, size, dtype=torch.uint8) for size in (config.size, config.query_size))
-        past = torch.empty(1, config.segments + 2, side, side, config.width)
 
         def frame() -> None:
             twin.memory(crop, config.trim, torch.empty(1, config.size, config.size))
-            twin.answer(twin.query(query, twin._trim(config.query_size)), past, config.query_size)
+            features = twin.query(query, config.query_trim)
+            twin.head(torch.cat([features, features], 1))
 
-        total = macs(frame)
-    costs = list(module_macs(config).values())
-    frames = config.segments + 2 if config.granularity == "memory" else 1
-    if config.gate == "none":
-        return total + frames * sum(costs)
-    every = config.gate == "soft"
-    return total + frames * ((sum if every else max)(costs) + gate_macs(config))
+        return macs(frame)
 
 
+@cache
 def module_macs(config: DASTMConfig) -> dict[str, int]:
     """Multiply-accumulates of each attention module for one memory frame."""
     from trackkit.profiling import macs
@@ -814,7 +830,7 @@ def within(config: DASTMConfig, macs: int) -> DASTMConfig:
     G multiply-accumulates for one of 289. TrackkitError, with what is needed at least, when the rest costs more.
     """
     plans = [replace(config, segments=count) for count in range(config.segments, 0, -1)]
-    dear = sorted(module_macs(config).items(), key=lambda item: -item[1]) if config.attention else []
+    dear = sorted(module_macs(config).items(), key=lambda item: -item[1])
     for dropped in range(1, len(dear)):
         plans.append(replace(plans[-1], attention=tuple(n for n in config.attention if n not in dict(dear[:dropped]))))
     costs = []
