@@ -136,6 +136,17 @@ def strict() -> dict[str, float]:
 # ---- tracking ----
 
 
+def with_parts(tracker: nn.Module, **parts: nn.Module) -> nn.Module:
+    other = copy.copy(tracker)
+    other._modules = {**tracker._modules, **parts}
+    return other
+
+
+class _Blank(nn.Module):
+    def forward(self, crops, trim, labels):
+        return torch.full((1, 512, 25, 25), torch.nan)
+
+
 def frame(name: str) -> Tensor:
     height, width = TRACK["frame_hw"]
     small = image(name, (1, 3, height // 16 + 1, width // 16 + 1))
@@ -155,7 +166,7 @@ def tracked() -> tuple[dict[str, float], tuple[DASTMState, Tensor, Answer]]:
         "confidence": TRACK["hyper"]["confidence_threshold"],
         "size": TRACK["hyper"]["m_size"],
     }
-    tracker = copy.copy(tracker)
+    tracker = with_parts(tracker)
     answers, honest = [], tracker.answer
     tracker.answer = lambda *given: answers.append(honest(*given)) or answers[-1]
     first = state = tracker.start(frames[:1], torch.tensor([TRACK["init_box_xywh"]]))
@@ -163,6 +174,8 @@ def tracked() -> tuple[dict[str, float], tuple[DASTMState, Tensor, Answer]]:
     for image_, box, detail in zip(frames[1:], TRACK["boxes_xywh"], TRACK["detail"], strict=True):
         crops, scale, _ = tracker._look([image_], state, 289)
         found["frames"] += tracker._recall(state)[2].tolist() != [detail["memory_frames_1based"]]
+        if state.count == 4:  # no frame from the fifth on is looked at in this run: one second of encoding less for each
+            tracker.memory = _Blank()
         state, prediction = tracker.step(state, [image_])
         found["scores"] = max(found["scores"], abs(prediction.score.item() - detail["pscore"]))
         found["boxes"] = max(found["boxes"], (prediction.box[0] - torch.tensor(box)).abs().max().item())
@@ -305,12 +318,6 @@ def answered(tracker: DASTM) -> dict[str, float]:
 
 def failed(found: dict[str, float]) -> bool:
     return any(not value <= tolerance(what) for what, value in found.items())
-
-
-def with_parts(tracker: nn.Module, **parts: nn.Module) -> nn.Module:
-    other = copy.copy(tracker)
-    other._modules = {**tracker._modules, **parts}
-    return other
 
 
 def test_features_are_enough_for_an_answer_and_their_order_does_not_matter():

@@ -65,7 +65,7 @@ class ConvMlp(nn.Module):
             part = slice(i, min(i + step, hidden))
             y = F.linear(x, self.fc1.weight[part], self.fc1.bias[part]).permute(0, 3, 1, 2)
             y = F.conv2d(y, conv.weight[part], conv.bias[part], padding=1, groups=y.shape[1]).permute(0, 2, 3, 1)
-            out = torch.addmm(out, F.gelu(y).flatten(0, 2), self.fc2.weight[:, part].t())
+            out = torch.addmm(out, torch.ops.aten.gelu_(y).flatten(0, 2), self.fc2.weight[:, part].t())
         return out.view_as(x)
 
 
