@@ -38,8 +38,9 @@ from trackkit.training import _groups, train
 
 @pytest.fixture(scope="module")
 def tracker() -> DASTM:
+    """The tiny one with crops of two thirds the size, whose features are 7 x 7."""
     torch.manual_seed(0)
-    made = create("dastm-tiny")
+    made = DASTM(DASTMConfig.tiny(size=65, query_size=65)).eval()
     nn.init.normal_(made.attention.gate.fc2.weight, std=20.0)  # so that it has opinions
     return made
 
@@ -99,7 +100,7 @@ def test_what_the_authors_look_at():
     for n in range(5, 300):
         length = n // 4
         assert wanted(n, 4) == sorted({1} | {i * length + length // 2 + 1 for i in range(4)})
-        assert wanted(n + 1, 4)[1] >= wanted(n, 4)[1], "what victim() relies on"
+        assert set(wanted(n, 4)) - {1} <= set(range(n // 8, n + 1)), "what victim() relies on: nothing before"
 
 
 @pytest.mark.parametrize("capacity", [6, 16, 64])
@@ -146,7 +147,7 @@ def test_time_and_memory_stay_flat(tracker, video):
         sizes.append(sum(t.nbytes for t in state.slots))
         work.append(prediction.maps["read"].numel())
         assert sum(tensor.data_ptr() not in held for tensor in state.slots) == 1, "one slot is new, the others are shared"
-    assert len(set(sizes[8:])) == 1 and max(work) <= 6 * 11**4
+    assert len(set(sizes[8:])) == 1 and max(work) <= 6 * 7**4
     endless = changed(tracker, memory="unbounded")
     state = endless.start(images[:1], torch.tensor(video[1][:1]))
     for n in range(9):
@@ -220,19 +221,19 @@ def test_cells():
 
 def test_queries_smaller_than_the_memory(tracker, video):
     """The target is as large in both, so a smaller query shows less around it."""
-    small = changed(tracker, query_size=65, query_trim=0)
+    small = changed(tracker, query_size=41, query_trim=0)
     _, predictions = run(small, video, maps=True)
     _, equal = run(tracker, video, maps=True)
-    assert predictions[0].maps["score"].shape == (1, 9, 9) and predictions[0].maps["read"].shape == (1, 81, 1, 11, 11)
+    assert predictions[0].maps["score"].shape == (1, 6, 6) and predictions[0].maps["read"].shape == (1, 36, 1, 7, 7)
     sides = [p[0].maps["window"][0, 2].item() for p in (predictions, equal)]
-    assert sides[0] / sides[1] == pytest.approx(65 / 97, rel=0.02)
+    assert sides[0] / sides[1] == pytest.approx(41 / 65, rel=0.02)
 
 
 def test_maps(tracker, video):
     _, predictions = run(tracker, video, maps=True)
     shown = predictions[-1].maps
-    assert shown["read"].shape == (1, 121, shown["memory"].shape[1], 11, 11)
-    assert torch.allclose(shown["read"].sum((2, 3, 4)), torch.ones(1, 121), atol=1e-5)
+    assert shown["read"].shape == (1, 49, shown["memory"].shape[1], 7, 7)
+    assert torch.allclose(shown["read"].sum((2, 3, 4)), torch.ones(1, 49), atol=1e-5)
     assert shown["response"].amax() == pytest.approx(predictions[-1].score.item(), abs=1e-6)
     assert shown["chosen"].sum() == 9
     _, silent = run(tracker, video)
@@ -289,7 +290,8 @@ def test_temperature(tracker, features):
     cooled = changed(tracker, tau=4.0, tau_end=0.25)
     seen = []
     cooled.forward = lambda *given: seen.append(given[-1]) or (_ for _ in ()).throw(KeyboardInterrupt)
-    batch |= {"searches": torch.zeros(1, 1, 3, 97, 97), "templates": None, "template_boxes": torch.full((1, 1, 4), 0.5)}
+    batch |= {"searches": torch.zeros(1, 1, 3, 65, 65), "search_boxes": torch.full((1, 1, 4), 0.5)}
+    batch |= {"templates": None, "template_boxes": torch.full((1, 1, 4), 0.5)}
     with pytest.raises(KeyboardInterrupt):
         cooled.loss(batch)
     assert seen == [pytest.approx(1.0)]
@@ -400,7 +402,7 @@ def test_profile():
     assert found["paper"]["peak_memory_bytes"] == 1_240_000_000
     tiny = profile("dastm-tiny")
     assert tiny["paper"] == {} and tiny["macs"] < 150e6 and tiny["parameters"] < 600_000
-    assert dastm.TABLE_4[DASTMConfig.dastm()]["dearest_module_share"] == 0.335
+    assert dastm.TABLE_4[DASTMConfig.dastm()]["high_computation_share"] == 0.335
 
 
 def test_budgets_of_table_4():
@@ -419,7 +421,7 @@ def test_budgets_of_table_4():
 
 @pytest.fixture(scope="module")
 def batch():
-    spec = replace(DASTM(DASTMConfig.tiny()).samples(), negatives=0.5)
+    spec = replace(DASTM(DASTMConfig.tiny(size=65, query_size=65)).samples(), negatives=0.5)
     samples = Samples(SynthDataset(SynthConfig(frames=8, width=160, height=120), seed=3, length=4), spec, 0, 6)
     items = [samples[i] for i in range(6)]
     return {key: torch.stack([item[key] for item in items]) for key in items[0]}
@@ -428,7 +430,7 @@ def batch():
 def test_everything_learns(tracker, batch):
     torch.manual_seed(0)
     fresh = DASTM(replace(tracker.config, cost_weight=0.5, cost_share=0.1)).train()
-    assert batch["templates"].shape == (6, 3, 3, 97, 97) and 0 < batch["labels"].sum() < 6
+    assert batch["templates"].shape == (6, 3, 3, 65, 65) and 0 < batch["labels"].sum() < 6
     losses = fresh.loss(batch)
     parts = losses["score"] + losses["centre"] + losses["sides"] + 0.5 * losses["cost"]
     assert losses["loss"].item() == pytest.approx(parts.item())
@@ -457,7 +459,7 @@ def test_expected_cost(tracker, batch):
 
 def test_a_short_training_runs_and_goes_on(tmp_path):
     torch.manual_seed(0)
-    small = DASTM(DASTMConfig.tiny())
+    small = DASTM(DASTMConfig.tiny(size=65, query_size=65))
     stages = [replace(stage.resized(2), batch=2) for stage in small.recipe("tiny")]
     data = SynthDataset(SynthConfig(frames=8, width=160, height=120), seed=3, length=4)
     log = train(small, stages, data, tmp_path, device="cpu", progress=False)
@@ -495,7 +497,8 @@ def test_impossible_configs():
         ({"attention": ()}, "a gate needs attention modules"),
         ({"gate": "none", "test_gate": "random"}, "there is none"),
         ({"capacity": 5}, "a capacity of at least segments"),
-        ({"trim": 19}, "leaves no cells when 19 are cut off"),
+        ({"trim": 19, "query_trim": 19}, "leaves no cells when 19 are cut off"),
+        ({"query_trim": 0}, "must be equal; got 6, 0"),
         ({"tau": 0.0}, "above 0"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -510,6 +513,8 @@ def test_small_frames_and_boxes_at_the_border(tracker, exact):
     for _ in range(3):
         state, prediction = made.step(state, [frame] * 3)
         assert torch.isfinite(prediction.box).all() and (state.size >= 4).all() and (state.centre >= 0).all()
+    with pytest.raises(DataError, match="needs finite numbers"):
+        made.step(replace(state, size=state.size * torch.nan), [frame] * 3)
     with pytest.raises(DataError, match="lies outside its 50x40 frame"):
         made.start([frame], torch.tensor([[60.0, 0, 12, 9]]))
 
@@ -531,14 +536,14 @@ def test_wrong_checkpoints(tracker, tmp_path, monkeypatch):
         official.load("stmtrack", theirs)
 
 
-@pytest.mark.parametrize(("exact", "off"), [(True, 0.75), (False, 1.6)])
+@pytest.mark.parametrize(("exact", "off"), [(True, 0.75), (False, 2.0)])
 def test_boxes_come_back_from_where_the_pixels_are(tracker, exact, off):
-    """A frame whose colours are coordinates. The authors' way back misses the place by up to a pixel and a half, the exact one by
+    """A frame whose colours are coordinates. The authors' way back misses the place by up to two pixels, the exact one by
     what rounding of colours leaves."""
     made = changed(tracker, exact=exact)
     frame = torch.stack([torch.arange(256).expand(200, 256), torch.arange(200)[:, None].expand(200, 256), torch.zeros(200, 256)]).to(torch.uint8)
     state = made.start([frame], torch.tensor([[113.3, 80.9, 26.4, 31.7]]))
-    crops, scale, origin = made._look([frame], state, 97)
-    place = origin[0][:, None] + torch.arange(97) / scale - (0.5 if exact else 0.0)  # x and y of the crop's columns and rows
+    crops, scale, origin = made._look([frame], state, 65)
+    place = origin[0][:, None] + torch.arange(65) / scale - (0.5 if exact else 0.0)  # x and y of the crop's columns and rows
     found = torch.stack([crops[0, 0, 40], crops[0, 1, :, 40]]).double()
     assert (found - place).abs().max() < off

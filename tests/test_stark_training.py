@@ -114,11 +114,12 @@ def test_loss_is_the_sum_of_its_parts(from_scratch):
 
 def test_negatives_have_no_box():
     """In joint training boxes are learned from the samples that show the target, and none from a batch without."""
-    tracker, labels = small(joint=True), torch.tensor([[1.0], [0.0], [1.0]])
-    batch = {**batch_of(tracker), "labels": labels}
+    tracker = small(joint=True)
+    batch = batch_of(tracker)
+    batch["labels"] = torch.tensor([[1.0], [0.0], [1.0]]).expand(batch["search_boxes"].shape[:2])
     kept = {key: value[[0, 2]] for key, value in batch.items()}
     assert tracker.loss(batch, "joint")["l1"].item() == pytest.approx(tracker.loss(kept, "joint")["l1"].item(), rel=1e-4)
-    losses = tracker.loss({**batch, "labels": torch.zeros(3, 1)}, "joint")
+    losses = tracker.loss({**batch, "labels": torch.zeros_like(batch["labels"])}, "joint")
     assert set(losses) == set(tracker.loss(kept, "joint")), "or processes that log together would wait for each other"
     assert losses["giou"] == losses["l1"] == losses["corner"] == 0 and losses["loss"] == losses["score"] > 0
     losses["loss"].backward()
@@ -135,11 +136,25 @@ def test_targets_beyond_the_crop_are_cut_off():
     assert tracker.loss(batch)["loss"].item() == pytest.approx(tracker.loss(cut)["loss"].item(), rel=1e-5)
 
 
-def test_samples_are_as_many_crops_as_the_network_reads():
-    for kind, templates, searches in (("S", 1, 1), ("ST", 2, 1), ("updated query", 1, 2)):
-        batch = batch_of(small(**KINDS[kind]))
-        assert batch["templates"].shape[1] == batch["template_masks"].shape[1] == templates, kind
-        assert batch["searches"].shape[1] == batch["search_masks"].shape[1] == searches, kind
+@pytest.mark.parametrize(("kind", "templates", "searches"), [("S", 1, 1), ("ST", 2, 1), ("updated query", 1, 2)])
+def test_samples_are_as_many_crops_as_the_network_reads(kind, templates, searches):
+    paper = batch_of(small(**KINDS[kind], from_scratch=False))
+    assert paper["templates"].shape[1] == paper["template_masks"].shape[1] == templates
+    assert paper["searches"].shape[1] == paper["search_masks"].shape[1] == searches
+    assert batch_of(small(**KINDS[kind]))["templates"].shape[1] == templates
+
+
+def test_several_searches_of_a_sample_are_several_samples():
+    """Encoding the templates once for all of them changes nothing but the time."""
+    tracker = small()
+    batch = batch_of(tracker)
+    count = batch["searches"].shape[1]
+    apart = {key: value.repeat_interleave(count, 0) for key, value in batch.items() if key.startswith("template")}
+    apart |= {key: value.flatten(0, 1)[:, None] for key, value in batch.items() if key.startswith("search")}
+    together, single = tracker.loss(batch), tracker.loss(apart)
+    assert count > 1 and apart["searches"].shape[:2] == (3 * count, 1)
+    for name, loss in together.items():
+        assert loss.item() == pytest.approx(single[name].item(), rel=1e-4), name
 
 
 def test_mixed_precision_changes_little():
@@ -264,8 +279,10 @@ def test_a_checkpoint_in_half_precision():
     assert torch.equal(tracker.query.weight, weights["query_embed.weight"].float())
 
 
-def test_a_checkpoint_of_another_variant():
+def test_a_checkpoint_of_another_variant(monkeypatch):
     weights = authors("stark_s50")
+    stark = {name: make for name, make in official.TRACKERS.items() if name.startswith("stark")}
+    monkeypatch.setattr(official, "TRACKERS", stark)  # to compare with: quicker than all
     with pytest.raises(CheckpointError, match=r"stark-st50 does not fit .*missing: score_head.*; it fits stark-s50$"):
         official.load("stark-st50", weights)
     cut = {key: value for key, value in weights.items() if key != "bottleneck.bias"}
