@@ -89,7 +89,7 @@ def test_ablate(tmp_path, capsys, monkeypatch):
 
     data = tmp_path / "GOT-10k"
     for split in ("train", "val"):
-        write_dataset(data, split, SynthDataset(SynthConfig(frames=6, width=160, height=120, split=split), seed=1, length=2))
+        write_dataset(data, split, SynthDataset(SynthConfig(frames=20, width=160, height=120, split=split), seed=1, length=2))
     options = ("--steps", 2, "--seeds", 1, "--data", data, "--out", tmp_path / "out", "--device", "cpu")
     assert run("ablate", "stark-table6", "--rows", "no encoder", "MLP head", *options) == 0
     shown = capsys.readouterr().out

@@ -99,7 +99,9 @@ class Stage:
 
 
 def shortened(stages: list[Stage], steps: int) -> list[Stage]:
-    """The stages in the same proportion, the longest of them with `steps` steps."""
+    """The stages in the same proportion, the longest of them with `steps` steps (>= 1, else TrackkitError)."""
+    if steps < 1:
+        raise TrackkitError(f"the number of steps must be at least 1; got {steps}")
     longest = max(stage.steps for stage in stages)
     return [stage.resized(max(1, round(stage.steps * steps / longest))) for stage in stages]
 
