@@ -105,6 +105,25 @@ def test_box_is_where_the_pixels_are(flip):
                 assert rows.min() == pytest.approx(y, abs=1) and rows.max() + 1 == pytest.approx(y + h, abs=1)
 
 
+@pytest.mark.parametrize(("exact", "shift"), [(True, 0.0), (False, 0.0), (True, 6.0)])
+def test_later_searches_from_the_first_ones_window(exact, shift):
+    """What moved in the frame moves in the crop, and what stood still stays, up to the shift."""
+    search = CropSpec(64, 4.0, jitter_size=0.3, jitter_centre=2.0, shift_px=shift, fill=0, exact=exact)
+    spec = dataclasses.replace(PAIR, search=search, searches=3, order="clip", same_window=True, masks=True)
+    moved = []
+    for i in range(10):
+        sample = Samples([moving_square()], spec, 0, 10)[i]
+        first, *later = sample["search_boxes"]
+        pixels = 20 / first[2]  # side of the window in frame pixels
+        moved += [(box - first) * pixels - torch.tensor([3.0 * n, 0, 0, 0]) for n, box in enumerate(later, 1)]
+        for crop, box in zip(sample["searches"], sample["search_boxes"], strict=True):
+            x, y = (box[:2] * 64).floor().long()
+            assert not (0 <= x < 64 and 0 <= y < 64) or crop[0, y, x] == 255
+    moved = torch.stack(moved).abs()
+    assert moved[:, 2:].max() < 1e-4 and moved[:, :2].max() < (0.01 if exact else 0.51) + 4 * shift  # not exact: as if windows were not whole pixels
+    assert (moved[:, :2].max() > 1) == (shift > 0)
+
+
 def test_jitter_stays_within_its_bounds():
     spec = dataclasses.replace(PAIR, search=CropSpec(100, 4.0, shift_px=10, scale=0.1))
     samples = Samples([moving_square()], spec, 0, 60)

@@ -137,6 +137,8 @@ class SampleSpec:
         masks: the sample says which pixels lie outside their frame. Crops of which a tracker would see nothing
             else are drawn again.
         negatives: probability that the searches do not show the target; the sample says whether they do.
+        same_window: later searches are cut from the first one's window, moved by up to `search.shift_px`, so that what was
+            seen in one lies near the same place in the next (USTAM).
         template_factors: with these, each template frame is cropped once with each of them in place of `template.factor`;
             the sample has all frames with the first factor, then all with the next (ProContEXT).
     """
@@ -154,6 +156,7 @@ class SampleSpec:
     flip_each: float = 0.0
     masks: bool = False
     negatives: float = 0.0
+    same_window: bool = False
     template_factors: tuple[float, ...] = ()
 
     def __post_init__(self):
@@ -227,7 +230,7 @@ def jitter_box(box_xywh: Tensor, size: float, centre: float, normal: Tensor, uni
 def choose_window(box_xywh: Tensor, spec: CropSpec, rng: np.random.Generator) -> tuple[Windows, Tensor]:
     """A jittered window for a target (1, 4), and the target's box in its crop: cxcywh in units of the crop (4,)."""
     zoom = 1 + spec.scale * (2 * rng.random() - 1)
-    shift = spec.shift_px * (2 * rng.random(2) - 1)  # crop pixels
+    shift = _shift(spec, rng)
     around = box_xywh
     if spec.jitter_size or spec.jitter_centre:
         normal, uniform = torch.from_numpy(rng.standard_normal(2)), torch.from_numpy(rng.random(2))
@@ -235,7 +238,22 @@ def choose_window(box_xywh: Tensor, spec: CropSpec, rng: np.random.Generator) ->
     side = context_side(around, spec.context) * spec.factor / zoom
     if around is not box_xywh or not spec.exact:  # STARK rounds up
         side = side.ceil()
-    centre = xywh_to_cxcywh(around)[:, :2] + torch.from_numpy(shift) * side / spec.size
+    return _window(box_xywh, spec, xywh_to_cxcywh(around)[:, :2] + shift * side / spec.size, side)
+
+
+def move_window(window: Windows, box_xywh: Tensor, spec: CropSpec, rng: np.random.Generator) -> tuple[Windows, Tensor]:
+    """A window moved by up to `spec.shift_px`, and the box of a target (1, 4) in its crop: cxcywh in units of the crop (4,)."""
+    centre = torch.stack([window.left, window.top], -1) + window.side[:, None] * (0.5 + _shift(spec, rng) / spec.size)
+    return _window(box_xywh, spec, centre, window.side.double())
+
+
+def _shift(spec: CropSpec, rng: np.random.Generator) -> Tensor:
+    """By how much a window moves along each axis: (2,), crop pixels."""
+    return torch.from_numpy(spec.shift_px * (2 * rng.random(2) - 1))
+
+
+def _window(box_xywh: Tensor, spec: CropSpec, centre: Tensor, side: Tensor) -> tuple[Windows, Tensor]:
+    """The window of this side (1,) around a centre (1, 2), frame pixels, and where a target's box lies in it."""
     grid = reduction(float(side), spec.size)
     window = Windows.around(centre, side, spec.size, grid)
     if spec.exact:
@@ -352,10 +370,13 @@ class Samples(Dataset):
     def _places(self, shots: list[Shot], rng: np.random.Generator) -> list[Place] | None:
         """The windows of a sample, or None if one of its boxes has no size or a tracker would see nothing in a crop."""
         places = []
-        for (sequence, frame, box), crop in zip(shots, self._crops, strict=True):
+        for i, ((sequence, frame, box), crop) in enumerate(zip(shots, self._crops, strict=True)):
             if not (torch.isfinite(box).all() and (box[:, 2:] > 0).all()):
                 return None
-            window, inside = choose_window(box, crop, rng)
+            if self.spec.same_window and i > self._templates:
+                window, inside = move_window(places[self._templates].window, box, crop, rng)
+            else:
+                window, inside = choose_window(box, crop, rng)
             mask = None
             if self.spec.masks:
                 width, height = sequence.frame_size(frame)

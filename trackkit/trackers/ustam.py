@@ -452,14 +452,15 @@ class Ustam(Tracker):
         return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
 
     def samples(self) -> SampleSpec:
-        """Templates, then one search, or for temporal attention two of neighbouring frames."""
+        """Templates, then one search, or for temporal attention two of neighbouring frames, from almost the same window."""
         cfg, shared = self.config, {"fill": 0, "exact": self.config.exact}
-        searches = 2 if cfg.temporal else 1
+        searches, shift = (2, cfg.stride / 2) if cfg.temporal else (1, 0.0)
         return SampleSpec(
             template=CropSpec(cfg.template_size, cfg.template_factor, **shared),
-            search=CropSpec(cfg.search_size, cfg.train_factor, jitter_size=0.5, jitter_centre=cfg.train_factor, **shared),
+            search=CropSpec(cfg.search_size, cfg.train_factor, jitter_size=0.5, jitter_centre=cfg.train_factor, shift_px=shift, **shared),
             templates=cfg.templates,
             searches=searches,
+            same_window=cfg.temporal,
             order="clip" if cfg.temporal else "forward",
             max_gap=400,
             rule=FrameRule(min_frames=20, min_usable=2 * (cfg.templates + searches) + 1),
