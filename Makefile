@@ -8,7 +8,7 @@ DEMO ?= runs/demo
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=180 --nbval-sanitize-with lessons/nbval.cfg -p no:cacheprovider
 
-.PHONY: help setup demo test test-unit test-lessons lint lab lessons samples picture benchmarks clean
+.PHONY: help setup demo test test-unit test-lessons lint lab lessons samples certificates picture benchmarks clean
 
 help:
 	@echo "make demo        train a tiny tracker, score it, write the video (about 6 minutes, set-up included)"
@@ -16,6 +16,7 @@ help:
 	@echo "make lab         JupyterLab in lessons/"
 	@echo "make lessons     run the lessons anew and store their outputs"
 	@echo "make samples     make data_samples anew, byte for byte"
+	@echo "make certificates measure the agreement with the authors' code anew: docs/certificates.md"
 	@echo "make benchmarks  the ratios that the project promises"
 
 $(VENV)/ready: pyproject.toml requirements.lock
@@ -52,12 +53,16 @@ samples: setup
 	rm -rf data_samples/train data_samples/val data_samples/test
 	$(RUN) -m trackkit synth --samples data_samples
 
+certificates: setup
+	$(ONE_THREAD) $(RUN) tests/certificates.py
+
 picture: setup
 	$(RUN) docs/picture.py
 
 benchmarks: setup
 	$(RUN) benchmarks/demo_margin.py
 	$(RUN) benchmarks/sampling_speed.py
+	for tracker in stark sbt procontext ustam dastm; do $(ONE_THREAD) $(RUN) benchmarks/$${tracker}_speed.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -21,8 +21,9 @@ import torch
 
 from trackkit.boxes import xywh_to_cxcywh
 from trackkit.crops import context_side
+from trackkit.frames import FrameRule, choose_frames
 from trackkit.got10k import GOT10k
-from trackkit.sampling import CropSpec, FrameRule, Samples, SampleSpec, choose_frames
+from trackkit.sampling import CropSpec, Samples, SampleSpec
 from trackkit.synth import SynthConfig, SynthDataset, write_dataset
 
 SPEC = SampleSpec(template=CropSpec(127, 1.0, 0.5), search=CropSpec(255, 255 / 127, 0.5), rule=FrameRule(min_side=20))

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from trackkit.boxes import cxcywh_to_xywh
 from trackkit.errors import DataError
-from trackkit.sampling import CropSpec, FrameRule, Samples, SampleSpec, batches, choose_frames
+from trackkit.frames import FrameRule, choose_frames
+from trackkit.sampling import CropSpec, Samples, SampleSpec, batches
 from trackkit.sequences import ArraySequence
 from trackkit.synth import SynthConfig, SynthDataset
 from trackkit.trackers.siamfc import SiamFC

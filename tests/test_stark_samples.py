@@ -16,13 +16,12 @@ from hypothesis import strategies as st
 from trackkit.boxes import cxcywh_to_xywh, xywh_to_cxcywh
 from trackkit.crops import Windows, context_side, cut, gt_in_crop, outside
 from trackkit.errors import DataError
+from trackkit.frames import FrameRule, choose_frames
 from trackkit.sampling import (
     CropSpec,
-    FrameRule,
     Samples,
     SampleSpec,
     batches,
-    choose_frames,
     choose_window,
     grey_levels,
     jitter_box,

@@ -28,7 +28,8 @@ from trackkit.backbones import Inception, MobileOne, SmallNet, normalise
 from trackkit.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from trackkit.crops import Windows, cut, mean_colour
 from trackkit.errors import DataError, TrackkitError
-from trackkit.sampling import CropSpec, FrameRule, SampleSpec
+from trackkit.frames import FrameRule
+from trackkit.sampling import CropSpec, SampleSpec
 from trackkit.trackers.base import Prediction, Tracker
 from trackkit.training import Stage
 

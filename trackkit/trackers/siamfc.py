@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from trackkit.boxes import cxcywh_to_xywh, xywh_to_cxcywh
 from trackkit.crops import Windows, context_side, cut, mean_colour
+from trackkit.frames import FrameRule
 from trackkit.losses import balanced_bce
-from trackkit.sampling import CropSpec, FrameRule, SampleSpec
+from trackkit.sampling import CropSpec, SampleSpec
 from trackkit.trackers.base import Prediction, Tracker
 from trackkit.training import Stage
 

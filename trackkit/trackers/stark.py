@@ -22,9 +22,10 @@ from trackkit.backbones import ResNet, SmallNet, normalise
 from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, giou, xyxy_to_cxcywh
 from trackkit.crops import Windows, around_box, box_to_frame, outside
 from trackkit.eoc import CorrelatedFeatures
+from trackkit.frames import FrameRule
 from trackkit.heads import MLP, CornerHead, soft_argmax
 from trackkit.losses import localisation, place_cross_entropy
-from trackkit.sampling import CropSpec, FrameRule, SampleSpec
+from trackkit.sampling import CropSpec, SampleSpec
 from trackkit.trackers.base import Prediction, Tracker, take
 from trackkit.trackers.sbt import SBTConfig
 from trackkit.training import Stage

@@ -24,9 +24,10 @@ from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, xyxy_to_cxcywh
 from trackkit.checkpoints import load_strictly
 from trackkit.crops import around_box, box_to_frame
 from trackkit.errors import TrackkitError
+from trackkit.frames import FrameRule
 from trackkit.heads import CornerHead, PyramidCornerHead, soft_argmax
 from trackkit.losses import ciou, localisation
-from trackkit.sampling import CropSpec, FrameRule, SampleSpec
+from trackkit.sampling import CropSpec, SampleSpec
 from trackkit.trackers.base import Prediction, Tracker
 from trackkit.training import Stage
 
