@@ -258,7 +258,7 @@ def test_ctrl_c_and_kill_stop_all_processes(tmp_path, data, how):
     assert ("KeyboardInterrupt" in output) == (how == signal.SIGINT) and process.returncode != 0, output
 
 
-@pytest.mark.parametrize("name", ["stark-table1", "stark-table6"])
+@pytest.mark.parametrize("name", ["stark-table1", "stark-table6", "stark-table7"])
 def test_results_that_come_with_trackkit(name):
     result = load(SAMPLES / "ablations" / f"{name}.json")
     assert result.table == TABLES[name] and {row["label"] for row in result.rows} == {row.label for row in TABLES[name].rows}
