@@ -24,7 +24,7 @@ TO_REACH = 1.1  # a step at the last frame against one at the first: flat but fo
 
 def held(state: DASTMState) -> float:
     """Megabytes of features in the state."""
-    return sum(slot.nbytes for slot in state.slots) / 1e6
+    return sum(slot.nbytes for slot in state.memory.slots) / 1e6
 
 
 def main(name: str = "dastm-tiny") -> None:

@@ -93,13 +93,36 @@ def frames(name: str, count: int, height: int, width: int) -> tuple[list[Tensor]
     return images, boxes
 
 
-def assert_summary(value: Tensor, summary: dict, tolerance: float) -> None:
-    """Compare a tensor with the shape, moments and sampled entries that a golden file keeps of it."""
-    assert list(value.shape) == summary["shape"]
+def away(value: Tensor, expected: list) -> float:
+    """Largest difference from a list of numbers."""
+    return (value.detach().double() - torch.tensor(expected, dtype=torch.float64)).abs().max().item()
+
+
+def summary_error(value: Tensor, summary: dict) -> float:
+    """Largest difference from the moments and sampled entries that a golden file keeps of a tensor; infinite for another shape."""
+    if list(value.shape) != summary["shape"]:
+        return math.inf
     flat = value.detach().double().flatten()
-    expected = torch.tensor(summary["value"], dtype=torch.float64)
-    assert (flat[torch.tensor(summary["index"])] - expected).abs().max() <= tolerance
-    for moment in ("mean", "std", "min", "max"):
-        if moment in summary:
-            got = flat.std(unbiased=False) if moment == "std" else getattr(flat, moment)()
-            assert abs(got - summary[moment]) <= tolerance, moment
+    moments = {"mean": flat.mean(), "std": flat.std(unbiased=False), "min": flat.min(), "max": flat.max()}
+    kept = [name for name in moments if name in summary]
+    got = torch.cat([flat[torch.tensor(summary["index"])], *(moments[name][None] for name in kept)])
+    return away(got, summary["value"] + [summary[name] for name in kept])
+
+
+def certified(found: dict[str, float], allowed: dict[str, float], file: str) -> dict[str, tuple[float, float, str]]:
+    """What was compared -> deviation, tolerance and golden file; the tolerance is that of the longest end of the description."""
+
+    def tolerance(what: str) -> float:
+        return next(allowed[end] for end in sorted(allowed, key=len, reverse=True) if what.endswith(end))
+
+    return {what: (value, tolerance(what), file) for what, value in found.items()}
+
+
+def too_far(deviations: dict[str, tuple[float, float, str]]) -> dict[str, tuple[float, float, str]]:
+    """Those that exceed their tolerance, or are no numbers."""
+    return {what: entry for what, entry in deviations.items() if not entry[0] <= entry[1]}
+
+
+def worst(*several: dict[str, float]) -> dict[str, float]:
+    """The largest deviation of each kind."""
+    return {kind: max(found[kind] for found in several if kind in found) for kind in dict.fromkeys(k for found in several for k in found)}

@@ -10,9 +10,11 @@ import torch
 from golden import frames
 from torch import nn
 
-from trackkit import official
-from trackkit.backbones import ConvNorm, MobileOne
+from trackkit import backbones, official
+from trackkit.backbones import ConvNorm, MobileOne, SmallTrunk
+from trackkit.budgets import TABLE_4, frame_macs, part_macs, within
 from trackkit.errors import CheckpointError, DataError, TrackkitError
+from trackkit.memory import Memory, nearest, victim, wanted
 from trackkit.profiling import macs, profile
 from trackkit.sampling import Samples
 from trackkit.synth import SynthConfig, SynthDataset
@@ -23,15 +25,8 @@ from trackkit.trackers.dastm import (
     MemoryAttention,
     cell_centres,
     cells_of,
-    frame_macs,
-    gate_macs,
     label_map,
-    module_macs,
-    nearest,
     read,
-    victim,
-    wanted,
-    within,
 )
 from trackkit.training import _groups, train
 
@@ -72,7 +67,7 @@ def run(tracker, video, **options):
 
 
 def test_without_attention_it_is_stmtrack(tracker, video):
-    changes = {"trunk": "inception", "trim": 4, "query_trim": 4, "attention": (), "gate": "none"}
+    changes = {"trunk": "inception", "trim": 4, "query_trim": 4, "attention": (), "gate": "none", "epoch_steps": 4687}
     assert DASTMConfig.dastm(**changes) == DASTMConfig.stmtrack()
     plain = changed(tracker, attention=(), gate="none")
     assert {k for k in tracker.state_dict() if k not in plain.state_dict()} == {k for k in tracker.state_dict() if k.startswith("attention.")}
@@ -123,8 +118,8 @@ def test_bounded_and_unbounded_track_alike_while_nothing_is_missed(tracker, vide
     small_states, small_predictions = run(changed(tracker, capacity=8), video, maps=True)
     for n, (a, b) in enumerate(zip(predictions, small_predictions, strict=True), 1):
         assert torch.equal(a.box, b.box) and torch.equal(a.maps["memory"], b.maps["memory"]), n
-    assert states[-1].held.tolist() == [list(range(1, 10))]
-    assert len(small_states[-1].slots) == 8 and {1, 9} <= set(small_states[-1].held[0].tolist())
+    assert states[-1].memory.held.tolist() == [list(range(1, 10))]
+    assert len(small_states[-1].memory.slots) == 8 and {1, 9} <= set(small_states[-1].memory.held[0].tolist())
 
 
 def test_confident_frames_are_looked_at(tracker, video):
@@ -142,17 +137,17 @@ def test_time_and_memory_stay_flat(tracker, video):
     sizes, work = [], []
     for n in range(24):
         before = state
-        held = {tensor.data_ptr() for tensor in before.slots}
+        held = {tensor.data_ptr() for tensor in before.memory.slots}
         state, prediction = small.step(state, [images[n % 9]], maps=True)
-        sizes.append(sum(t.nbytes for t in state.slots))
+        sizes.append(sum(t.nbytes for t in state.memory.slots))
         work.append(prediction.maps["read"].numel())
-        assert sum(tensor.data_ptr() not in held for tensor in state.slots) == 1, "one slot is new, the others are shared"
+        assert sum(tensor.data_ptr() not in held for tensor in state.memory.slots) == 1, "one slot is new, the others are shared"
     assert len(set(sizes[8:])) == 1 and max(work) <= 6 * 7**4
     endless = changed(tracker, memory="unbounded")
     state = endless.start(images[:1], torch.tensor(video[1][:1]))
     for n in range(9):
         state, _ = endless.step(state, [images[n % 9]])
-    assert len(state.slots) == 10
+    assert len(state.memory.slots) == 10
 
 
 def test_states_are_left_as_they_are(tracker, video):
@@ -161,6 +156,20 @@ def test_states_are_left_as_they_are(tracker, video):
     _, again = small.step(states[5], [video[0][6]])
     assert torch.equal(again.box, predictions[5].box)
     assert [s.count.item() for s in states] == list(range(1, 10))
+
+
+def test_what_a_memory_gives_back_is_what_it_was_given():
+    memory = Memory(torch.zeros(2, 0, dtype=torch.long))
+    for number in range(1, 8):
+        latest = torch.tensor([number, number + 3])  # the second sequence is three frames ahead
+        memory = memory.stored(latest[:, None].double(), latest, segments=2, capacity=4)
+        assert (memory.held == latest[:, None]).any(1).all()
+    assert memory.held.shape == (2, 4) and 1 in memory.held[0] and 4 in memory.held[1], "the first frames stay"
+    numbers = memory.held.sort(1).values
+    features, real = memory.recalled(numbers)
+    assert real is None and torch.equal(features[..., 0], numbers.double())
+    features, real = memory.recalled(torch.cat([numbers, torch.zeros(2, 1, dtype=torch.long)], 1))
+    assert torch.equal(real, torch.tensor([[True] * 4 + [False]] * 2)) and torch.equal(features[:, :4, 0], numbers.double())
 
 
 # ---- batches ----
@@ -177,7 +186,7 @@ def test_a_batch_is_its_sequences_at_different_ages(tracker, video, changes):
         old, _ = one.step(old, [picture])
     young = one.start(other[:1], torch.tensor(other_boxes[:1]))
     batch = join(old, young)
-    assert batch.held.tolist() == [[1, 2, 3, 4, 5], [1, 0, 0, 0, 0]]
+    assert batch.memory.held.tolist() == [[1, 2, 3, 4, 5], [1, 0, 0, 0, 0]]
     alone = [old, young]
     for index in range(1, 4):
         pictures = [images[4 + index], other[index]]
@@ -216,7 +225,7 @@ def test_cells():
     cells = cell_centres(config, 160)
     assert cells.shape == (400, 2) and cells[[0, -1]].tolist() == [[0, 0], [152, 152]]
     for size in (97, 160, 161, 288, 289):
-        assert cells_of("tiny", size) == dastm.SmallTrunk().eval()(torch.zeros(1, 3, size, size)).shape[-1]
+        assert cells_of("tiny", size) == SmallTrunk().eval()(torch.zeros(1, 3, size, size)).shape[-1]
 
 
 def test_queries_smaller_than_the_memory(tracker, video):
@@ -267,6 +276,18 @@ def test_only_chosen_modules_run(tracker, features):
     assert torch.allclose(routed, block.mixed(features.flatten(0, 1), weights), atol=1e-6)
 
 
+def test_a_tracked_frame_does_not_pay_for_modules_that_it_did_not_choose(tracker, video):
+    images, truth = video
+    state, costs = tracker.start(images[:1], torch.tensor(truth[:1])), []
+    for wish in (0, 3):
+        block = copy.deepcopy(tracker)
+        with torch.no_grad():
+            block.attention.gate.fc2.weight.zero_()
+            block.attention.gate.fc2.bias.copy_(torch.eye(4)[wish])
+        costs.append(macs(lambda block=block: block.step(state, images[1:2])))
+    assert costs[1] - costs[0] == part_macs(tracker.config)["cbam"]
+
+
 def test_training_chooses_one_module_and_teaches_the_gate(tracker, features):
     block = copy.deepcopy(tracker.attention).train()
     made, choices = block(features)
@@ -286,15 +307,16 @@ def test_temperature(tracker, features):
         block.config = replace(tracker.config, tau=tau)
         probability[tau] = block(features)[1].probability
     assert probability[0.1].amax(2).mean() > probability[1.0].amax(2).mean() > probability[100.0].amax(2).mean()
-    batch = {"progress": torch.tensor(0.5)}
+    batch = {"progress": torch.tensor(0.5)}  # of the last stage: the temperature of the first one stays
     cooled = changed(tracker, tau=4.0, tau_end=0.25)
     seen = []
     cooled.forward = lambda *given: seen.append(given[-1]) or (_ for _ in ()).throw(KeyboardInterrupt)
     batch |= {"searches": torch.zeros(1, 1, 3, 65, 65), "search_boxes": torch.full((1, 1, 4), 0.5)}
     batch |= {"templates": None, "template_boxes": torch.full((1, 1, 4), 0.5)}
-    with pytest.raises(KeyboardInterrupt):
-        cooled.loss(batch)
-    assert seen == [pytest.approx(1.0)]
+    for stage in DASTM(DASTMConfig.tiny()).recipe("tiny")[0], None:
+        with pytest.raises(KeyboardInterrupt):
+            cooled.loss(batch, stage.loss if stage else "")
+    assert seen == [pytest.approx(1.0), 4.0]
 
 
 def test_random_gate(tracker, video):
@@ -319,7 +341,7 @@ def test_one_decision_for_all_memory_frames(tracker, features, video):
     assert torch.equal(drawn[:, 0], drawn[:, 1])
     states, _ = run(changed(tracker, granularity="memory"), video)
     plain, _ = run(changed(tracker, attention=(), gate="none"), video)
-    assert torch.equal(states[0].slots[0], plain[0].slots[0]), "kept as it is, strengthened when looked at"
+    assert torch.equal(states[0].memory.slots[0], plain[0].memory.slots[0]), "kept as it is, strengthened when looked at"
 
 
 @pytest.mark.parametrize("names", [("se",), ("ca",), ("cbam",), ("se", "ca"), ("se", "ca", "cbam")])
@@ -378,6 +400,35 @@ def test_fused_convolution_keeps_up_with_its_norm():
     assert layer.state_dict().keys() == {"conv.weight", *(f"bn.{n}" for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"))}
 
 
+def test_start_from_imagenet(monkeypatch):
+    """Both trunks take over what torchvision and timm have, by name."""
+    from timm import create_model
+    from torchvision.models import inception_v3
+
+    assert not DASTM(DASTMConfig.tiny()).load_pretrained()
+    small = {"width": 16, "head_width": 8, "attention": ("ca",)}
+    for trunk, whole in (("mobileone_s0", create_model("mobileone_s0")), ("inception", inception_v3(init_weights=False))):
+        weights = whole.state_dict()
+        monkeypatch.setattr(backbones, "_fetched", lambda name, fetch, weights=weights: weights)
+        made = DASTM(DASTMConfig(trunk=trunk, **small))
+        assert made.load_pretrained()
+        for path in (made.memory, made.query):
+            assert all(torch.equal(value, weights[key.replace("begin.", "stem.")]) for key, value in path.trunk.state_dict().items())
+    crops = torch.randint(0, 256, (1, 3, 129, 129), dtype=torch.uint8)
+    whole.eval()
+    with torch.no_grad():
+        stem = whole.Conv2d_1a_3x3((crops.float() / 255 - 0.5) / 0.5)
+        assert torch.allclose(made.eval().query.trunk.stem(crops), stem, atol=1e-5)
+
+
+def test_weights_that_cannot_be_fetched():
+    def fetch():
+        raise OSError("no route to host")
+
+    with pytest.raises(TrackkitError, match=r"mobileone_s1 of timm are neither.*no route to host.*--no-pretrained"):
+        backbones._fetched("mobileone_s1 of timm", fetch)
+
+
 # ---- costs ----
 
 
@@ -389,7 +440,9 @@ def test_costs_are_the_specifications():
 
     assert giga(trunk="mobileone_s1", trunk_stage=2) == [10.7, 11.9]
     assert giga(trunk="mobileone_s1", trunk_stage=2, query_size=160, query_trim=0) == [7.1, 7.9]
-    assert module_macs(DASTMConfig()) == {"se": 32_768, "ca": 819_200, "cbam": 126_786} and gate_macs(DASTMConfig()) == 66_048
+    parts = part_macs(DASTMConfig())
+    assert {name: parts[name] for name in ("se", "ca", "cbam", "gate")} == {"se": 32_768, "ca": 819_200, "cbam": 126_786, "gate": 66_048}
+    assert round(parts["head"] / 1e9, 3) == 7.374 and round(parts["read"] / 1e9, 3) == 0.4
     blocks = MemoryAttention(DASTMConfig())
     assert {name: sum(p.numel() for p in branch.parameters()) for name, branch in blocks.branches.items()} == {"se": 32_768, "ca": 25_648, "cbam": 33_412}
     assert sum(p.numel() for p in blocks.gate.parameters()) == 66_180
@@ -402,7 +455,7 @@ def test_profile():
     assert found["paper"]["peak_memory_bytes"] == 1_240_000_000
     tiny = profile("dastm-tiny")
     assert tiny["paper"] == {} and tiny["macs"] < 150e6 and tiny["parameters"] < 600_000
-    assert dastm.TABLE_4[DASTMConfig.dastm()]["high_computation_share"] == 0.335
+    assert TABLE_4[DASTMConfig.dastm()]["high_computation_share"] == 0.335
 
 
 def test_budgets_of_table_4():
@@ -438,6 +491,15 @@ def test_everything_learns(tracker, batch):
     still = [name for name, p in fresh.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     unchosen = [name for name in still if "branches" not in name]
     assert unchosen == [], "each part of the network takes part"
+
+
+def test_boxes_keep_their_precision_in_mixed_precision(tracker, batch):
+    """A distance of ten cells in bfloat16 would be off by a quarter of a pixel."""
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        label = label_map(torch.full((6, 3, 4), 20.0), 65)
+        answer, choices = tracker(batch["templates"], label, batch["searches"][:, 0])
+        assert answer.score.dtype == torch.bfloat16 and answer.boxes.dtype == choices.probability.dtype == torch.float32
+        assert tracker.loss(batch)["loss"].isfinite()
 
 
 @torch.no_grad()
@@ -500,6 +562,7 @@ def test_impossible_configs():
         ({"trim": 19, "query_trim": 19}, "leaves no cells when 19 are cut off"),
         ({"query_trim": 0}, "must be equal; got 6, 0"),
         ({"tau": 0.0}, "above 0"),
+        ({"width": 8}, "width at least 16"),
     ):
         with pytest.raises(ValueError, match=message):
             DASTMConfig(**changes)
@@ -526,13 +589,12 @@ def test_labels_of_boxes_larger_than_the_crop_do_not_wrap():
     assert label[1].nonzero().tolist() == [[10, 10], [10, 11], [10, 12]]
 
 
-def test_wrong_checkpoints(tracker, tmp_path, monkeypatch):
+def test_wrong_checkpoints(tracker, tmp_path):
     save(tracker, tmp_path / "a.safetensors")
     again = load(tmp_path / "a.safetensors")
     assert again.config == tracker.config and all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), tracker.state_dict().values(), strict=True))
-    monkeypatch.setattr(official, "_fits", lambda name, entries: False)
     theirs = {f"basemodel_m.{k}": torch.empty(3) for k in ("Conv2d_1a_3x3.conv.weight", "fc")} | {"r_x.conv.weight": torch.empty(2)}
-    with pytest.raises(CheckpointError, match=r"does not fit DASTM.*missing: memory.*not expected: memory.trunk.fc; of another size: memory.trunk.Conv2d_1a"):
+    with pytest.raises(CheckpointError, match=r"for stmtrack does not fit.*missing: memory.*not expected: memory.trunk.fc.*; of another size: memory.trunk.Conv2d_1a"):
         official.load("stmtrack", theirs)
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 
 import pytest
 import torch
 import torch.nn.functional as F
+from golden import golden
 from torch import nn
 
 from trackkit import cli, profiling
 from trackkit.errors import DataError, TrackkitError
 from trackkit.profiling import count, frames_per_second, macs, parameters, profile
-from trackkit.trackers import create
+from trackkit.trackers import TRACKERS, create
 from trackkit.trackers.references import NccTracker, StayTracker
 
 
@@ -141,3 +144,109 @@ def test_profile_of_stark_on_the_command_line(capsys):
     assert found == profile("stark-st50")
     assert cli.main(["profile", "stark-tiny", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["paper"] == {}
+
+
+# ---- every variant, beside the papers' figures ----
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, dict]:
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        assert cli.main(["profile", "--all", "--json"]) == 0
+    return {row["name"]: row for row in json.loads(shown.getvalue())}
+
+
+M, G = 1_000_000, 1_000_000_000
+
+# How the figures come from the counts, as the specifications found: rounded to the last digit, or cut off after it.
+# Each is (lowest, highest) of count - figure: for parameters, for multiply-accumulates.
+ROUNDED = ((-0.05 * M, 0.05 * M), (-0.05 * G, 0.05 * G))
+CUT_AT_TWO, CUT_AT_ONE = ((0, 0.01 * M), (0, 0.01 * G)), ((0, 0.1 * M), (0, 0.1 * G))
+PRINTED = {
+    "stark-s50": ROUNDED,  # Table 5
+    "stark-st50": ROUNDED,
+    "stark-st101": ROUNDED,
+    "sbt-light": CUT_AT_TWO,  # Table 2
+    "sbt-small": CUT_AT_TWO,
+    "sbt-base": CUT_AT_TWO,
+    "sbt-large": CUT_AT_TWO,
+    "ostrack-256": (None, (-0.06 * G, 0.06 * G)),  # no parameters are printed
+    "ostrack-384": (None, (-0.06 * G, 0.06 * G)),
+    "procontext-256": (None, (-0.06 * G, 0.06 * G)),  # Table 4
+    "mixvit-b288": CUT_AT_ONE,  # USTAM, Table 4
+    "mixvit-l384": CUT_AT_ONE,
+    "ustam-b288": CUT_AT_ONE,
+    "ustam-l384": CUT_AT_ONE,
+}
+# the papers have no counts of these; (parameters, multiply-accumulates) are the specifications'
+UNPRINTED = {
+    "siamfc": (2_336_320, 8_167_095_648),
+    "procontext-384": (92_120_709, golden("procontext_units")["macs"]["ProContEXT-384 keep 0.7"]["thop"]),
+    "ustam-b384": (97_515_662, golden("mixformer_units")["macs"]["USTAM-B/384 (templates 128)"]["thop"]),
+}
+MEMORY = {"stmtrack": (1.24, 37), "sastm": (1.99, 31), "dastm": (1.30, 36)}  # DASTM, Tables 2 and 4: GB, frames per second
+
+
+def test_every_variant_is_held_to_a_figure(rows):
+    assert set(rows) == set(TRACKERS)
+    counted = {name for name, row in rows.items() if {"parameters", "macs"} & set(row["paper"])}
+    assert counted == set(PRINTED)
+    rest = set(rows) - counted - set(UNPRINTED) - set(MEMORY)
+    assert rest == {"stay", "ncc"} | {name for name in rows if name.endswith("-tiny")}
+    assert all(rows[name]["paper"] == {} for name in rest | set(UNPRINTED))
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_counts_are_the_papers(rows, name):
+    row, paper = rows[name], dict(rows[name]["paper"])
+    if name == "sbt-light":  # the two stand in each other's place
+        paper["parameters"], paper["macs"] = paper["macs"] / 1000, paper["parameters"] * 1000
+    if name == "sbt-base":
+        assert paper["parameters"] == 21_270_000
+        paper["parameters"] = 21_970_000
+    assert ("note" in paper) == (name in ("sbt-light", "sbt-base"))
+    for key, allowed in zip(("parameters", "macs"), PRINTED[name], strict=True):
+        assert (key in paper) == (allowed is not None)
+        if allowed:
+            assert allowed[0] <= row[key] - paper[key] <= allowed[1], key
+
+
+@pytest.mark.parametrize("name", UNPRINTED)
+def test_counts_are_the_specifications(rows, name):
+    assert (rows[name]["parameters"], rows[name]["macs"]) == UNPRINTED[name]
+
+
+def test_costs_of_memory_trackers(rows):
+    """Their papers print neither parameters nor multiply-accumulates; the sums of parts are the specification's."""
+    parts = {"stmtrack": (2 * 13.98 + 2 * 2.21 + 7.374 + 6 * 0.400, 0.1), "dastm": (2 * 3.95 + 2 * 1.475 + 7.374 + 6 * 0.400, 0.02)}
+    for name, (total, allowed) in parts.items():
+        assert rows[name]["macs"] / G == pytest.approx(total, abs=allowed)
+    assert rows["stmtrack"]["parameters"] == 36_812_532
+    assert rows["dastm"]["parameters"] - rows["sastm"]["parameters"] == 66_180  # the gate
+    assert 0 < rows["sastm"]["macs"] - rows["dastm"]["macs"] < 200_000  # all modules cost more than one and the gate
+    for name, (gigabytes, fps) in MEMORY.items():
+        paper = rows[name]["paper"]
+        assert (paper["peak_memory_bytes"], paper["frames_per_second"]) == (round(gigabytes * G), fps)
+
+
+def test_counts_need_no_weights(monkeypatch):
+    """The largest would take gigabytes and ten seconds."""
+    monkeypatch.setattr(profiling, "create", lambda name: made.append(create(name)) or made[-1])
+    made: list = []
+    profile("mixvit-l384")
+    assert [{p.device.type for p in tracker.parameters()} for tracker in made] == [{"meta"}]
+
+
+def test_the_table_is_readable(rows, monkeypatch, capsys):
+    monkeypatch.setattr(profiling, "profile", rows.get)
+    assert cli.main(["profile", "--all"]) == 0
+    heading, *lines = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["tracker", "parameters", "paper", "MACs", "a", "frame", "paper"]
+    assert [line.split()[0] for line in lines] == list(TRACKERS)
+    shown = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
+    assert shown["stark-st50"] == "23,474,243 23.5 M -0.1 % 10,904,401,152 10.9 G +0.0 %"
+    assert shown["sbt-base"] == "21,974,726 21.27 M +3.3 % 19,273,169,920 19.27 G +0.0 % 21.27 M is a misprint of 21.97 M"
+    assert shown["sbt-light"].endswith("3.03 M +26.0 % 3,030,010,880 3.81 G -20.5 % printed in each other's place")
+    assert shown["procontext-256"] == "92,120,709 - 37,952,567,296 38.0 G -0.1 %"
+    assert shown["dastm"].endswith("- 1.30 GB at most; 36 frames/s; 33.5 % of frames at high computation")
+    assert shown["siamfc"] == "2,336,320 - 8,167,095,648 -"

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from trackkit.boxes import iou
 from trackkit.errors import DataError
 from trackkit.paths import SAMPLES
 from trackkit.synth import SynthConfig, SynthDataset
-from trackkit.trackers import create, join, load, take
+from trackkit.trackers import TRACKERS, create, join, load, take
+from trackkit.trackers.siamfc_ca import SiamFCCA, SiamFCCAConfig
+from trackkit.trackers.stark import Stark, StarkConfig
 from trackkit.tracking import Online, track, track_many
 
 NAMES = ["siamfc-tiny", "ncc", "stay"]
@@ -145,6 +148,181 @@ def test_siamfc_follows_what_it_saw_with_random_weights():
     online.init(frames[0], boxes[0])
     overlaps = [float(iou(torch.tensor(online.update(f)), torch.tensor(b))) for f, b in zip(frames[1:], boxes[1:], strict=True)]
     assert min(overlaps) > 0.6
+
+
+# ---- every tracker: batches whose sequences end at different times, frames and boxes as they come ----
+
+WEIGHTS = SAMPLES / "weights"
+OFTEN = {  # so that a few frames are enough for what happens every so many
+    "stark-tiny": {"update_interval": 2, "update_threshold": 0.0},
+    "procontext-tiny": {"update_interval": 2, "update_threshold": 0.0},
+    "dastm-tiny": {"capacity": 6},
+    "ustam-tiny": {"update_interval": 3},
+}
+OTHERS = {
+    "siamfc-ca": lambda: SiamFCCA(replace(SiamFCCAConfig.tiny(), scales=1)),
+    "stark-ca": lambda: Stark(StarkConfig.tiny(backbone="sbt-tiny", dynamic=False, score=False)),
+}
+
+
+@pytest.fixture(scope="module", params=["stay", "ncc", *(name for name in TRACKERS if name.endswith("-tiny")), *OTHERS])
+def any_tracker(request):
+    torch.manual_seed(0)
+    name, file = request.param, WEIGHTS / f"{request.param}.safetensors"
+    made = OTHERS[name]() if name in OTHERS else create(name)
+    if name in OFTEN:
+        made = type(made)(replace(made.config, **OFTEN[name]))
+    if file.exists():
+        made.load_state_dict(load(file).state_dict())
+    if name == "ustam-tiny":  # its first weights are so small that boxes hardly depend on the templates
+        for key, weight in made.named_parameters():
+            if weight.ndim > 1 and key.startswith(("blocks.", "box_head.")):
+                weight.data.mul_(10 if weight.ndim == 2 else 1.7)
+    return made.eval()
+
+
+@pytest.fixture(scope="module")
+def endings():
+    """Sequences of 2, 5, 9, 1 and 6 frames, some of another size."""
+    sizes = [(96, 80), (96, 80), (120, 70), (64, 90), (96, 80)]
+    return [
+        SynthDataset(SynthConfig(frames=n, width=width, height=height), seed=3, length=5)[i]
+        for i, (n, (width, height)) in enumerate(zip((2, 5, 9, 1, 6), sizes, strict=True))
+    ]
+
+
+def test_sequences_that_end_at_different_times(any_tracker, endings):
+    """Together each gives what it gives alone; others take the place of the first that ends, so targets differ in age."""
+    together = dict(track_many(any_tracker, endings, batch=3))
+    assert sorted(together) == [0, 1, 2, 3, 4]
+    for video, found in zip(endings, (together[i] for i in range(5)), strict=True):
+        alone = track(any_tracker, video)
+        assert len(alone.boxes_xywh) == len(alone.scores) == len(found.scores) == len(video)
+        assert torch.equal(found.boxes_xywh[0], video.boxes_xywh[0]) and found.scores[0] == 1
+        assert (alone.boxes_xywh - found.boxes_xywh).abs().max() < 2e-4  # pixels
+        assert (alone.scores - found.scores).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("any_tracker", ["stark-tiny", "dastm-tiny", "ustam-tiny"], indirect=True)
+def test_that_test_can_fail(any_tracker, endings, monkeypatch):
+    """Trackers that renew all templates of a batch when one is due, or count all by the oldest, are found out."""
+    mine = {"Stark": "_renewed", "Ustam": "_renewed", "DASTM": "_memorise"}[type(any_tracker).__name__]
+    genuine = getattr(type(any_tracker), mine)
+
+    def renewed(self, kept, frames, boxes, due):
+        return genuine(self, kept, frames, boxes, torch.ones_like(due))
+
+    def memorised(self, state, frames):
+        state = genuine(self, state, frames)
+        return replace(state, count=torch.full_like(state.count, int(state.count.max())))
+
+    monkeypatch.setattr(type(any_tracker), mine, renewed if mine == "_renewed" else memorised)
+    with pytest.raises(AssertionError):
+        test_sequences_that_end_at_different_times(any_tracker, endings)
+
+
+def test_states_change_places(any_tracker, endings):
+    """Targets leave a batch, come back and join others of another age: each goes on as if alone."""
+    first, second = endings[2], endings[1]
+    old = any_tracker.start([first.frame(0)], first.boxes_xywh[:1])
+    for i in range(1, 4):
+        old, _ = any_tracker.step(old, [first.frame(i)])
+    young = any_tracker.start([second.frame(0)], second.boxes_xywh[:1])
+    _, a = any_tracker.step(old, [first.frame(4)])
+    _, b = any_tracker.step(young, [second.frame(1)])
+    both = take(join(old, young), [1, 0])
+    _, swapped = any_tracker.step(both, [second.frame(1), first.frame(4)])
+    assert (torch.cat([b.box, a.box]) - swapped.box).abs().max() < 2e-4
+
+
+def noise(height: int, width: int) -> torch.Tensor:
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(height + width))
+
+
+ODD = [  # frame height and width; box
+    ((15, 20), (3, 4, 6, 5)), ((1, 40), (10, 0, 5, 1)), ((40, 1), (0, 10, 1, 5)), ((1, 1), (0, 0, 1, 1)),  # smaller than the crop
+    ((15, 20), (17, 12, 6, 6)), ((15, 20), (-3, -4, 6, 6)), ((60, 80), (79.5, 59.5, 30, 30)),  # partly outside
+    ((15, 20), (-50, -50, 200, 200)), ((60, 80), (20, 20, 4e3, 4e3)), ((60, 80), (-999, 10, 1000, 1)),  # larger than the frame
+    ((60, 80), (10, 10, 0.01, 0.01)), ((60, 80), (10, 10, 1e-9, 1e-9)), ((60, 80), (0, 0, 80, 60)),
+]  # fmt: skip
+
+
+def test_odd_frames_and_boxes(any_tracker):
+    """All at once, then frames of another size: boxes and scores are numbers, and boxes have an area."""
+    frames, boxes, made = [noise(*size) for size, _ in ODD], torch.tensor([box for _, box in ODD], dtype=torch.float64), [any_tracker]
+    if hasattr(any_tracker.config, "exact"):  # and as the authors' code cuts crops
+        made.append(type(any_tracker)(replace(any_tracker.config, exact=False)).eval())
+    for tracker in made:
+        state = tracker.start(frames, boxes)
+        for images in (frames, frames[::-1]):
+            state, prediction = tracker.step(state, images)
+            assert prediction.box.shape == (len(ODD), 4) and prediction.box.dtype == torch.float64
+            assert torch.isfinite(prediction.box).all() and (prediction.box[:, 2:] > 0).all()
+            assert ((prediction.score >= 0) & (prediction.score <= 1)).all()
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+IMPOSSIBLE = [
+    ((NAN, 1, 5, 5), "not finite"), ((1, 1, NAN, 5), "not finite"), ((1, INF, 5, 5), "not finite"), ((1, 1, 5, INF), "not finite"),
+    ((10, 10, 0, 5), "no area"), ((10, 10, 5, 0), "no area"), ((10, 10, -4, 5), "no area"), ((0, 0, 0, 0), "no area"),
+    ((20, 5, 8, 8), "outside its 20x15 frame"), ((5, 15, 8, 8), "outside its"), ((-8, 5, 8, 8), "outside its"), ((5, -80, 8, 8), "outside its"),
+]  # fmt: skip
+
+
+def test_impossible_boxes(any_tracker):
+    for box, says in IMPOSSIBLE:
+        with pytest.raises(DataError, match=f"first box of sequence 1: box 0 .*{says}"):
+            any_tracker.start([noise(15, 20)] * 2, torch.tensor([(3, 4, 6, 5), box], dtype=torch.float64))
+
+
+def test_frames_that_are_none(any_tracker):
+    good, box = noise(15, 20), torch.tensor([[3.0, 4, 6, 5]])
+    state = any_tracker.start([good], box)
+    for frame, says in (
+        (good[:1], r"got torch.uint8 \(1, 15, 20\); repeat a grey image"), (good[0], "repeat a grey image"),
+        (torch.cat([good, good[:1]]), r"got torch.uint8 \(4, 15, 20\); drop the alpha"), (good.permute(1, 2, 0), "put the colours first"),
+        (good.float(), "got torch.float32 .*to\\(torch.uint8\\)"), (good.double() / 255, "float64"), (good.int(), "int32"), (good[:, :0], "no pixels"),
+        (good.permute(1, 2, 0).numpy(), "got a ndarray; torch.from_numpy"), (None, "got a NoneType"), (good[None], r"\(1, 3, 15, 20\)"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=f"a frame must be uint8 .*{says}"):
+            any_tracker.start([frame], box)
+        if any_tracker.config.__class__.__name__ != "StayConfig":  # it does not look
+            with pytest.raises(DataError, match=f"a frame must be uint8 .*{says}"):
+                any_tracker.step(state, [frame])
+    for shown in (good[:1].expand(3, -1, -1), torch.cat([good, good[:1]])[:3]):  # what the errors say to do
+        any_tracker.step(state, [shown])
+
+
+def test_as_many_frames_as_targets(any_tracker):
+    good = noise(15, 20)
+    boxes = torch.tensor([[3.0, 4, 6, 5], [1, 1, 5, 5]])
+    state = any_tracker.start([good, good], boxes)
+    for count in (0, 1, 3):
+        with pytest.raises(DataError, match=f"step: {count} frames for the state of 2 targets"):
+            any_tracker.step(state, [good] * count)
+        with pytest.raises(DataError, match=f"start: {count} frames but 2 boxes"):
+            any_tracker.start([good] * count, boxes)
+    with pytest.raises(DataError, match="no frames"):
+        any_tracker.start([], boxes[:0])
+    with pytest.raises(DataError, match="shape"):
+        any_tracker.start([good, good], boxes[:, :3])
+    with pytest.raises(DataError):
+        any_tracker.start([good], boxes[0])
+    assert any_tracker.step(state, torch.stack([good, good]))[1].box.shape == (2, 4)  # a batch of equal frames is as good as a list
+
+
+def test_a_network_that_answers_nan(any_tracker):
+    """An error in the very frame, and no box that is none: SiamFC alone would go on in some direction."""
+    broken = copy.deepcopy(any_tracker)
+    if not list(broken.parameters()):
+        return
+    for weight in broken.parameters():
+        weight.data.fill_(NAN)
+    state = broken.start([noise(60, 80)], torch.tensor([[20.0, 20, 15, 12]]))
+    with pytest.raises(DataError, match="NaN or infinite"):
+        broken.step(state, [noise(60, 80)])
 
 
 @pytest.mark.gpu

@@ -11,7 +11,8 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import golden, image, state_dict
+from certificates import not_on_page
+from golden import certified, golden, image, state_dict, too_far
 from torch import Tensor, nn
 
 from trackkit import attention, heads, official
@@ -522,15 +523,19 @@ def test_table_4():
         assert profile["parameters"] // 1e5 / 10 == profile["paper"]["parameters"] / 1e6 == (97.2 if spatial else 97.1)
 
 
-def deviations() -> dict[str, float]:
-    """What was compared -> largest deviation; what is allowed is `ALLOWED` of the words after the last colon."""
-    errors = {**mixvit_run()[0], **tracking_run()[0], **table_errors(), **loss_errors()}
+@lru_cache
+def deviations() -> dict[str, tuple[float, float, str]]:
+    """What was compared -> largest deviation, tolerance, golden file."""
+    found = certified(mixvit_run()[0] | tracking_run()[0], ALLOWED, "mixvit_b_288")
+    errors: dict[str, float] = {}
     for run in all_runs():
         for name, error in run.items():
             errors[name] = max(errors.get(name, 0.0), error)
-    return errors
+    found |= certified(errors, ALLOWED, "ustam_b_288")
+    return found | certified(table_errors() | loss_errors(), ALLOWED, "mixformer_units")
 
 
-def test_deviations():
-    errors = deviations()
-    assert worst(errors) <= 1 and len(errors) > 30
+def test_agrees_with_the_authors_and_the_definition():
+    assert len(deviations()) == 46
+    assert too_far(deviations()) == {}
+    assert not_on_page("MixViT and USTAM", deviations()) == []

@@ -119,6 +119,19 @@ class SmallNet(nn.Module):
         return self.layers(x)
 
 
+class SmallTrunk(SmallNet):
+    """`SmallNet` in two parts, between which DASTM adds its label map."""
+
+    stem_channels, stem_padding = 16, 1
+
+    def stem(self, crops: Tensor) -> Tensor:
+        """RGB, 0..255 -> (B, 16, S / 2, S / 2)."""
+        return self.layers[:2](normalise(crops).contiguous(memory_format=torch.channels_last))
+
+    def rest(self, x: Tensor) -> Tensor:
+        return self.layers[2:](x)
+
+
 class _Residual(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
@@ -191,7 +204,7 @@ class Inception(nn.Module):
 
     stride, channels, stem_channels, stem_padding = 8, 768, 32, 0
 
-    def __init__(self, pretrained: bool = False):
+    def __init__(self):
         super().__init__()
         from torchvision.models import inception
 
@@ -205,11 +218,14 @@ class Inception(nn.Module):
         self.Mixed_6a = inception.InceptionB(288, ConvNorm)
         for name, width in (("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192)):
             self.add_module(f"Mixed_{name}", inception.InceptionC(768, width, ConvNorm))
-        if pretrained:
-            import torchvision
 
-            weights = torchvision.models.inception_v3(weights="IMAGENET1K_V1").state_dict()
-            self.load_state_dict({name: weights[name] for name in self.state_dict()})
+    def load_pretrained(self) -> None:
+        """Take over ImageNet's weights (torchvision's), from torch's cache or the network."""
+        import torchvision
+
+        whole = torchvision.models.get_weight("Inception_V3_Weights.IMAGENET1K_V1")
+        weights = _fetched("inception_v3 of torchvision", lambda: whole.get_state_dict(progress=True))
+        self.load_state_dict({name: weights[name] for name in self.state_dict()})
 
     def stem(self, crops: Tensor) -> Tensor:
         """RGB, 0..255 -> (B, 32, s, s)."""
@@ -236,14 +252,20 @@ class MobileOne(nn.Module):
 
     stride, stem_padding = 8, 1
 
-    def __init__(self, name: str, stage: int = 3, pretrained: bool = False):
+    def __init__(self, name: str, stage: int = 3):
         super().__init__()
         import timm
 
-        whole = timm.create_model(name, pretrained=pretrained, num_classes=0, output_stride=8)
+        self.name = name
+        whole = timm.create_model(name, num_classes=0, output_stride=8)
         self.begin, self.stages = whole.stem, whole.stages[:stage]
         self.stem_channels, self.channels = (whole.feature_info[i]["num_chs"] for i in (0, stage))
         self._memos = [Memo() for _ in self._blocks()]
+
+    def load_pretrained(self) -> None:
+        """Take over ImageNet's weights (timm's), from its cache or the network."""
+        weights = _from_timm(self.name)
+        self.load_state_dict({name: weights[name.replace("begin.", "stem.")] for name in self.state_dict()})
 
     def _blocks(self) -> list[nn.Module]:
         return [self.begin, *(block for stage in self.stages for block in stage)]
@@ -279,11 +301,19 @@ def _branches(block: nn.Module) -> list[tuple[nn.Conv2d | None, nn.BatchNorm2d]]
 
 def mae_weights(name: str) -> dict[str, Tensor]:
     """A vision transformer's weights as a masked autoencoder left them, by timm's name, from its cache or the network."""
+    return _from_timm(name)
+
+
+def _from_timm(name: str) -> dict[str, Tensor]:
     import timm
 
+    return _fetched(f"{name} of timm", lambda: timm.create_model(name, pretrained=True).state_dict())
+
+
+def _fetched(name: str, fetch: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     try:
-        return timm.create_model(name, pretrained=True).state_dict()
+        return fetch()
     except (OSError, RuntimeError) as error:
         raise TrackkitError(
-            f"{name} is neither in timm's cache nor to be had ({error}); connect once, or start from random weights: --no-pretrained"
+            f"the weights {name} are neither in its cache nor to be had ({error}); connect once, or start from random weights: --no-pretrained"
         ) from error

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors
@@ -33,13 +34,16 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint; `trackkit train` makes one")
-    with path.open("rb") as file:
-        head = file.read(9)
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     # safetensors begins with the length of its header in 8 bytes, then "{"; torch.save with PK or a pickle opcode
     if head[:2] == b"PK" or (head[:1] == b"\x80" and head[8:] != b"{"):
         raise CheckpointError(
             f"{path}: a pickle (as torch.save writes it), not safetensors; it was not opened, because loading a pickle "
-            "runs code. For an authors' checkpoint use trackkit.official"
+            "runs code. For an authors' checkpoint: `trackkit import`"
         )
     try:
         with safetensors.safe_open(str(path), "pt") as file:
@@ -48,28 +52,38 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged or not a safetensors file ({error}); train again or copy it anew") from error
     if "trackkit" not in metadata:
-        raise CheckpointError(f"{path}: safetensors, but not made by trackkit; for an authors' checkpoint use trackkit.official")
-    about = json.loads(metadata["trackkit"])
-    if about.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {about.get('format')}, this trackkit reads {FORMAT}; update trackkit or train again")
+        raise CheckpointError(f"{path}: safetensors, but not made by trackkit; for an authors' checkpoint: `trackkit import`")
+    try:
+        about = json.loads(metadata["trackkit"])
+        written = about["format"]
+    except (ValueError, TypeError, LookupError) as error:
+        raise CheckpointError(f"{path}: damaged, its description cannot be read ({error}); train again or copy it anew") from error
+    if written != FORMAT:
+        raise CheckpointError(f"{path}: format {written}, this trackkit reads {FORMAT}; update trackkit or train again")
     return tensors, about
 
 
 def load_strictly(module: torch.nn.Module, tensors: dict[str, Tensor], what: str) -> None:
     """Fill a module, or raise CheckpointError that names the first entries which are missing, extra or misshapen."""
-    wanted = module.state_dict()
-    missing = [k for k in wanted if k not in tensors]
-    extra = [k for k in tensors if k not in wanted]
-    misshapen = [
-        f"{k} is {tuple(tensors[k].shape)}, needs {tuple(wanted[k].shape)}"
-        for k in wanted
-        if k in tensors and tensors[k].shape != wanted[k].shape
-    ]
-    problems = []
-    for label, names in (("missing", missing), ("not expected", extra), ("of another size", misshapen)):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            problems.append(f"{label}: {', '.join(names[:3])}{more}")
+    problems = differences({key: value.shape for key, value in module.state_dict().items()}, tensors)
     if problems:
         raise CheckpointError(f"{what} does not fit {type(module).__name__} with this config; " + "; ".join(problems))
     module.load_state_dict(tensors)
+
+
+def differences(wanted: dict[str, torch.Size], found: dict[str, Tensor], note: Callable[[str], str] | None = None) -> list[str]:
+    """The entries which are missing, extra or misshapen, a text for each kind that there is; `note` adds to an entry's name."""
+    texts = [
+        listed("missing", [key for key in wanted if key not in found], note),
+        listed("not expected", [key for key in found if key not in wanted], note),
+    ]
+    misshapen = {k: f"{k} is {tuple(found[k].shape)}, needs {tuple(wanted[k])}" for k in wanted if k in found and found[k].shape != wanted[k]}
+    texts.append(listed("of another size", list(misshapen), note, misshapen))
+    return [text for text in texts if text]
+
+
+def listed(kind: str, keys: list[str], note: Callable[[str], str] | None = None, texts: dict[str, str] | None = None) -> str:
+    """What is wrong, the first three entries with that, and how many more there are; empty without any."""
+    first = [(texts or {}).get(key, key) + (note(key) if note else "") for key in keys[:3]]
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return f"{kind}: {', '.join(first)}{more}" if keys else ""

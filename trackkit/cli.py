@@ -1,4 +1,4 @@
-"""The command line: trackkit train | track | evaluate | ablate | synth | profile | doctor | lessons.
+"""The command line: trackkit train | track | evaluate | ablate | synth | import | profile | doctor | lessons.
 
 Options come from dataclasses and function signatures (tyro), so `trackkit COMMAND --help` is always complete.
 Imports happen inside the commands: `trackkit` alone must not wait for torch.
@@ -300,6 +300,25 @@ def _synth(
     print(f"{out}: written" + (f"; try `trackkit evaluate ncc --data {out} --split {shown}`" if shown != "test" else ""))
 
 
+def import_(argv: list[str]) -> None:
+    tyro.cli(_import, args=argv, prog="trackkit import")
+
+
+def _import(file: tyro.conf.Positional[Path], tracker: str, out: Path | None = None) -> None:
+    """Turn a checkpoint of a tracker's authors into a file for `trackkit track` and `evaluate`. Nothing in it is executed.
+
+    Args:
+        file: what the authors publish (torch.save).
+        tracker: the tracker that it belongs to, as stark-st50; `trackkit profile --all` lists the names.
+        out: the file to write (default: TRACKER.safetensors in the present folder).
+    """
+    from trackkit import official, trackers
+
+    out = out or Path(f"{tracker}.safetensors")
+    trackers.save(official.load(tracker, official.read(file)), out, source=file.name)
+    print(f"{out}: {tracker} with the weights of {file.name}; try `trackkit evaluate {out}`")
+
+
 def profile(argv: list[str]) -> None:
     tyro.cli(_profile, args=argv, prog="trackkit profile")
 
@@ -311,7 +330,7 @@ def _profile(
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
     speed: bool = False,
 ) -> None:
-    """Count parameters and multiply-accumulates as the tracker's paper counts them, beside the paper's figures.
+    """Count parameters and multiply-accumulates as the tracker's paper counts them, beside the paper's figures and how far we are from them.
 
     Args:
         name: a tracker's name.
@@ -330,10 +349,10 @@ def _profile(
     if json_output:
         print(json.dumps(rows if all else rows[0]))
         return
-    print(f"{'tracker':<16}{'parameters':>14}{'MACs a frame':>17}   the paper's")
-    for row in rows:
-        paper = ", ".join(f"{key} {value}" for key, value in row["paper"].items()) or "-"
-        print(f"{row['name']:<16}{row['parameters']:>14,}{row['macs']:>17,}   {paper}")
+    heading, *lines = profiling.table(rows)
+    print(heading)
+    for row, line in zip(rows, lines, strict=True):
+        print(line)
         if speed:
             measured = row["frames_per_second"]
             print(f"{'':<16}{measured['fps']:.0f} frames per second here ({measured['device']}, {measured['threads']} threads)")
@@ -394,6 +413,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "evaluate": (evaluate, "score trackers as GOT-10k does"),
     "ablate": (ablate, "train and score the rows of a paper's ablation table"),
     "synth": (synth, "write procedural video in GOT-10k's layout"),
+    "import": (import_, "turn a checkpoint of a tracker's authors into one of ours"),
     "profile": (profile, "count parameters, multiply-accumulates, frames per second"),
     "doctor": (doctor, "say what is installed, what is found, and how to mend what is not"),
     "lessons": (lessons, "start a lesson, make student versions, build and check notebooks"),

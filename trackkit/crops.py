@@ -179,6 +179,45 @@ def gt_in_crop(boxes_xywh: Tensor, centre_xy: Tensor, windows: Windows) -> Tenso
     return torch.cat([centre, boxes[:, 2:] * scale], 1) / windows.size
 
 
+def warped(frames: list[Tensor], centre: Tensor, side: Tensor, size: int, fill: Tensor) -> tuple[Tensor, Tensor]:
+    """STMTrack's crops uint8 (B, 3, size, size) around `centre` (B, 2), `side` (B,) frame pixels wide; their scale (B,).
+
+    The centre is cut to whole pixels and the side rounded, to s. Crop pixels 0 .. size - 1 lie evenly on window pixels 0
+    .. s, so the window is one pixel wider than s, which is why the scale, crop pixels per frame pixel, is size / (s + 1).
+    From a side of 2.1 sizes on, only every second pixel of the frame is used, from 3.1 on every third, and so on. Each
+    crop pixel blends its four neighbours linearly; those outside the frame have the colour `fill`, cut to integers.
+
+    This is OpenCV 5's `warpAffine`, but for one pixel in a hundred crops, by a grey level. It calculates in float32 with
+    fused multiply-adds: as a product is exact in float64, so is its sum but for one rounding. Raises DataError for
+    numbers that are not finite.
+    """
+    if not (torch.isfinite(centre).all() and torch.isfinite(side).all()):
+        raise DataError("a crop window needs finite numbers; the box or the network's output is NaN or infinite")
+    crops, scales, steps = [], [], torch.arange(size, dtype=torch.float64)
+    for frame, at, wide, colour in zip(frames, centre.tolist(), side.tolist(), fill, strict=True):
+        skip = max(int(wide / size - 0.1), 1)
+        x, y = (int(c) for c in at)
+        if skip > 1:
+            frame = frame[:, y % skip :: skip, x % skip :: skip]
+            x, y = x // skip, y // skip
+        s = max(round(wide / skip), 2)
+        scales.append(size / ((s + 1) * skip))
+        step = torch.tensor(s / (size - 1), dtype=torch.float32).double()
+        left, top = (c - (s - 1) // 2 for c in (x, y))
+        columns = (steps * step + left).float()  # rounded once
+        rows = (steps * step).float() + top  # rounded twice, as there
+        colour = colour.to(frame.device, torch.uint8)[:, None, None]
+        (index_y, known_y, share_y), (index_x, known_x, share_x) = (
+            (t.to(frame.device) for t in _neighbours(*given)) for given in ((rows, frame.shape[1]), (columns, frame.shape[2]))
+        )
+        seen = frame[:, index_y][:, :, index_x] if frame.numel() else colour  # a large skip can leave nothing of a small frame
+        pixels = torch.where(known_y[:, None] & known_x, seen, colour).double()  # (3, 2 size, 2 size)
+        left, right = pixels[..., :size], pixels[..., size:]
+        above, below = (left + share_x * (right - left)).float().split(size, 1)
+        crops.append((above + share_y[:, None] * (below - above).double()).float().round().to(torch.uint8))
+    return torch.stack(crops), torch.tensor(scales, dtype=torch.float64)
+
+
 def _square(frame: Tensor, left: int, top: int, side: int, colour: Tensor | None) -> Tensor:
     """All pixels of a window: uint8 (side, side, 3)."""
     height, width = frame.shape[1:]
@@ -258,3 +297,11 @@ def _plan(side: int, size: int, device: torch.device) -> tuple[Tensor | None, tu
         needed, first, second = torch.cat([first, second]).to(device), torch.arange(size), torch.arange(size, 2 * size)
     rows = first, second, low[:, None], high[:, None]
     return needed, tuple(t.to(device) for t in rows), tuple(t.to(device) for t in columns)
+
+
+def _neighbours(places: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Along one axis: the pixels before all places (S,) and then those behind, (2 S,), cut to 0 .. length - 1; which of
+    them were there already; and how far each place is from the one before towards the other, (S,) float64."""
+    before = places.floor()
+    index = torch.cat([before, before + 1]).long()
+    return index.clamp(0, length - 1), (index >= 0) & (index < length), (places - before).double()

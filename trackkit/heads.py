@@ -1,6 +1,7 @@
 """Heads: from features to a box or a score."""
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -97,6 +98,33 @@ class _PyramidTower(nn.Module):
 def _doubled(x: Tensor) -> Tensor:
     """Each cell becomes four equal ones."""
     return F.interpolate(x, scale_factor=2)
+
+
+class SidesHead(nn.Module):
+    """Three answers for each cell, from two towers (STMTrack, after FCOS): (B, D, h, w) -> (B, h w), (B, h w), (B, h w, 4).
+
+    Logits: is the target here, and is its centre near. Distances to its left, top, right and bottom, in cells, above 0.
+    """
+
+    def __init__(self, width: int, channels: int, layers: int):
+        super().__init__()
+        self.score_tower, self.side_tower = (self._tower(width, channels, layers) for _ in range(2))
+        self.score, self.centre, self.sides = (nn.Sequential(nn.Conv2d(channels, n, 1), nn.BatchNorm2d(n)) for n in (1, 1, 4))
+        self.scale, self.shift = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(0.0))
+        for layer in (part for part in self.modules() if isinstance(part, nn.Conv2d)):
+            nn.init.normal_(layer.weight, std=1e-4)
+        nn.init.constant_(self.score[0].bias, -math.log(99))
+
+    @staticmethod
+    def _tower(width: int, channels: int, layers: int) -> nn.Sequential:
+        convolutions = [nn.Conv2d(width if i == 0 else channels, channels, 3, padding=1) for i in range(layers)]
+        return nn.Sequential(*[part for layer in convolutions for part in (layer, nn.ReLU())][:-1])  # no ReLU at the end
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        seen, sides = self.score_tower(x), self.sides(self.side_tower(x))
+        wide = torch.promote_types(sides.dtype, torch.float32)  # at ten cells bfloat16 has steps of half a pixel
+        distances = (self.scale * sides.to(wide) + self.shift).exp()
+        return self.score(seen).flatten(1), self.centre(seen).flatten(1), distances.flatten(2).transpose(1, 2)
 
 
 class MLP(nn.Module):

@@ -113,3 +113,49 @@ def place_cross_entropy(logits: Tensor, place: Tensor) -> Tensor:
             cell = (low[..., 1] + dy) * size + low[..., 0] + dx
             total = total - share[..., 0, dx] * share[..., 1, dy] * log.gather(-1, cell.long()[..., None])[..., 0]
     return total.mean()
+
+
+def cell_targets(cells: Tensor, truth: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
+    """What each cell (N, 2) should say, for true boxes (B, 4) xyxy: is the target here, 1, 0 or -1 (do not ask), and
+    centreness (B, N).
+
+    Where a query does not show the target, `shown` (B,), its box is of something similar: the cells in it must say no,
+    the others are not asked.
+    """
+    low, high = cells - truth[:, None, :2], truth[:, None, 2:] - cells  # (B, N, 2)
+    inside = (torch.cat([low, high], 2) > 0).all(2)
+    product = torch.minimum(low, high).prod(2) / (torch.maximum(low, high).prod(2) + 1e-5)
+    centre = torch.where(inside, product.abs().sqrt(), torch.zeros_like(product))
+    return torch.where(shown[:, None], inside.long(), inside.long() - 1), centre
+
+
+def detection_losses(
+    score: Tensor, centre: Tensor, boxes: Tensor, cells: Tensor, truth: Tensor, shown: Tensor
+) -> dict[str, Tensor]:
+    """STMTrack's losses of B queries whose N cells answer: logits (B, N) of score and centreness, boxes (B, N, 4) xyxy, crop
+    pixels; `cells`, `truth` and `shown` as in `cell_targets`.
+
+    score: focal loss with alpha 0.75 and gamma 2, over the number of cells in the target. centre: cross-entropy less the
+    least that can be reached, over the cells with any centreness, of negative queries too. sides: 3 * -log IoU of boxes
+    whose ends are inside, over the cells in the target.
+    """
+    label, target = cell_targets(cells.float(), truth.float(), shown)
+    positive = label == 1
+    count = positive.sum().clamp(min=1)
+    toward = torch.where(positive, 0.75, 0.25)
+    cross = F.binary_cross_entropy_with_logits(score.float(), positive.float(), reduction="none")
+    focal = (toward * (1 - torch.exp(-cross)) ** 2 * cross)[label >= 0].sum() / count
+
+    middle = target > 0
+    aim = target[middle]
+    cross = F.binary_cross_entropy_with_logits(centre.float()[middle], aim, reduction="none")
+    least = F.binary_cross_entropy(aim, aim, reduction="none")
+    centreness = (cross - least).sum() / middle.sum().clamp(min=1)
+
+    truth, boxes = truth.float()[:, None].expand_as(boxes)[positive], boxes.float()[positive]
+    sides, true_sides = (b[:, 2:] - b[:, :2] + 1 for b in (boxes, truth))
+    shared = (torch.minimum(boxes[:, 2:], truth[:, 2:]) - torch.maximum(boxes[:, :2], truth[:, :2]) + 1).clamp(min=0).prod(1)
+    iou = shared / (sides.prod(1) + true_sides.prod(1) - shared)
+    log = -iou.clamp(min=torch.finfo(torch.float32).tiny).log().sum() / count
+    parts = {"score": focal, "centre": centreness, "sides": 3 * log}
+    return {"loss": sum(parts.values()), **parts, "iou": iou.detach().sum() / count}

@@ -7,63 +7,127 @@ A tracker that agrees with `tests/goldens` computes what the authors' code compu
 from __future__ import annotations
 
 import fnmatch
-import pickle
 import re
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from trackkit import checkpoints
+from trackkit import checkpoints, pickles
 from trackkit.errors import CheckpointError
 from trackkit.pretraining import pvt_name
 from trackkit.trackers import TRACKERS, Tracker, create
+
+WRAPPERS = ("net", "model", "state_dict", "model_state_dict")  # under which training loops keep the weights
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
     """The tensors of an authors' checkpoint (`torch.save`), by the authors' names.
 
-    Files that hold the weights under "net", "model" or "state_dict" are understood. Only tensors and plain
-    containers are read; nothing in the file is executed.
+    Files that hold the weights under "net", "model", "state_dict" or "model_state_dict" are understood. Only tensors,
+    numbers (NumPy's too) and plain containers are read; nothing in the file is executed. A number with a dotted name is
+    an entry without dimensions; others, such as an epoch or a best score, are left out like the rest of a training loop's notes.
 
-    Raises CheckpointError if the file is missing, damaged, or holds other pickled objects.
+    Raises CheckpointError if the file is missing or damaged, or if it holds other pickled objects: then it says which, and how
+    to get at the tensors.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    try:
-        with path.open("rb") as file:  # by handle: from a path, torch goes by the suffix
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: holds objects other than tensors, so it was not loaded ({str(error).splitlines()[0]}). In an environment that you trust, "
-            "with the authors' code, save its state dict alone: torch.save(checkpoint['net'], 'weights.pth')"
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged or not a torch checkpoint ({str(error).splitlines()[0]})") from error
-    for key in ("net", "model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+    content = _unwrapped(pickles.read(path, WRAPPERS))
+    entries = content.items() if isinstance(content, Mapping) else ()
+    named = {str(key): value for key, value in entries}
+    tensors = {k: _tensor(k, v) for k, v in named.items() if isinstance(v, Tensor) or (isinstance(v, (int, float, np.generic)) and "." in k)}
     if not tensors:
         raise CheckpointError(f"{path}: no tensors in it; expected a state dict")
     return tensors
 
 
-def load(name: str, state_dict: dict[str, Tensor]) -> Tracker:
+def load(name: str, state_dict: Mapping[str, Any]) -> Tracker:
     """The tracker called `name` (`trackers.TRACKERS`) with the authors' weights, in evaluation mode.
 
-    Raises CheckpointError that names the first entries that are missing, not expected or of another size.
+    Half precision becomes float32; numbers and arrays become tensors; the "module." that DataParallel puts before names is dropped.
+
+    Raises CheckpointError that names the first entries that are missing, not expected, given twice or of another size, by our
+    names and the authors', and the trackers that the checkpoint does fit.
     """
+    state_dict = _unwrapped(state_dict)
+    if not isinstance(state_dict, Mapping):
+        raise CheckpointError(f"expected the entries of a checkpoint by name, got {type(state_dict).__name__}; official.read(path) gives them")
+    wanted, tensors = _shapes(name), {str(key): _tensor(key, value) for key, value in state_dict.items()}
+    names = _names(name, tensors)
+    found = {ours: tensors[theirs[0]] for ours, theirs in names.items()}
+
+    def note(ours: str) -> str:
+        theirs = names[ours][0] if ours in names else _authors_name(name, ours, names)
+        return "" if theirs in (None, ours) else f" (the authors' {theirs})"
+
+    twice = {ours: f"{ours} (by {' and by '.join(theirs)})" for ours, theirs in names.items() if len(theirs) > 1}
+    problems = checkpoints.differences(wanted, found, note)
+    problems += [checkpoints.listed("given twice", list(twice), texts=twice)] if twice else []
+    if problems:
+        raise CheckpointError(f"the checkpoint for {name} does not fit it; {'; '.join(problems)}{_advice(name, tensors)}")
     tracker = create(name)
-    renamed = {key: value.float() if value.is_floating_point() else value for key, value in _translated(name, state_dict).items()}
-    try:
-        checkpoints.load_strictly(tracker, renamed, f"the checkpoint for {name}")
-    except CheckpointError as error:
-        fits = [other for other in TRACKERS if other != name and _fits(other, state_dict)]
-        hint = f"; it fits {' and '.join(fits)}" if fits else ""
-        raise CheckpointError(f"{error}{hint}") from error
+    tracker.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in found.items()})
     return tracker
+
+
+def _unwrapped(content: Any) -> Any:
+    for key in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    return content
+
+
+def _tensor(key: str, value: Any) -> Tensor:
+    if isinstance(value, (Tensor, int, float, np.generic, np.ndarray)) and not isinstance(value, (np.object_, np.flexible)):
+        try:
+            return torch.as_tensor(value)
+        except TypeError as error:
+            raise CheckpointError(f"entry {key} is an array of {value.dtype}, not of numbers") from error
+    raise CheckpointError(f"entry {key} is a {type(value).__name__}, not a tensor; official.read leaves aside what is no weight")
+
+
+# ---- which trackers fit ----
+
+
+@cache
+def _shapes(name: str) -> dict[str, torch.Size]:
+    with torch.device("meta"):  # shapes only: the largest would need gigabytes
+        return {key: value.shape for key, value in create(name).state_dict().items()}
+
+
+def _advice(name: str, tensors: dict[str, Tensor]) -> str:
+    """The other trackers that all entries fit, or if there is none the one that most of them fit."""
+    misfits = {other: _misfits(other, tensors) for other in TRACKERS if _shapes(other)}
+    fits = [other for other, count in misfits.items() if count == 0 and other != name]
+    if fits:
+        return f"; it fits {' and '.join(fits)}"
+    nearest = min(misfits, key=lambda other: (misfits[other], other != name)) if misfits else name
+    if nearest != name and misfits[nearest] < len(tensors) / 2:
+        return f"; it fits no tracker, but {nearest} best, all but {misfits[nearest]} of the entries"
+    return ""
+
+
+def _misfits(name: str, tensors: dict[str, Tensor]) -> int:
+    """How many entries are missing, extra, given twice or of another size."""
+    wanted, names = _shapes(name), _names(name, tensors)
+    twice = sum(len(theirs) - 1 for theirs in names.values())
+    return twice + len(wanted.keys() ^ names.keys()) + sum(tensors[names[k][0]].shape != wanted[k] for k in wanted.keys() & names.keys())
+
+
+def _authors_name(name: str, ours: str, names: dict[str, list[str]]) -> str | None:
+    """What the authors call an entry that is missing, by the example of entries beside it; None if those do not tell."""
+    for depth in range(ours.count("."), 0, -1):
+        parent = ".".join(ours.split(".")[:depth]) + "."
+        for sibling, (theirs, *_) in names.items():
+            rest = sibling.removeprefix(parent)
+            if rest != sibling and theirs.endswith(rest):
+                guess = theirs.removesuffix(rest) + ours.removeprefix(parent)
+                if rename(name, guess.removeprefix("module.")) == ours:
+                    return guess
+    return None
 
 
 STARK = (
@@ -140,7 +204,8 @@ def rename(name: str, key: str) -> str:
             key = f"box_head.{'top_left' if which == 'tl' else 'bottom_right'}.{layer}{rest}"
     if name == "stmtrack":
         for theirs, ours in STMTRACK:
-            key = ours + key.removeprefix(theirs) if key.startswith(theirs) else key
+            if key == theirs or (theirs.endswith(".") and key.startswith(theirs)):
+                key = ours + key.removeprefix(theirs)
         if "_tower." in key:
             layers = re.compile(r"conv_layers\.(\d+)")
             key = layers.sub(lambda match: str(int(match[1]) + 1), key.replace("conv1.", "0."))
@@ -149,13 +214,17 @@ def rename(name: str, key: str) -> str:
     return key
 
 
-def _translated(name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The entries by our names, without those that nothing uses; these may be missing."""
+def _names(name: str, keys: Iterable[str]) -> dict[str, list[str]]:
+    """Our name of each entry -> the authors' names that stand for it, one if all is well; without entries that nothing uses."""
     unused = [pattern for family, patterns in UNUSED.items() if name.startswith(family) for pattern in patterns]
-    return {rename(name, k): v for k, v in state_dict.items() if not any(fnmatch.fnmatchcase(k, p) for p in unused)}
+    names: dict[str, list[str]] = {}
+    for theirs in keys:
+        plain = theirs.removeprefix("module.")
+        if not any(fnmatch.fnmatchcase(plain, pattern) for pattern in unused):
+            names.setdefault(rename(name, plain), []).append(theirs)
+    return names
 
 
-def _fits(name: str, state_dict: dict[str, Tensor]) -> bool:
-    with torch.device("meta"):  # shapes only: the largest would need gigabytes
-        wanted = {k: v.shape for k, v in create(name).state_dict().items()}
-    return wanted == {k: v.shape for k, v in _translated(name, state_dict).items()}
+def _translated(name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries by our names, without those that nothing uses; these may be missing."""
+    return {ours: state_dict[theirs[0]] for ours, theirs in _names(name, state_dict).items()}

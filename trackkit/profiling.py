@@ -25,9 +25,45 @@ def profile(name: str) -> dict:
 
     Raises TrackkitError for an unknown name.
     """
-    tracker = create(name)
+    with torch.device("meta"):  # shapes only: the largest would need gigabytes
+        tracker = create(name)
     own = getattr(tracker, "profile", None)
-    return {"name": name, **(own() if own else {**count(tracker), "paper": {}})}
+    return {"name": name, **(own() if own else {**count(create(name)), "paper": {}})}
+
+
+def table(profiles: list[dict]) -> list[str]:
+    """Lines that show what `profile` says: what is counted here beside the paper's figures, with the deviation in percent."""
+    lines = [f"{'tracker':<16}{'parameters':>14}  {'paper':<17}{'MACs a frame':>18}  {'paper':<17}".rstrip()]
+    for row in profiles:
+        line = f"{row['name']:<16}"
+        for key, width, scale, unit in (("parameters", 14, 1e6, "M"), ("macs", 18, 1e9, "G")):
+            printed = row["paper"].get(key)
+            beside = "-" if printed is None else f"{_figure(printed / scale)} {unit}".ljust(9) + _percent(row[key] / printed - 1, "+")
+            line += f"{row[key]:>{width},}  {beside:<17}"
+        lines.append((line + "; ".join(_remarks(row["paper"]))).rstrip())
+    return lines
+
+
+def _figure(value: float) -> str:
+    """As papers print it: 23.5, 21.27, 38.0."""
+    text = f"{value:.10g}"
+    return text if "." in text else f"{text}.0"
+
+
+def _percent(share: float, sign: str = "") -> str:
+    return f"{round(share, 3) + 0.0:{sign}.1%}".replace("%", " %")  # + 0.0: no negative zero
+
+
+def _remarks(paper: dict) -> list[str]:
+    """What a paper says besides counts."""
+    said = []
+    if "peak_memory_bytes" in paper:
+        said.append(f"{paper['peak_memory_bytes'] / 1e9:.2f} GB at most")
+    if "frames_per_second" in paper:
+        said.append(f"{paper['frames_per_second']} frames/s")
+    if "high_computation_share" in paper:
+        said.append(f"{_percent(paper['high_computation_share'])} of frames at high computation")
+    return [*said, paper["note"]] if "note" in paper else said
 
 
 def count(tracker: Tracker) -> dict[str, int]:

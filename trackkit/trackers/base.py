@@ -9,6 +9,8 @@ be copied, edited and continued from any frame.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -37,9 +39,17 @@ class Prediction:
 
 
 class Tracker(nn.Module):
-    """Base class. A subclass has a `Config` dataclass and gives `start`, `step`, `loss` and `recipe`."""
+    """Base class. A subclass has a `Config` dataclass and gives `start`, `step`, `loss` and `recipe`.
+
+    Every `step` is checked: as many frames as targets come in, and numbers come out. See `_checked`.
+    """
 
     Config: ClassVar[type]
+
+    def __init_subclass__(cls, **rest: Any):
+        super().__init_subclass__(**rest)
+        if "step" in vars(cls):
+            cls.step = _checked(cls.step)
 
     def __init__(self, config: Any = None):
         super().__init__()
@@ -58,7 +68,10 @@ class Tracker(nn.Module):
         raise NotImplementedError
 
     def step(self, state: Any, frames: list[Tensor], maps: bool = False) -> tuple[Any, Prediction]:
-        """Follow the B targets into their next frames. The state given is left unchanged."""
+        """Follow the B targets into their next frames. The state given is left unchanged.
+
+        Raises DataError for frames that are not uint8 (3, H, W) or not B, and if the network's answer is NaN or infinite.
+        """
         raise NotImplementedError
 
     def loss(self, batch: dict[str, Tensor], kind: str = "") -> dict[str, Tensor]:
@@ -84,6 +97,8 @@ class Tracker(nn.Module):
         boxes = torch.as_tensor(boxes_xywh, dtype=torch.float64)
         if len(frames) != len(boxes):
             raise DataError(f"start: {len(frames)} frames but {len(boxes)} boxes; give one box for each frame")
+        if not len(frames):
+            raise DataError("start: no frames; give at least one, and its box")
         frames = self.moved(frames)
         for index, frame in enumerate(frames):
             check_boxes(boxes[index : index + 1], f"first box of sequence {index}", (frame.shape[2], frame.shape[1]))
@@ -92,9 +107,54 @@ class Tracker(nn.Module):
     def moved(self, frames: list[Tensor]) -> list[Tensor]:
         """The frames on the tracker's device; DataError if they are not uint8 (3, H, W)."""
         for frame in frames:
-            if frame.dtype != torch.uint8 or frame.ndim != 3 or frame.shape[0] != 3:
-                raise DataError(f"a frame must be uint8 (3, H, W), RGB; got {frame.dtype} {tuple(frame.shape)}")
+            if not isinstance(frame, Tensor) or frame.dtype != torch.uint8 or frame.ndim != 3 or frame.shape[0] != 3 or not frame.numel():
+                got = f"{frame.dtype} {tuple(frame.shape)}" if isinstance(frame, Tensor) else f"a {type(frame).__name__}"
+                raise DataError(f"a frame must be uint8 (3, H, W), RGB; got {got}{_remedy(frame)}")
         return [frame.to(self.device, non_blocking=True) for frame in frames]
+
+
+def _remedy(frame: Any) -> str:
+    if not isinstance(frame, Tensor):
+        return "; torch.from_numpy(array).permute(2, 0, 1) makes one of an (H, W, 3) array"
+    if not frame.numel():
+        return ", which has no pixels"
+    if frame.dtype != torch.uint8:
+        return "; values from 0 to 255, without a fraction: frame.round().to(torch.uint8)"
+    if frame.ndim == 3 and frame.shape[0] == 4:
+        return "; drop the alpha channel: frame[:3]"
+    if frame.ndim == 3 and frame.shape[2] in (3, 4):
+        return "; put the colours first: frame.permute(2, 0, 1)[:3]"
+    if frame.ndim == 2 or (frame.ndim == 3 and frame.shape[0] == 1):
+        return "; repeat a grey image for the three colours: frame.expand(3, -1, -1)"
+    return ""
+
+
+def _checked(step: Callable) -> Callable:
+    """`step` that refuses another number of frames than there are targets in the state, and answers that are no numbers."""
+
+    @functools.wraps(step)
+    def checked_step(self: Tracker, state: Any, frames: list[Tensor], *rest: Any, **named: Any) -> tuple[Any, Prediction]:
+        batch = _batch(state)
+        if batch is not None and len(frames) != batch:
+            raise DataError(f"step: {len(frames)} frames for the state of {batch} targets; give the next frame of each, in the same order")
+        state, prediction = step(self, state, frames, *rest, **named)
+        fine = torch.isfinite(prediction.box).all(-1) & torch.isfinite(prediction.score)
+        if not fine.all():
+            which = int((~fine).nonzero()[0])
+            raise DataError(f"step: the network's answer for target {which} is NaN or infinite; are its weights sound, is the precision enough?")
+        return state, prediction
+
+    return checked_step
+
+
+def _batch(state: Any) -> int | None:
+    """B, the length of the first tensor in a state; None if it has no tensors."""
+    if isinstance(state, Tensor):
+        return len(state)
+    parts = state if isinstance(state, (list, tuple)) else ()
+    if dataclasses.is_dataclass(state):
+        parts = [getattr(state, field.name) for field in dataclasses.fields(state)]
+    return next((batch for batch in map(_batch, parts) if batch is not None), None)
 
 
 def take(state: State, indices: list[int]) -> State:

@@ -5,7 +5,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from trackkit import boxes
 from trackkit.attention import EncoderLayer, sine_position
@@ -64,6 +64,15 @@ def _no_softmax(query: Tensor, key: Tensor, value: Tensor, ignore: Tensor) -> Te
             _ignored_after_softmax
         ),
         "There is no softmax. Without it the scores are no shares.": _no_softmax,
+        "Two things are missing: the division by sqrt(d), and the mask, which gives ignored tokens a score of minus infinity.": (
+            lambda query, key, value, ignore: _attend(query, key, value, torch.zeros_like(ignore), root=0)
+        ),
+        "You divided by sqrt(d) after the softmax. Divide the scores, then take the softmax.": lambda query, *rest: (
+            _attend(query, *rest, root=0) / query.shape[-1] ** 0.5
+        ),
+        "These are the shares. One step more: mix the values with them.": lambda query, key, value, ignore: (
+            attend(query, key, torch.eye(key.shape[1]).expand(len(key), -1, -1), ignore)
+        ),
         "Scores compare queries with keys; you compared them with values.": lambda query, key, value, ignore: (
             attend(query, value, value, ignore)
         ),
@@ -105,6 +114,9 @@ def split_heads(tokens: Tensor, heads: int) -> Tensor:
         "There are D / H heads of H channels, and it should be the other way round.": lambda tokens, heads: (
             tokens.unflatten(-1, (-1, heads)).transpose(1, 2)
         ),
+        "The last two axes are swapped: this is (B, H, D / H, T).": lambda tokens, heads: (
+            split_heads(tokens, heads).transpose(2, 3)
+        ),
         "The heads are folded into the batch. Here they are an axis of their own, (B, H, T, D / H).": (
             lambda tokens, heads: split_heads(tokens, heads).flatten(0, 1)
         ),
@@ -129,6 +141,7 @@ def _sine(
     swap: bool = False,
     everywhere: bool = False,
     split: bool = True,
+    whole: bool = False,
 ) -> Tensor:
     """`sine_position` with habits that can be changed."""
     inside, half = (torch.ones_like(outside) if everywhere else ~outside).float(), width // 2
@@ -138,7 +151,7 @@ def _sine(
     parts = []
     for axis in axes:
         count = inside.cumsum(axis) - 1 + first
-        last = count.narrow(axis, count.shape[axis] - 1, 1)
+        last = outside.shape[axis] if whole else count.narrow(axis, count.shape[axis] - 1, 1)
         angle = (count / (last + 1e-6) * stretch if stretch else count)[..., None] / wavelength
         if halves:
             parts.append(torch.cat([angle[..., ::2].sin(), angle[..., 1::2].cos()], -1))
@@ -169,6 +182,9 @@ def _sine(
         ),
         "The exponent of the wavelength is divided by the whole width. Each axis has only half of it.": (
             lambda *a: _sine(*a, split=False)
+        ),
+        "You divided by the number of all cells of the axis. N is the last count: that of the cells inside the frame.": (
+            lambda *a: _sine(*a, whole=True)
         ),
         "Cells outside the frame are counted too. Sum up `~outside`.": lambda *a: _sine(*a, everywhere=True),
         "The count runs over the cells outside the frame. Invert the mask.": lambda outside, width: (
@@ -208,6 +224,7 @@ def _layer(
     second: bool = True,
     order: str = "post",
     relu: bool = True,
+    last: str = "norm2",
 ) -> Tensor:
     """`encoder_layer` with parts left out: `on` are the places of the position (query, key, value)."""
     def norm(which, t: Tensor, when: str) -> Tensor:
@@ -219,7 +236,8 @@ def _layer(
     x = norm(layer.norm1, x + change if first else change, "post")
     y = layer.linear1(norm(layer.norm2, x, "pre"))
     change = norm(layer.norm2, layer.linear2(F.relu(y) if relu else y), "change")
-    return norm(layer.norm2, x + change if second else change, "post")
+    end = {"norm1": layer.norm1, "none": nn.Identity()}.get(last, layer.norm2)
+    return norm(end, x + change if second else change, "post")
 
 
 @exercise(
@@ -251,6 +269,8 @@ def _layer(
             _layer(*a, order="pre")
         ),
         "You normalised the change alone. Normalise the sum: norm(x + change).": lambda *a: _layer(*a, order="change"),
+        "The last norm is missing: norm2, after the second sum.": lambda *a: _layer(*a, last="none"),
+        "You used norm1 twice. The second sum has its own, norm2.": lambda *a: _layer(*a, last="norm1"),
         "The norms are missing.": lambda *a: _layer(*a, order="none"),
         "There is no ReLU between the two linear layers, so they are one linear layer.": lambda *a: (
             _layer(*a, relu=False)
@@ -301,6 +321,9 @@ def _hard_argmax(logits: Tensor) -> Tensor:
             _expected(logits, size=logits.shape[-1] - 1)
         ),
         "This is the argmax: the cell of the maximum. The expectation weighs all cells by their probability.": _hard_argmax,
+        "Two things. x and y are swapped: x counts columns, the last axis. And the result is in cells: divide by s.": (
+            lambda logits: _expected(logits, size=1).flip(1)
+        ),
         "The softmax runs over each row by itself. All s * s cells of a map share one probability of 1: flatten(1) "
         "first.": lambda logits: _expected(logits, axis="row"),
         "The softmax runs over each column by itself. All s * s cells of a map share one probability of 1: flatten(1) "
@@ -329,6 +352,13 @@ def _areas(a_xyxy: Tensor, b_xyxy: Tensor, clamp: bool = True) -> tuple[Tensor, 
     return intersection, union, outer.prod(-1)
 
 
+def _giou_of_areas(a_xyxy: Tensor, b_xyxy: Tensor, areas: Tensor) -> Tensor:
+    intersection, _, hull = _areas(a_xyxy, b_xyxy)
+    union = areas - intersection
+    tiny = torch.finfo(union.dtype).tiny
+    return intersection / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+
+
 def _from_areas(combine, **options):
     return lambda a_xyxy, b_xyxy: combine(*_areas(a_xyxy, b_xyxy, **options))
 
@@ -349,6 +379,15 @@ def _from_areas(combine, **options):
         ),
         "This is intersection / hull. IoU divides by the union, and the hull enters in a second term.": _from_areas(
             lambda i, u, h: i / h
+        ),
+        "The union counts the intersection twice. Subtract it once from the sum of the areas.": _from_areas(
+            lambda i, u, h: i / (u + i) - (h - u - i) / h
+        ),
+        "The empty part is what *neither* box covers: hull - union, not hull - intersection.": _from_areas(
+            lambda i, u, h: i / u - (h - i) / h
+        ),
+        "`area` takes width and height, and got corners: convert with xyxy_to_xywh first.": lambda a_xyxy, b_xyxy: (
+            _giou_of_areas(a_xyxy, b_xyxy, boxes.area(a_xyxy) + boxes.area(b_xyxy))
         ),
         "The empty part is not divided by the hull, so it depends on the unit of length.": _from_areas(
             lambda i, u, h: i / u - (h - u)
@@ -403,6 +442,15 @@ def _box_loss(predicted: Tensor, truth: Tensor, weights: tuple[float, float] = (
         "of all 4 B numbers.": lambda *a: _box_loss(*a, l1="boxes"),
         "L1 compares centres and sizes. Convert both to corners first: cxcywh_to_xyxy.": lambda *a: (
             _box_loss(*a, l1="cxcywh")
+        ),
+        "Both terms are summed over the batch. Take means, or the loss grows with the batch.": lambda *a: (
+            _box_loss(*a, overlap="sum", l1="sum")
+        ),
+        "This is only the GIoU term. Add 5 times the L1 term.": lambda *a: _box_loss(*a, weights=(2, 0)),
+        "This is only the L1 term. Add 2 times the GIoU term.": lambda *a: _box_loss(*a, weights=(0, 5)),
+        "You converted to xywh. Both terms compare corners: cxcywh_to_xyxy.": lambda predicted, truth: (
+            2 * (1 - boxes.giou(boxes.cxcywh_to_xywh(predicted), boxes.cxcywh_to_xywh(truth))).mean()
+            + 5 * (boxes.cxcywh_to_xywh(predicted) - boxes.cxcywh_to_xywh(truth)).abs().mean()
         ),
         "The differences are squared. L1 takes their absolute values.": lambda *a: _box_loss(*a, l1="squared"),
         "giou expects corners, and you gave it centres and sizes: cxcywh_to_xyxy.": lambda *a: _box_loss(*a, overlap="raw"),

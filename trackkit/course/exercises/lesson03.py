@@ -73,6 +73,39 @@ def _within(low: int, high: int, length: int) -> tuple[int, int]:
                 dynamic_range(first, search, max_gap, length)[1] - 1,
             )
         ),
+        "You clipped the upper end to the last frame. It is the one after it: `length`, not length - 1.": (
+            lambda first, search, max_gap, length: (
+                dynamic_range(first, search, max_gap, length)[0],
+                min(dynamic_range(first, search, max_gap, length)[1], length - 1),
+            )
+        ),
+        "When the first template comes later, the range begins with the search frame itself, not with the one after it.": (
+            lambda first, search, max_gap, length: (
+                dynamic_range(first, search, max_gap, length)[0] + (first >= search),
+                dynamic_range(first, search, max_gap, length)[1],
+            )
+        ),
+        "When the first template comes later, your range is one frame late: it begins with the search frame itself.": (
+            lambda first, search, max_gap, length: (
+                _within(search + 1, search + max_gap + 1, length) if first >= search else _within(search - max_gap, search, length)
+            )
+        ),
+        "When the first template comes first, the dynamic one lies before the search frame. Your range has the search frame in it.": (
+            lambda first, search, max_gap, length: (
+                dynamic_range(first, search, max_gap, length)[0],
+                dynamic_range(first, search, max_gap, length)[1] + (first < search),
+            )
+        ),
+        "The frame max_gap before the search frame belongs to the range: it begins at search - max_gap.": (
+            lambda first, search, max_gap, length: (
+                _within(search, search + max_gap, length) if first >= search else _within(search - max_gap + 1, search, length)
+            )
+        ),
+        "You stop at the first template. The dynamic one may lie beyond it, as long as it is near the search frame.": (
+            lambda first, search, max_gap, length: (
+                (search, min(search + max_gap, first)) if first >= search else (max(search - max_gap, first), search)
+            )
+        ),
     },
 )
 def _(generator: torch.Generator) -> list[tuple]:
@@ -105,6 +138,17 @@ def _from_probabilities(probability: Tensor, labels: Tensor) -> Tensor:
         "The formula is right, the arithmetic is not: sigmoid(120) is 1 to the last digit, and log(1 - 1) is minus infinity. "
         "log(sigmoid(v)) is F.logsigmoid(v), and log(1 - sigmoid(v)) is F.logsigmoid(-v).": lambda logits, labels: (
             _from_probabilities(logits.sigmoid(), labels)
+        ),
+        "Two things. The minus sign is missing, as in the paper's Eq. 3. And log(sigmoid(v)) breaks for large v: write "
+        "F.logsigmoid(v), and F.logsigmoid(-v) for log(1 - sigmoid(v)).": lambda logits, labels: (
+            -_from_probabilities(logits.sigmoid(), labels)
+        ),
+        "The formula is right, the arithmetic is not: torch limits the logarithm of a probability to -100, so a very wrong "
+        "answer costs too little. Go from the logit to the logarithm in one step: F.logsigmoid.": lambda logits, labels: (
+            F.binary_cross_entropy(logits.sigmoid(), labels)
+        ),
+        "The minus sign belongs to both halves. Here it stands before the first one only.": lambda logits, labels: (
+            ((1 - labels) * F.logsigmoid(-logits) - labels * F.logsigmoid(logits)).mean()
         ),
         "A sigmoid is applied twice.": lambda logits, labels: score_loss(logits.sigmoid(), labels),
         "The labels are inverted: 1 means that the search crop shows the target.": lambda logits, labels: (
@@ -177,6 +221,15 @@ def due(count: Tensor, score: Tensor, interval: int, threshold: float) -> Tensor
         "You renew in all frames but the multiples of the interval: compare the remainder with 0.": (
             lambda count, score, interval, threshold: (count % interval != 0) & (score > threshold)
         ),
+        "You renew once, when the first interval is over. Compare the remainder with 0: count % interval == 0.": (
+            lambda count, score, interval, threshold: (count == interval) & (score > threshold)
+        ),
+        "// is how often the interval fits into the count. Its remainder is %: count % interval == 0.": (
+            lambda count, score, interval, threshold: (count // interval == 0) & (score > threshold)
+        ),
+        "The score is a probability already: no sigmoid.": lambda count, score, interval, threshold: (
+            due(count, score.sigmoid(), interval, threshold)
+        ),
         "One answer for the whole batch. Each sequence has its own count and score: no .any() and no .all().": (
             lambda count, score, interval, threshold: due(count, score, interval, threshold).any()
         ),
@@ -210,6 +263,11 @@ def _cut(held: Tensor, due: Tensor, centre: Tensor, side: Tensor) -> Tensor:
     return torch.where(due[:, None], torch.stack([window.left, window.top, window.side], 1), held)
 
 
+def _floored(held: Tensor, due: Tensor, new_xywh: Tensor, side: Tensor) -> Tensor:
+    corner = (_middle(new_xywh) - side[:, None] / 2).floor()
+    return torch.where(due[:, None], torch.cat([corner, side[:, None]], 1), held)
+
+
 def _middle(box_xywh: Tensor) -> Tensor:
     return xywh_to_cxcywh(box_xywh)[:, :2]
 
@@ -223,6 +281,12 @@ def _middle(box_xywh: Tensor) -> Tensor:
         ),
         "The size is that of the old box. Take both place and size from the new one.": (
             lambda held, due, old, new, factor: _cut(held, due, _middle(new), (context_side(old) * factor).ceil())
+        ),
+        "The place is that of the old box. Take both place and size from the new one.": (
+            lambda held, due, old, new, factor: _cut(held, due, _middle(old), (context_side(new) * factor).ceil())
+        ),
+        "Left and top are swapped. The order is left, top, side.": lambda held, due, old, new, factor: torch.where(
+            due[:, None], template_window(held, torch.ones_like(due), old, new, factor)[:, [1, 0, 2]], held
         ),
         "All templates are renewed as soon as one is due. Keep those that are not: torch.where(due[:, None], ..., held).": (
             lambda held, due, old, new, factor: template_window(held, due.any().expand_as(due), old, new, factor)
@@ -246,6 +310,15 @@ def _middle(box_xywh: Tensor) -> Tensor:
         ),
         "The side is `factor` times the longer side of the box. Take the square root of its area.": (
             lambda held, due, old, new, factor: _cut(held, due, _middle(new), (new[:, 2:].amax(1) * factor).ceil())
+        ),
+        "The factor is under the root. Take the root of the area first, then multiply.": lambda held, due, old, new, factor: _cut(
+            held, due, _middle(new), (new[:, 2:].prod(1) * factor).sqrt().ceil()
+        ),
+        "The side is `factor` times the mean of width and height. Take the square root of the area.": (
+            lambda held, due, old, new, factor: _cut(held, due, _middle(new), (new[:, 2:].mean(1) * factor).ceil())
+        ),
+        "Left and top are rounded down. They go to the nearest pixel, ties to the even one; Windows.around does it.": (
+            lambda held, due, old, new, factor: _floored(held, due, new, (context_side(new) * factor).ceil())
         ),
         "The side is `factor` times the area. Take the square root of the area.": lambda held, due, old, new, factor: _cut(
             held, due, _middle(new), (new[:, 2:].prod(1) * factor).ceil()
