@@ -87,7 +87,7 @@ FAMILIES = {
     ),
     "SBT": Family(
         "test_sbt_parity",
-        ("sbt-light", "sbt-small", "sbt-base", "sbt-large", "sbt-tiny"),
+        ("sbt-light", "sbt-small", "sbt-base", "sbt-large", "sbt-tiny", "siamfc-ca", "stark-ca"),
         "The golden files are of phiphiphi31/SBT at 2be5ef1, of the light and the base form: network with every block, tracking, losses, decoding, the "
         'rule of positive tokens. "float64" compares the network in 64-bit floats.',
         (
@@ -100,6 +100,8 @@ FAMILIES = {
             'The released head is not Eq. 7 of the paper; `head="eq7"` is, and is the one that the 25.1 M parameters of their README belong to.',
             "Search windows are 5 target sizes large and the cosine window has a share of 0.49, as in the code. The paper has 4 and no window (`search_factor`, "
             "`window_influence`).",
+            '`siamfc-ca` and `stark-ca` have no golden file: the paper replaces a tracker\'s backbone by a "modified SBT-small" and does not say how it is '
+            "modified. Here the tracker keeps everything but its backbone, whose stride is that of the one replaced.",
             COORDINATES,
         ),
     ),

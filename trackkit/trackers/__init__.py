@@ -33,6 +33,8 @@ TRACKERS: dict[str, Callable[[], Tracker]] = {
     "sbt-base": lambda: SBT(SBTConfig.base()),
     "sbt-large": lambda: SBT(SBTConfig.large()),
     "sbt-tiny": lambda: SBT(SBTConfig.tiny()),
+    "siamfc-ca": SiamFCCA,
+    "stark-ca": lambda: Stark(StarkConfig.s50(backbone="sbt-small")),
     "ostrack-256": lambda: ProContext(ProContextConfig.ostrack_256()),
     "ostrack-384": lambda: ProContext(ProContextConfig.ostrack_384()),
     "procontext-256": lambda: ProContext(ProContextConfig.procontext_256()),
