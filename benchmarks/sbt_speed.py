@@ -11,6 +11,7 @@ import statistics
 import time
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trackkit.backbones import normalise
@@ -33,6 +34,13 @@ def attention(block, x: Tensor, z: Tensor) -> Tensor:
     return block.proj((share @ v).transpose(1, 2).reshape(batch, height, width, channels))
 
 
+def mlp(block, x: Tensor) -> Tensor:
+    """The MLP layer by layer, where `ConvMlp` works through parts of the hidden channels."""
+    layers = block.mlp
+    hidden = layers.fc1(block.norm2(x)).permute(0, 3, 1, 2)
+    return layers.fc2(F.gelu(layers.position(hidden).permute(0, 2, 3, 1)))
+
+
 @torch.no_grad()
 def plain(tracker: SBT, template: Tensor, search: Tensor) -> tuple[Tensor, Tensor]:
     """Normalised crops -> class logits (B, N, 2) and boxes (B, N, 4)."""
@@ -42,7 +50,7 @@ def plain(tracker: SBT, template: Tensor, search: Tensor) -> tuple[Tensor, Tenso
         for number, block in enumerate(stage.blocks, 1):
             seen_by_x, seen_by_z = (z, x) if number in cross else (x, z)
             x, z = x + attention(block, x, seen_by_x), z + attention(block, z, seen_by_z)
-            x, z = (image + block.mlp(block.norm2(image)) for image in (x, z))
+            x, z = (image + mlp(block, image) for image in (x, z))
     features = tracker.backbone.norm(x).flatten(1, 2)
     return tracker.class_head(features), tracker.box_head(features).sigmoid()
 

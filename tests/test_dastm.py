@@ -558,6 +558,7 @@ def test_impossible_configs():
         ({"attention": ("se", "se")}, "at most once"),
         ({"attention": ()}, "a gate needs attention modules"),
         ({"gate": "none", "test_gate": "random"}, "there is none"),
+        ({"gate": "none", "cost_weight": 1.0}, "there is no gate"),
         ({"capacity": 5}, "a capacity of at least segments"),
         ({"trim": 19, "query_trim": 19}, "leaves no cells when 19 are cut off"),
         ({"query_trim": 0}, "must be equal; got 6, 0"),

@@ -12,8 +12,9 @@ from golden import certified, golden, image, mosaic, state_dict, too_far, worst
 from torch import Tensor, nn
 
 from trackkit import attention, official
+from trackkit.backbones import normalise
 from trackkit.boxes import clip_with_margin, cxcywh_to_xywh, xywh_to_cxcywh
-from trackkit.crops import around_box
+from trackkit.crops import around_box, gt_in_crop, outside
 from trackkit.heads import CenterHead
 from trackkit.losses import focal_loss, gaussian_target, localisation
 from trackkit.trackers import create, procontext
@@ -197,14 +198,13 @@ def deviations() -> dict[str, tuple[float, float, str]]:
     trackers = {"ostrack-256": "ostrack_256_ce", "procontext-384": "procontext"}
     found = {}
     for name, file in trackers.items():
-        steps = (2, 3) if name == "procontext-384" else (0, 4)  # two seconds a step; this one looks at replaced templates
-        runs = {f"{name}, tracking, px": tracking(loaded(name), FILES[name]["tracking"], *steps)}
+        runs = {f"{name}, tracking, px": tracking(loaded(name), FILES[name]["tracking"])}
         found |= certified(networks(name) | runs, TOLERANCE, file)
     return found | certified(units(), TOLERANCE, "procontext_units")
 
 
 def test_agrees_with_the_authors():
-    assert len(deviations()) == 4 * (1 + 3) + 4 * (1 + 2) + 2 + 11
+    assert len(deviations()) == 4 * (1 + 3) + 4 * (1 + 2) + 2 + 15
     assert too_far(deviations()) == {}
     assert not_on_page("OSTrack and ProContEXT", deviations()) == []
 
@@ -361,12 +361,7 @@ def units() -> dict[str, float]:
     case = UNITS["clip_box"]
     sizes = torch.tensor([[case["W"], case["H"]]], dtype=torch.float64)
     found["clipped boxes, units"] = away(clip_with_margin(torch.tensor(case["in_xywh"]).double(), sizes, case["margin"]), case["out_xywh"])
-    frame, crops = mosaic(UNITS["crops"]["frame"], 480, 640), []
-    for case in UNITS["crops"]["cases"]:
-        crop, _ = around_box([frame], torch.tensor([case["box_xywh"]]), case["factor"], case["size"], exact=False)
-        flat = crop[0].permute(1, 2, 0).flatten()
-        crops.append(away(flat[torch.tensor(case["index"])], case["value"]))
-    found["crops, grey levels"] = max(crops)
+    found |= crops()
     found["positions resized for a masked autoencoder's weights, units"] = positions()
     return found | elimination()
 
@@ -402,6 +397,27 @@ def test_template_rows():
     case = masks["GT_BOX_128"]
     inside = procontext.cells_in(xywh_to_cxcywh(torch.tensor(case["boxes_xywh"])), 8)
     assert [row.nonzero()[:, 0].tolist() for row in inside] == case["true_index"]
+
+
+def crops() -> dict[str, float]:
+    """Crops at the border and outside, shrunk and enlarged; what the network gets of them; where a box lies in them."""
+    frame, found = mosaic(UNITS["crops"]["frame"], 480, 640), []
+    for case in UNITS["crops"]["cases"]:
+        box = torch.tensor([case["box_xywh"]], dtype=torch.float64)
+        crop, window = around_box([frame], box, case["factor"], case["size"], exact=False)
+        levels = crop[0].permute(1, 2, 0).flatten()
+        other = box + torch.tensor([[3.0, -2, 5, 1]])  # by the file's note
+        inside = cxcywh_to_xywh(gt_in_crop(other, xywh_to_cxcywh(box)[:, :2], window))
+        found.append(
+            {
+                "crops, grey levels": away(levels[torch.tensor(case["index"])], case["value"]),
+                "crops, mean grey level, units": abs(levels.double().mean().item() - case["crop_mean"]),
+                "crops, share outside the frame, units": abs(outside(window, [(639, 479)]).double().mean().item() - case["padded_fraction"]),
+                "crops, normalised, units": deviation(normalise(crop), case["normalised"]),
+                "crops, boxes in them, units": away(inside[0], case["box_in_crop_normalised_xywh"]),
+            }
+        )
+    return worst(*found)
 
 
 def positions() -> float:

@@ -122,6 +122,8 @@ class DASTMConfig:
             raise ValueError('a gate needs attention modules to choose from; without them gate must be "none"')
         if self.test_gate and self.gate == "none":
             raise ValueError("test_gate replaces a gate, and there is none")
+        if self.cost_weight and self.gate == "none":
+            raise ValueError("cost_weight weighs the cost of a gate's choices, and there is no gate; make it 0")
         if min(self.segments, self.train_frames, self.head_layers, self.epoch_steps) < 1 or self.capacity < self.segments + 2:
             raise ValueError("need segments, train_frames, head_layers, epoch_steps >= 1, and a capacity of at least segments + 2")
         if min(self.tau, self.factor) <= 0 or self.tau_end < 0 or not 1 <= self.gate_reduction <= self.width or self.width < 16:

@@ -51,7 +51,8 @@ class UstamConfig:
         residual: what the spatial layer's output is added to: the attention "map", or Eq. 6's "relative" map, which takes
             one number from all of it. The paper's text names the input of the module, which is the map.
         mean: Eq. 6's means are over each "column" (its formula: the attention that a token receives) or each "row" (its
-            text). With `residual` "map" it makes no difference, as softmax does not see what is subtracted everywhere.
+            text). With `residual` "map" and `carried` "enhanced" it makes no difference, as softmax does not see what is
+            subtracted everywhere.
         carried: the map that goes to the next frame: "enhanced", the one that the last block uses, or "relative".
         align: "none": cell i of the last search crop counts as cell i of this one (nothing in the paper says otherwise), or
             "warp": the map is moved to where this crop's cells were.
@@ -214,7 +215,7 @@ class SpatialAttention(nn.Module):
     """What is added to the search part of the last block's map (paper, section 3.2): (B, H, n, n) -> (B, H, n, n).
 
     One layer n -> n, shared by the heads, reads each row (the parameters and MACs of Table 4 fit nothing else). It starts
-    at zero, so that training starts from a working MixViT.
+    at zero, so that with `residual` "map" training starts from a working MixViT.
     """
 
     def __init__(self, tokens: int, residual: str, mean: str):
