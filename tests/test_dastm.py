@@ -539,7 +539,7 @@ def test_recipes(name):
         return
     first, second = made.recipe("paper")
     learning = {n for group in (first.trainable,) for n in group}
-    assert first.lr_end == second.lr and first.momentum == 0.9 and first.weight_decay == 1e-4
+    assert first.rate(first.steps) == pytest.approx(second.rate(0)) and first.momentum == 0.9 and first.weight_decay == 1e-4
     assert {"stmtrack": (10 * 4687, 10 * 4687)}.get(name, (150_000, 450_000)) == (first.steps, second.steps)
     assert ("*.trunk.*.bn.*" in learning) == (name == "stmtrack")
     learns = {id(p) for group in _groups(made, second) for p in group["params"]}

@@ -200,9 +200,27 @@ def test_stage_validation_and_warmup():
         ({"lr_end": 0.1, "drops": (3,)}, "drops"),
         ({"drops": (0,)}, "drops"),
         ({"rates": (("*", 0.0),)}, "rates"),
+        ({"cosine": (0.0, 1.0)}, "needs lr_end"),
+        ({"cosine": (0.5, 0.5), "lr_end": 0.1}, "the smaller first"),
     ):
         with pytest.raises(TrackkitError, match=message):
             Stage("s", steps=1, batch=1, sample=spec, lr=1.0, **wrong)
+
+
+def test_half_a_cosine_in_one_stage_and_in_two():
+    spec = SiamFC(SiamFCConfig.tiny()).samples()
+    shared = {"batch": 1, "sample": spec, "lr": 0.08, "lr_end": 1e-6}
+    whole = Stage("s", steps=200, cosine=(-1 / 19, 1.0), warmup=10, **shared)
+    first, second = (Stage("s", steps=100, cosine=part, **shared) for part in ((-1 / 19, 9 / 19), (9 / 19, 1.0)))
+    parts = [*map(dataclasses.replace(first, warmup=10).rate, range(100)), *map(second.rate, range(100))]
+    assert [whole.rate(i) for i in range(200)] == pytest.approx(parts)
+    optimiser = torch.optim.SGD([torch.zeros(1)], lr=0.08)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 190, eta_min=1e-6)
+    for i in range(10, 200):
+        assert whole.rate(i) == pytest.approx(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        theirs.step()
+    assert [whole.rate(i) for i in (0, 4, 9)] == pytest.approx([0.008, 0.04, 0.08])
 
 
 def test_rate_by_steps_constant_and_resized():

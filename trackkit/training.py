@@ -45,6 +45,8 @@ class Stage:
         sample: what a sample is.
         lr: learning rate at the start. It falls exponentially to `lr_end`; without `lr_end` it falls to a tenth after
             each of `drops` (steps of this stage), and without either it stays.
+        cosine: the rate falls along half a cosine instead, `lr` at its top and `lr_end` at its bottom, of which the stage covers the
+            part from the first to the second of these shares. (0, 1) is all of it; below 0 the rate stays at the top.
         schedule_steps: the exponential rate changes once in so many steps (an epoch, in the papers' words).
         warmup: steps over which the rate rises linearly from 0.
         rates: (pattern, factor): the rate of the parameters whose names match (`fnmatch`) is multiplied. The first
@@ -63,6 +65,7 @@ class Stage:
     lr: float
     lr_end: float | None = None
     drops: tuple[int, ...] = ()
+    cosine: tuple[float, float] | None = None
     schedule_steps: int = 1
     warmup: int = 0
     rates: tuple[tuple[str, float], ...] = ()
@@ -79,6 +82,8 @@ class Stage:
             raise TrackkitError(f"stage {self.name}: need 0 < lr_end <= lr, got {self.lr_end} and {self.lr}")
         if self.drops and (self.lr_end is not None or min(self.drops) < 1):
             raise TrackkitError(f"stage {self.name}: drops are steps from 1 on, in place of lr_end; got {self.drops}, {self.lr_end}")
+        if self.cosine and (self.lr_end is None or not self.cosine[0] < self.cosine[1] <= 1):
+            raise TrackkitError(f"stage {self.name}: a cosine needs lr_end and two shares up to 1, the smaller first; got {self.cosine}")
         if any(factor <= 0 for _, factor in self.rates):
             raise TrackkitError(f"stage {self.name}: rates must be factors above 0 (`trainable` freezes); got {self.rates}")
 
@@ -86,6 +91,11 @@ class Stage:
         """Learning rate of a step, 0-based."""
         if self.lr_end is None:
             fall = 0.1 ** sum(step >= drop for drop in self.drops)
+        elif self.cosine:
+            first, last = self.cosine
+            share = max(0.0, first + (last - first) * step / self.steps)
+            end = self.lr_end / self.lr
+            fall = end + (1 - end) * (1 + math.cos(math.pi * share)) / 2
         else:
             epochs = math.ceil(self.steps / self.schedule_steps)
             fall = (self.lr_end / self.lr) ** (step // self.schedule_steps / epochs)

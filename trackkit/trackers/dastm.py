@@ -591,8 +591,8 @@ class DASTM(Tracker):
 
         DASTM: 20 epochs, the rate falling exponentially from 0.005 to 0.0001, the trunk frozen for the first 5. The paper
         does not say that the trunk learns at a tenth of the rate; STMTrack's does. STMTrack: 20 epochs of GOT-10k's 150,000
-        samples, 0.08 after an epoch's rise, the trunk's Mixed layers learn from the 11th epoch on, all of its norms from the
-        first. Its rate falls by half a cosine to 1e-6; here exponentially through that cosine's value in the middle.
+        samples, 0.08 after an epoch's rise, then half a cosine down to 1e-6; the trunk's Mixed layers learn from the 11th epoch
+        on, all of its norms from the first.
         """
         cfg, sample = self.config, self.samples()
         plain = not cfg.attention  # STMTrack
@@ -601,7 +601,12 @@ class DASTM(Tracker):
             rest = {"lr": 2e-3, "lr_end": 1e-5, "warmup": 100, "weight_decay": 1e-4, "clip": 1.0}
             return [Stage("memory", steps=steps, batch=batch, sample=sample, loss="cooling", **rest)]
         epoch, first = 1000 if scale == "gpu" else cfg.epoch_steps, 10 if plain else 5  # epochs
-        rates = (0.08, 0.043, 1e-6) if plain else (0.005, 0.005 * 0.02**0.25, 0.0001)
+        if plain:
+            begin, end = ({"lr": 0.08, "lr_end": 1e-6, "cosine": part} for part in ((-1 / 19, 9 / 19), (9 / 19, 1.0)))
+            begin["warmup"] = epoch
+        else:
+            middle = 0.005 * 0.02**0.25
+            begin, end = {"lr": 0.005, "lr_end": middle}, {"lr": middle, "lr_end": 0.0001}
 
         body = ("memory.label.*", "memory.neck.*", "query.neck.*", "head.*", *(["attention.*"] if cfg.attention else []))
         norms = ("*.trunk.*.bn.*",) if cfg.trunk == "inception" else ()
@@ -609,11 +614,9 @@ class DASTM(Tracker):
 
         tenth = (("*.trunk.*", 0.1),)
         shared = {"batch": 32, "sample": sample, "momentum": 0.9, "weight_decay": 1e-4}
-        begin = {"lr": rates[0], "lr_end": rates[1], "warmup": epoch if plain else 0, "rates": tenth if norms else ()}
-        end = {"lr": rates[1], "lr_end": rates[2], "rates": tenth, "loss": "cooling"}
         return [
-            Stage("frozen trunk", steps=first * epoch, trainable=(*body, *norms), **begin, **shared),
-            Stage("all", steps=(20 - first) * epoch, trainable=(*body, *norms, *later), **end, **shared),
+            Stage("frozen trunk", steps=first * epoch, trainable=(*body, *norms), rates=tenth if norms else (), **begin, **shared),
+            Stage("all", steps=(20 - first) * epoch, trainable=(*body, *norms, *later), rates=tenth, loss="cooling", **end, **shared),
         ]
 
 
