@@ -537,7 +537,13 @@ def test_recipes(name):
         assert all(_groups(made, stage) for stage in made.recipe(scale))
     if name == "tiny":
         return
+    (whole,) = made.recipe("paper")
+    assert whole.trainable == ("*",), "a frozen random trunk would be useless"
+    made.pretrained = True
+    assert all(_groups(made, stage) for scale in ("gpu", "paper") for stage in made.recipe(scale))
     first, second = made.recipe("paper")
+    assert [whole.rate(i) for i in (0, whole.steps - 1)] == pytest.approx([first.rate(0) if first.warmup else first.lr * 1 / whole.warmup, second.rate(second.steps - 1)], rel=1e-3)
+    assert whole.steps == first.steps + second.steps
     learning = {n for group in (first.trainable,) for n in group}
     assert first.rate(first.steps) == pytest.approx(second.rate(0)) and first.momentum == 0.9 and first.weight_decay == 1e-4
     assert {"stmtrack": (10 * 4687, 10 * 4687)}.get(name, (150_000, 450_000)) == (first.steps, second.steps)

@@ -85,7 +85,8 @@ def train(argv: list[str]) -> None:
     log = run(
         tracker, stages, data, out, seed=options.seed, device=options.device, precision=options.precision, workers=options.workers
     )
-    print(f"{out / 'tracker.safetensors'}: loss {log[0]['loss']:.3f} -> {log[-1]['loss']:.3f}")
+    rows = [row for row in log if row["stage"] == log[-1]["stage"]]  # each stage has a loss of its own
+    print(f"{out / 'tracker.safetensors'}: {rows[0]['stage']} loss {rows[0]['loss']:.3f} -> {rows[-1]['loss']:.3f}")
 
 
 def track(argv: list[str]) -> None:
@@ -439,7 +440,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"trackkit {argv[0]}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\ntrackkit {argv[0]}: interrupted; the same command continues where the last file was written", file=sys.stderr)
+        print(f"\ntrackkit {argv[0]}: interrupted; the same command continues from the last file that was written, if there is one", file=sys.stderr)
         return 130
     return 0
 

@@ -42,6 +42,9 @@ class PatchEmbedding(nn.Module):
         return x, None
 
 
+PART = 2**20  # numbers of a map that stay in a CPU's cache
+
+
 class ConvMlp(nn.Module):
     """Linear, 3 x 3 depth-wise convolution, GELU, linear (section 3.3).
 
@@ -58,7 +61,7 @@ class ConvMlp(nn.Module):
             return self.fc2(F.gelu(self.fc1(x)))
         if torch.is_grad_enabled() or x.device.type != "cpu":
             return self.fc2(F.gelu(_convolve(self.position, self.fc1(x))))
-        # the same in parts of the hidden channels: a CPU reuses small pieces of memory, and fetches large ones anew each time
+        # the same result in parts of the hidden channels: a CPU reuses small pieces of memory, and fetches large ones anew each time
         out, (conv, hidden), tokens = self.fc2.bias, (self.position, self.fc1.out_features), x.flatten(0, 2)
         step = -(-hidden // -(-len(tokens) * hidden // PART))
         for i in range(0, hidden, step):
@@ -69,7 +72,6 @@ class ConvMlp(nn.Module):
         return out.view_as(x)
 
 
-PART = 2**20  # numbers
 Prepared = tuple[Tensor | None, tuple[Tensor, Tensor]]  # queries, (keys, values)
 
 
@@ -224,6 +226,7 @@ class Backbone(nn.Module):
         self.levels = {f"stage{last}.block{level}" for level in config.levels if config.correlation != "embedded"}
         names = [(name, crossed) for name, _, crossed in self.steps()]
         self.first = next((i for i, (_, crossed) in enumerate(names) if crossed), len(names))
+        # the template's map changes in every block, but is read only by CA blocks (as it was after the step before) and by `levels`:
         # the last step whose template map anybody reads
         read = [i - 1 for i, (_, crossed) in enumerate(names) if crossed]
         self.read = max(read + [i for i, (name, _) in enumerate(names) if name in self.levels])

@@ -273,7 +273,7 @@ class _Run:
         odd = [key for key, value in self.identity.items() if about.get(key) != value]
         if odd:
             raise CheckpointError(
-                f"{self.state_path.parent} holds another run (other {', '.join(odd)}); choose another folder, or delete this one to start anew"
+                f"{self.state_path.parent} holds another run (other {', '.join(odd)}); choose another folder (--out), or delete this one to start anew"
             )
         weights = {k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")}
         checkpoints.load_strictly(self.tracker, weights, str(self.state_path))

@@ -361,6 +361,7 @@ class DASTM(Tracker):
 
     def __init__(self, config: DASTMConfig = DASTMConfig()):
         super().__init__(config)
+        self.pretrained = False
         self.memory, self.query = Path(config, memory=True), Path(config, memory=False)
         if config.attention:
             self.attention = MemoryAttention(config)
@@ -374,6 +375,7 @@ class DASTM(Tracker):
             return False
         for path in (self.memory, self.query):
             path.trunk.load_pretrained()
+        self.pretrained = True
         return True
 
     @torch.no_grad()
@@ -592,13 +594,13 @@ class DASTM(Tracker):
         DASTM: 20 epochs, the rate falling exponentially from 0.005 to 0.0001, the trunk frozen for the first 5. The paper
         does not say that the trunk learns at a tenth of the rate; STMTrack's does. STMTrack: 20 epochs of GOT-10k's 150,000
         samples, 0.08 after an epoch's rise, then half a cosine down to 1e-6; the trunk's Mixed layers learn from the 11th epoch
-        on, all of its norms from the first.
+        on, all of its norms from the first. Without `load_pretrained` there is nothing to keep frozen, and all learns at once.
         """
         cfg, sample = self.config, self.samples()
         plain = not cfg.attention  # STMTrack
         if scale in ("tiny", "laptop") or cfg.trunk == "tiny":
             steps, batch = {"tiny": (300, 16), "laptop": (3000, 24), "gpu": (20_000, 64), "paper": (100_000, 64)}[scale]
-            rest = {"lr": 2e-3, "lr_end": 1e-5, "warmup": 100, "weight_decay": 1e-4, "clip": 1.0}
+            rest = {"lr": 2e-3, "lr_end": 1e-5, "warmup": steps // 30, "weight_decay": 1e-4, "clip": 1.0}
             return [Stage("memory", steps=steps, batch=batch, sample=sample, loss="cooling", **rest)]
         epoch, first = 1000 if scale == "gpu" else cfg.epoch_steps, 10 if plain else 5  # epochs
         if plain:
@@ -614,6 +616,9 @@ class DASTM(Tracker):
 
         tenth = (("*.trunk.*", 0.1),)
         shared = {"batch": 32, "sample": sample, "momentum": 0.9, "weight_decay": 1e-4}
+        if not self.pretrained:
+            whole = {**begin, "lr_end": end["lr_end"], "clip": 1.0} | ({"cosine": (-1 / 19, 1.0)} if plain else {"warmup": epoch})
+            return [Stage("all", steps=20 * epoch, loss="cooling", **whole, **shared)]
         return [
             Stage("frozen trunk", steps=first * epoch, trainable=(*body, *norms), rates=tenth if norms else (), **begin, **shared),
             Stage("all", steps=(20 - first) * epoch, trainable=(*body, *norms, *later), rates=tenth, loss="cooling", **end, **shared),

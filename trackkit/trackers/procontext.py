@@ -437,7 +437,7 @@ class ProContext(Tracker):
         cfg = self.config
         steps, batch = {"tiny": (300, 16), "laptop": (3000, 24), "gpu": (20_000, 64), "paper": (cfg.epochs * 468, 128)}[scale]
         if scale in ("tiny", "laptop"):
-            rates = {"lr": 1e-3, "lr_end": 1e-5, "warmup": 100, "clip": 1.0}
+            rates = {"lr": 1e-3, "lr_end": 1e-5, "warmup": steps // 30, "clip": 1.0}
         else:
             rates = {"lr": cfg.learning_rate * batch / 128, "drops": (steps * 4 // 5,), "clip": 0.1}
             rates |= {"rates": (("head.*", 1.0), ("*", cfg.backbone_rate))}
@@ -494,7 +494,7 @@ def pruning_score(q: Tensor, k: Tensor, known: int, rows: Tensor, weights: Tenso
     """
     logits = q[:, :, rows] @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, R, T)
     share = logits.softmax(-1)[..., known:] if softmax == "all" else logits[..., known:].softmax(-1)
-    share = share.mean(1) if weights is None else share.mean(1) * weights[..., None] * len(rows)
+    share = share.mean(1) if weights is None else share.mean(1) * weights[..., None] * len(rows)  # the mean divides by it
     return share.mean(1)
 
 

@@ -332,7 +332,7 @@ class SBT(Tracker):
         """
         steps, batch = {"tiny": (300, 16), "laptop": (3000, 24), "gpu": (20_000, 64), "paper": (0, 0)}[scale]
         if scale in ("tiny", "laptop"):
-            rates = {"lr": 1e-3, "lr_end": 1e-5, "warmup": 100, "clip": 1.0}
+            rates = {"lr": 1e-3, "lr_end": 1e-5, "warmup": steps // 30, "clip": 1.0}
         else:
             epochs, drops, pairs, size, rate = PRESETS[preset]
             if scale == "paper":
@@ -396,7 +396,7 @@ class Levelwise(nn.Module):
         width, self.crossed = config.dims[-1], config.correlation == "cross"
         self.adjust = nn.ModuleList(nn.Linear(width, config.adjust) for _ in config.levels)
         self.mix = nn.Parameter(torch.zeros(len(config.levels)))
-        marked = replace(config, cross=(*config.cross[:-1], (1,)))
+        marked = replace(config, cross=(*config.cross[:-1], (1,)))  # so that the blocks below, each a first one, are CA blocks
         self.blocks = nn.ModuleList(EoC(marked, len(config.dims) - 1, 0, 0.0) for _ in config.levels if self.crossed)
         self.apply(initialise)
 

@@ -490,7 +490,7 @@ class Ustam(Tracker):
         rest: dict = {"lr": 4e-4, "rates": (("embed.*", 0.1), ("blocks.*", 0.1))} if preset == "code" else {"lr": 1e-4}
         rest |= {"drops": (steps * 4 // 5,), "clip": 0.1}
         if scale in ("tiny", "laptop"):
-            rest = {"lr": 1e-3, "lr_end": 1e-5, "warmup": 100, "clip": 1.0}
+            rest = {"lr": 1e-3, "lr_end": 1e-5, "warmup": steps // 30, "clip": 1.0}
         if large and scale in ("gpu", "paper"):
             learning = [f"blocks.{i}.*" for i in range(6, cfg.depth)] + ["box_head.*"]
             rest["trainable"] = (*learning, "spatial_attention.*") if cfg.spatial else tuple(learning)
