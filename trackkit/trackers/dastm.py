@@ -42,29 +42,42 @@ class DASTMConfig:
 
     Attributes:
         trunk: "mobileone_s0" to "_s4", "inception" (STMTrack) or "tiny". The paper does not say which MobileOne.
-        trunk_stage: stage of MobileOne whose output is used, 3 or 2; both are at stride 8 here.
-        size, query_size: sides of the crops of memory frames (and of all in training) and of queries in tracking. (The paper
-            tracks with 160 and does not say how. Here the target is as large in both, so a smaller query shows less.)
+        trunk_stage: stage of MobileOne whose output is used, 3 or 2; both are at stride 8 here. No effect with other trunks.
+        size: side of the crops of memory frames, and of all crops in training, pixels; at least 33.
         factor: side of the memory's windows in units of the square root of the target's area.
-        trim, query_trim: cells that are cut off on each side of the trunk's output.
-        width, head_width, head_layers: channels of memory and query; channels and layers of the head's towers.
+        query_size: side of the crops of queries in tracking, pixels; at least 33. (The paper tracks with 160 and does not
+            say how. Here the target is as large as in memory frames, so a smaller query shows less.)
+        trim: cells that are cut off on each side of the trunk's output for crops of `size`.
+        query_trim: the same for queries of another size; equal to `trim` if `query_size` is `size`.
+        width: channels of memory and query; at least 16.
+        head_width: channels of the head's towers.
+        head_layers: convolutions in each of the head's towers.
         attention: modules for the memory, out of "se", "ca" and "cbam"; none is STMTrack.
-        gate: "none" (all modules, as `static` says), "hard" (one module or none, learned straight through a Gumbel softmax),
-            "soft" (a weighted sum, as Eq. 2 is written), "random" (Table 3). test_gate: another for tracking, "" for the same.
-        seed: of random decisions in tracking.
-        static: "mean" or "sum" of the modules. A sum triples the logits of the read-out.
-        tau, tau_end: temperature of the gate (Eq. 2), and what it falls to in training, geometrically; 0 leaves it.
-        gate_reduction: d, the hidden layer has width / d units. gate_bias: first biases of "none" and of the modules.
+        gate: "none" (all modules, as `static` says), "hard" (one module or none, learned straight through a Gumbel softmax), "soft" (a
+            weighted sum, as Eq. 2 is written), "random" (Table 3).
+        test_gate: another gate for tracking, "hard", "soft" or "random"; "" for the same. Only with a gate.
+        seed: of a random gate's decisions in tracking; no effect with other gates.
+        static: "mean" or "sum" of the modules' outputs. A sum triples the logits of the read-out. Only with gate "none".
+        tau: temperature of the gate (Eq. 2), above 0; no effect with gate "none".
+        tau_end: what the temperature falls to in training, geometrically, in the stage in which all learns; 0 leaves it at `tau`. No
+            effect with gate "none".
+        gate_reduction: d, the gate's hidden layer has `width` / d units; 1 to `width`.
+        gate_bias: the gate's first biases, of "none" and of each module.
         granularity: "frame", a decision for each memory frame when it is stored; "memory", one for all the frames that
             are looked at, made anew at each look.
-        cost_weight, cost_share: adds cost_weight * |expected cost - cost_share| to the loss, the cost of the gate's
-            choice in units of the dearest module's (after DyFPN).
+        cost_weight: adds cost_weight * |expected cost - `cost_share`| to the loss (after DyFPN); 0 adds nothing. Only with a gate.
+        cost_share: the wanted cost of the gate's choice, in units of the dearest module's, 0 to 1; no effect if `cost_weight` is 0.
         memory: "bounded" to `capacity` frames (`trackkit.memory`) or "unbounded", the authors' rule.
-        segments, confidence: the stored frames are parted in so many, of each of which the middle is looked at; the latest
-            frame too if its score exceeded this.
-        train_frames: memory frames of a training sample. epoch_steps: 30,000 in the paper, which is six times STMTrack's.
-        rate, window, penalty: of the size update, the cosine window and the penalty on changes of shape (`_choose`).
-        min_size: of a box, frame pixels.
+        capacity: frames that are kept, at least `segments` + 2; no effect with memory "unbounded".
+        segments: the stored frames are parted in so many, of each of which the middle is looked at, and the first of all.
+        confidence: the latest frame is looked at too if its score exceeded this, 0 to 1.
+        train_frames: memory frames of a training sample.
+        epoch_steps: steps of an epoch, of which there are 20; 30,000 in the paper, which is six times STMTrack's. Only at
+            the scale paper, and not with trunk "tiny".
+        rate: how much of a change the box's size follows, 0 to 1, times the cell's score.
+        window: share of a cosine window in the score by which a cell is chosen, 0 to 1.
+        penalty: strength of the penalty on changes of size and shape, 0 for none (`_choose`).
+        min_size: least width and height of a box, frame pixels.
         exact: boxes go into and out of crops by the crops' own geometry (`crops.Windows`). The authors' crop (`crops.warped`)
             ignores on the way out that windows are snapped to whole pixels; False does as they do.
     """

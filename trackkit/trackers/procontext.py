@@ -40,25 +40,40 @@ class ProContextConfig:
     """Numbers of the network, of tracking and of training; every row of the paper's Tables 2 to 4 is a field.
 
     Attributes:
-        template_size, search_size: sides of the crops, pixels. template_factors, search_factor: sides of their windows in
-            units of the square root of the target's area; one template for each factor (the paper's K, Table 2).
+        template_size: side of the template crops, pixels; a multiple of `patch`.
+        search_size: side of the search crop, pixels; a multiple of `patch`.
+        template_factors: sides of the templates' windows in units of the square root of the target's area, above 0; one template
+            for each factor (the paper's K, Table 2).
+        search_factor: side of the search window in the same units.
         dynamic: a second group of templates, of the last confident frame (Table 3).
-        stem: "patch", a token is a linear map of `patch` x `patch` pixels; or "conv", a small convolutional network of stride
-            8, with which a transformer learns from little data.
-        width, depth, heads, drop_path, head_channels: of the transformer and the head.
-        keep_ratio: share of the search tokens that stay at each pruning (the paper's rho, Table 4); 1 prunes nothing.
+        stem: "patch", a token is a linear map of `patch` x `patch` pixels; or "conv", a small convolutional network of
+            stride 8, with which a transformer learns from little data.
+        patch: side of a token's patch, pixels; 8 with stem "conv".
+        width: channels of the transformer; a multiple of 4 and of `heads`.
+        depth: blocks of the transformer.
+        heads: of each attention.
+        drop_path: probability of dropping the last block's branches in training, below 1; it rises from 0 block by block.
+        head_channels: of the first convolution of the head's towers.
+        keep_ratio: share of the search tokens that stay at each pruning (the paper's rho, Table 4), above 0; 1 prunes nothing.
         prune_blocks: blocks that prune, counted from 0, each between its attention and its MLP.
         pruning_rows: the template tokens that decide: "point", one in the middle of each template; "square", the four around
             the middle; "all"; or "box", those inside the target's box.
-        pruning_softmax: "all", the decision is read from the layer's own attention, shared among template and search tokens
-            (the code); or "search", from a softmax over the search tokens alone (the paper).
-        update_interval, update_threshold: every so many frames, if the score exceeds the threshold, the frame makes the
-            new dynamic templates. The code: 100 and 0.7. The paper's Algorithm 1: 1 and 0.7.
-        margin, exact: as in STARK (`StarkConfig`).
-        search_jitter, template_jitter: of training crops, of the centre and of the size (`sampling.CropSpec`).
-        epochs, keep_start, keep_ramp: nothing is pruned before epoch `keep_start`, then the keep ratio falls for `keep_ramp`
-            of the `epochs`. Shorter trainings have the same schedule, compressed.
-        learning_rate, backbone_rate: for batches of 128, and the factor on it for all but the head.
+        pruning_softmax: "all", the decision is read from the layer's own attention, shared among template and search tokens (the
+            code); or "search", from a softmax over the search tokens alone (the paper).
+        update_interval: every so many frames, if the score exceeds `update_threshold`, the frame makes the new dynamic
+            templates. The code: 100. The paper's Algorithm 1: 1. No effect without `dynamic`.
+        update_threshold: of the score, 0 to 1; 0.7 in code and paper. No effect without `dynamic`.
+        margin: the box keeps at least so many frame pixels inside the frame, and is at least as large.
+        exact: boxes go into and out of crops by the crops' own geometry; False imitates the authors, see `StarkConfig`.
+        search_jitter: how far off the training's search crops are, in centre and size (`sampling.CropSpec`).
+        template_jitter: the same of the training's templates.
+        epochs: of 60,000 samples each, the length of training at the scale paper. Shorter trainings are parted in as many epochs,
+            so that `keep_start` and `keep_ramp` give the same schedule, compressed.
+        keep_start: nothing is pruned before this epoch, counted from 1.
+        keep_ramp: epochs from then on in which the keep ratio falls from 1 to `keep_ratio`.
+        learning_rate: of the head, for batches of 128, and in proportion for others. Only at the scales gpu and paper; tiny and
+            laptop have rates of their own.
+        backbone_rate: factor on `learning_rate` for all but the head. Only at the scales gpu and paper.
     """
 
     template_size: int = 192

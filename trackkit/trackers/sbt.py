@@ -50,42 +50,41 @@ class SBTConfig:
     """Numbers of the network, of training and of tracking. Lists have one entry for each stage of the backbone.
 
     Attributes:
-        template_size: side of the template crop, pixels.
-        search_size: side of the search crop, pixels.
+        template_size: side of the template crop, pixels; a multiple of the product of `strides`.
+        search_size: side of the search crop, pixels; a multiple of the same.
         template_factor: side of the template's window in units of the square root of the target's area.
         search_factor: side of the search window in the same units; 5 in the authors' code, 4 in the paper.
-        dims: channels.
-        heads: of each attention.
-        blocks: how many.
-        strides: of the patch embeddings.
+        dims: channels of each stage.
+        heads: of each attention, by stage; they divide `dims`.
+        blocks: how many, by stage.
+        strides: of the stages' patch embeddings.
         ratios: hidden channels of the MLPs over `dims`. The paper's Table 2 prints 4 everywhere, its counts are those of 8, 8, 4.
-        reductions: SR, by which each side of the grid of keys is divided.
-        cross: which blocks are CA, counted from 1.
+        reductions: SR, by which each side of the grid of keys is divided. No effect with attention "vg" and "sl", nor on SA in "vl".
+        cross: which blocks of each stage are CA, counted from 1.
         attention: "srg": all tokens look at the keys of a reduced grid. "vg": of the full one. "vl": SA within squares of `local`
             tokens, CA as "srg". "sl": SA and CA within such squares, shifted by half in every second block; the template must
             be as large as the search crop (Table 1).
-        local: side of these squares, tokens.
+        local: side of these squares, tokens; it divides every grid. Only with attention "vl" and "sl".
         order: "simultaneous": in CA both images look at the other as it was before the block. "sequential": the template looks
             at a search crop that has looked already.
-        position: "conditional": a depth-wise convolution in the MLP. "absolute": sines added to the first embedding.
-            "relative": a learned bias for each offset between query and key, in SA (between two images offsets mean
-            nothing). "none" (Table 1).
+        position: "conditional": a depth-wise convolution in the MLP. "absolute": sines added to the first embedding. "relative": a
+            learned bias for each offset between query and key, in SA (between two images offsets mean nothing). "none" (Table 1).
         embedding: "conv": overlapping patches. "patches": patches side by side and a linear layer (Table 1, both H1 and H2).
         correlation: "embedded": CA in the backbone alone. "depthwise", "cross": also (or only, if `cross` is empty) after it, at
             three `levels`: depth-wise correlation with the middle 7 x 7 tokens of the template, or a CA block (Table 7).
-        levels: these blocks of the last stage, counted from 1.
-        adjust: channels of the levels' responses, which are summed with learned weights.
+        levels: these blocks of the last stage, counted from 1. Only with correlation "depthwise" and "cross".
+        adjust: channels of the levels' responses, which are summed with learned weights. Only with correlation "depthwise" and "cross".
         head: "released" as in the authors' code, "eq7" as the paper's Eq. 7 has it, "mlp3" or "mlp5", MLPs on each token, which
             explain the counts in Table 1.
-        drop_path: probability of dropping the last block's branches in training; it rises from 0 block by block.
+        drop_path: probability of dropping the last block's branches in training, below 1; it rises from 0 block by block.
         pretrained_blocks: how many blocks, counted from the first, begin with weights learned on single images when there are
             any (`load_pretrained`); None: all that can (Fig. 8).
-        positives: which tokens learn that they belong to a target that reaches outside the crop. "clipped": those in its box.
-            "wrapped": the authors', see `positive_tokens`.
+        positives: which tokens learn that they belong to a target that reaches outside the crop. "clipped": those in its box; or
+            the authors', "wrapped", see `positive_tokens`.
         weights: of the class, the L1 and the GIoU loss. The paper has 12, 7, 5, its code ten times as much, which makes no
             difference to AdamW with clipped gradients.
-        background: weight of background tokens in the class loss.
-        window_influence: share of a cosine window in the score by which a token is chosen; 0.49 in the code, 0 in the paper.
+        background: weight of background tokens in the class loss, where the target's have 1.
+        window_influence: share of a cosine window in the score by which a token is chosen, 0 to 1; 0.49 in the code, 0 in the paper.
         margin: the box keeps at least so many frame pixels inside the frame, and is at least as large.
         exact: boxes go into and out of crops by the crops' own geometry; False imitates the authors, see `StarkConfig`.
     """

@@ -33,25 +33,44 @@ class SiamFCConfig:
 
     The backbone is five convolutions without padding, conv1 with stride 2; a 3x3 max-pool with stride 2 follows
     the first `pools` of them, so the total stride is 2 ** (1 + pools).
+
+    Attributes:
+        exemplar_size: side of the exemplar, the crop of the target in the first frame.
+        search_size: side of the search crop in tracking.
+        train_search_size: side of the search crop in training: what the authors' random crop leaves.
+        context: margin around the target, in units of (w + h) / 2 on each side.
+        channels: outputs of the five convolutions.
+        kernels: sides of the five convolutions' kernels.
+        groups: of channels, in each of the five convolutions.
+        pools: how many of the convolutions are followed by a pooling, 0 to 5.
+        response_scale: factor on the response, brings sums over ~10,000 products to logits of order 1.
+        positive_radius: so far from the target's centre cells of the response learn 1, search-crop pixels.
+        train_shift: training crops are off-centre by up to this many crop pixels, half a response cell.
+        scales: search crops of a frame, each of another scale; an odd number.
+        scale_step: factor from one scale to the next.
+        scale_penalty: factor on the responses of the scales that are not 1.
+        scale_rate: how much of a scale change the target size follows, 0 to 1.
+        window_influence: share of a cosine window in the response in which the peak is sought, 0 to 1.
+        upsample: cells of the map in which the peak is sought for one response cell, along each axis.
     """
 
     exemplar_size: int = 127
     search_size: int = 255
-    train_search_size: int = 239  # what the random crop of training leaves of a search crop
-    context: float = 0.5  # margin around the target, in units of (w + h) / 2 on each side
+    train_search_size: int = 239
+    context: float = 0.5
     channels: tuple[int, ...] = (96, 256, 384, 384, 256)
     kernels: tuple[int, ...] = (11, 5, 3, 3, 3)
     groups: tuple[int, ...] = (1, 2, 1, 2, 2)
     pools: int = 2
-    response_scale: float = 0.001  # brings sums over ~10,000 products to logits of order 1
-    positive_radius: int = 16  # search-crop pixels
-    train_shift: int = 4  # training crops are off-centre by up to this many crop pixels, half a response cell
+    response_scale: float = 0.001
+    positive_radius: int = 16
+    train_shift: int = 4
     scales: int = 3
     scale_step: float = 1.0375
-    scale_penalty: float = 0.9745  # factor on the responses of the scales that are not 1
-    scale_rate: float = 0.59  # how much of a scale change the target size follows
+    scale_penalty: float = 0.9745
+    scale_rate: float = 0.59
     window_influence: float = 0.176
-    upsample: int = 16  # response cells -> cells of the map in which the peak is sought
+    upsample: int = 16
 
     def __post_init__(self):
         if not len(self.channels) == len(self.kernels) == len(self.groups) == 5:

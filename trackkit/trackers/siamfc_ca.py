@@ -22,6 +22,13 @@ class SiamFCCAConfig(SiamFCConfig):
     """SiamFC's numbers with another backbone; `channels`, `kernels`, `groups` and `pools` do not count here.
 
     Attributes:
+        exemplar_size: side of the exemplar, the crop of the target in the first frame; a multiple of the backbone's stride.
+        search_size: side of the search crop in tracking; a multiple of the stride.
+        train_search_size: side of the search crop in training; a multiple of the stride.
+        channels: no effect, see `sbt`.
+        kernels: no effect, see `sbt`.
+        groups: no effect, see `sbt`.
+        pools: no effect, see `sbt`.
         sbt: "light", "small", "base" or "tiny", whose backbone it is.
         adjust: channels of the features that are compared.
     """

@@ -38,30 +38,31 @@ class StarkConfig:
     Attributes:
         backbone: "resnet50", "resnet101" (stage 4, stride 16), or "tiny" (stride 8, trained from scratch). "sbt-small", "sbt-tiny":
             STARK-CA (Xie et al. 2022, section 5.3), whose search and template features know of one another.
-        template_size: side of the template crops, pixels.
-        search_size: side of the search crop, pixels.
+        template_size: side of the template crops, pixels; a multiple of the backbone's stride.
+        search_size: side of the search crop, pixels; a multiple of the backbone's stride.
         template_factor: side of a template's window in units of the square root of the target's area.
         search_factor: side of the search window in the same units.
-        width: of the tokens.
+        width: channels of the tokens; a multiple of 4 and of `heads`.
         heads: of each attention.
         feedforward: hidden width of the layers' feed-forward part.
         encoder_layers: 0 leaves the encoder out (Table 6).
         decoder_layers: 0 leaves the decoder out, and the query itself is the answer (Table 6).
-        dropout: in the transformer.
+        dropout: probability of it in the transformer.
         pre_norm: normalise before each step of a layer instead of after it.
         position: "sine", "learned" or "none" (Table 6).
         head: "corner", or "mlp" straight from the decoder (Table 6).
-        head_channels: of the first convolution of the corner head.
+        head_channels: of the first convolution of the corner head; no effect with head "mlp".
         queries: questions to the decoder.
-        matching: with several questions, "all" learn the same box and their mean is taken (the authors' code), or
-            "hungarian": only the best learns it, and the best score is taken (Table 7).
-        query: "learned", "template" (the template's tokens ask, and do not meet the search tokens before; Table 7), or
-            "updated" (the answer in the last confident frame changes the next question; Table 7).
+        matching: with several questions, "all" learn the same box and their mean is taken (the authors' code), or "hungarian":
+            only the best learns it, and the best score is taken (Table 7).
+        query: "learned", "template" (the template's tokens ask, and do not meet the search tokens before; Table 7), or "updated" (the
+            answer in the last confident frame changes the next question; Table 7).
         dynamic: a second template (STARK-ST), or not (STARK-S).
         score: the score head (Table 6).
         joint: localisation and score are learned at once, not in two stages (Table 7).
-        update_interval: every so many frames, a frame may become the dynamic template.
-        update_threshold: it does if its score exceeds this. Without a score head it always does.
+        update_interval: every so many frames, a frame may become the dynamic template; no effect without `dynamic`.
+        update_threshold: it does if its score, 0 to 1, exceeds this. Without a score head it always does. An "updated" query
+            needs this score too.
         margin: the box keeps at least so many frame pixels inside the frame, and is at least as large.
         exact: boxes go into and out of crops by the crops' own geometry. The authors ignore on the way out that windows
             are snapped to whole pixels, learn targets shifted by half a crop pixel, drop the frame's last row and

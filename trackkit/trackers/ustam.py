@@ -37,30 +37,38 @@ class UstamConfig:
     """Numbers of the network, of training and of tracking; Table 4's rows are `spatial` and `temporal`.
 
     Attributes:
-        template_size, search_size: sides of the crops, pixels (Tables 3 and 5: 288 or 384). template_factor, search_factor:
-            sides of their windows in units of the square root of the target's area. train_factor: of the search
-            windows in training. The paper says "twice the width and height" of the search window too; but 288 / 128 =
-            4.5 / 2 shows target and template at the same scale, and in a window of 2 a target that moves by half
-            its size is lost.
+        template_size: side of the template crops, pixels; a multiple of the stem's stride.
+        search_size: side of the search crop, pixels (Tables 3 and 5: 288 or 384); a multiple of the stem's stride.
+        template_factor: side of a template's window in units of the square root of the target's area.
+        search_factor: side of the search window in tracking, in the same units. The paper says "twice the width and height" of
+            it too; but 288 / 128 = 4.5 / 2 shows target and template at the same scale, and in a window of 2 a target that
+            moves by half its size is lost.
+        train_factor: side of the search window in training, in the same units.
         stem: "patch", one linear map of 16 x 16 pixels, or "conv", a small network of stride 8 that trains from scratch.
-        width, depth, heads, hidden, drop_path: of the vision transformer.
+        width: channels of the vision transformer; a multiple of 4 and of `heads`.
+        depth: blocks of the transformer, at least 2.
+        heads: of each attention.
+        hidden: hidden channels of the blocks' MLPs.
+        drop_path: probability of dropping the last block's branches in training, below 1; it rises from 0 block by block.
         templates: 2, or 1 (then no online template; the paper's MACs fit two).
-        head: "pyramid" or "corner", see `heads`. head_channels: of the first convolution of either.
+        head: "pyramid" or "corner", see `trackkit.heads`.
+        head_channels: of the first convolution of either head; a multiple of 8.
         spatial: the last block's attention map is sharpened (Eq. 5, 6).
         temporal: the first block's is multiplied by the last frame's (Eq. 3, 4).
         residual: what the spatial layer's output is added to: the attention "map", or Eq. 6's "relative" map, which takes
-            one number from all of it. The paper's text names the input of the module, which is the map.
+            one number from all of it. The paper's text names the input of the module, which is the map. No effect without `spatial`.
         mean: Eq. 6's means are over each "column" (its formula: the attention that a token receives) or each "row" (its
-            text). With `residual` "map" and `carried` "enhanced" it makes no difference, as softmax does not see what is
-            subtracted everywhere.
-        carried: the map that goes to the next frame: "enhanced", the one that the last block uses, or "relative".
-        align: "none": cell i of the last search crop counts as cell i of this one (nothing in the paper says otherwise), or
-            "warp": the map is moved to where this crop's cells were.
-        forget: in training, how often the second frame of a clip sees no last map, as a first frame does.
+            text). No effect with `residual` "map" and `carried` "enhanced", as softmax does not see what is subtracted everywhere.
+        carried: the map that goes to the next frame: "enhanced", the one that the last block uses, or "relative". No effect
+            without `temporal`.
+        align: "none": cell i of the last search crop counts as cell i of this one (nothing in the paper says otherwise), or "warp":
+            the map is moved to where this crop's cells were. Only in tracking, and with `temporal`.
+        forget: in training, how often, 0 to 1, the second frame of a clip sees no last map, as a first frame does. Only
+            with `temporal`.
         update_interval: every so many frames the second template is cut anew, as MixViT's tracker does (200 on GOT-10k and
-            LaSOT, 25 on TrackingNet); 0: never. The paper mentions no update.
+            LaSOT, 25 on TrackingNet); 0: never, as it must be with one template. The paper mentions no update.
         margin: the box keeps at least so many frame pixels inside the frame, and is at least as large.
-        exact: boxes go into and out of crops by the crops' own geometry; False: with the authors' habits, see StarkConfig.
+        exact: boxes go into and out of crops by the crops' own geometry; False: with the authors' habits, see `StarkConfig`.
     """
 
     template_size: int = 128
