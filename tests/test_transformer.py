@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import nn
 
-from trackkit.attention import Attention, DecoderLayer, EncoderLayer, LearnedPosition, sine_position
+from trackkit.attention import Attention, DecoderLayer, EncoderLayer, LearnedPosition, look_by_few, sine_position
 from trackkit.backbones import MEAN, STD, ResNet, SmallNet, normalise
 from trackkit.heads import MLP, CornerHead, soft_argmax
 from trackkit.losses import localisation, place_cross_entropy
@@ -42,6 +42,26 @@ def twin(theirs: nn.Module, ours: nn.Module) -> nn.Module:
 IGNORE = torch.tensor([[False] * 7, [True, True, False, False, False, True, False]])
 
 # ---- attention ----
+
+
+@pytest.mark.parametrize("ignore", [None, IGNORE], ids=["all", "some"])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_few_queries_look_the_same_way(queries, ignore):
+    layer = randomised(Attention(WIDTH, HEADS))
+    query, key, value = noise(2, queries, WIDTH), noise(2, 7, WIDTH, seed=1), noise(2, 7, WIDTH, seed=2)
+    torch.testing.assert_close(look_by_few(layer, query, key, value, ignore), layer(query, key, value, ignore)[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("queries", "quicker"), [(1, True), (3, True), (4, False)])
+def test_a_decoder_layer_takes_the_quicker_way(queries, quicker, monkeypatch):
+    taken = []
+    monkeypatch.setattr("trackkit.attention.look_by_few", lambda *given: taken.append(given) or look_by_few(*given))
+    layer = randomised(DecoderLayer(WIDTH, HEADS, HIDDEN))
+    given = noise(2, queries, WIDTH), noise(2, queries, WIDTH, seed=1), noise(2, 7, WIDTH, seed=2), noise(2, 7, WIDTH, seed=3), IGNORE
+    with torch.no_grad():
+        found = layer(*given)[0]
+    assert bool(taken) == quicker
+    torch.testing.assert_close(found, layer(*given)[0], atol=1e-5, rtol=0)  # as in training
 
 
 @pytest.mark.parametrize("ignore", [None, IGNORE], ids=["all", "some"])
