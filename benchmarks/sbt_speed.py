@@ -2,10 +2,10 @@
 
     python benchmarks/sbt_speed.py
 
-The plain version is the same network with the same weights as the authors' code runs it: layer by layer, every frame it
-encodes the template again, carries it through all blocks, and forms every attention map. Both get the same crops and must
-say the same. Nearly nine tenths of our step are matrix products and convolutions, and those run as fast as a core can (100 GFLOP/s where
-this was written); the template's part behind the first CA block cannot be kept. So there is not much more to win on a CPU.
+The plain version is the same network with the same weights as the authors' code runs it: every frame it encodes the
+template again, carries it through all blocks, and forms every attention map. Both get the same crops and must say the same.
+Nine tenths of our step are matrix products and convolutions, at what a core can do (95 to 100 GFLOP/s where this was
+written), and the template's part behind the first CA block cannot be kept. So there is not much more to win on a CPU.
 """
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import statistics
 import time
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trackkit.backbones import normalise
@@ -36,13 +35,6 @@ def attention(block, x: Tensor, z: Tensor) -> Tensor:
     return block.proj((share @ v).transpose(1, 2).reshape(batch, height, width, channels))
 
 
-def mlp(block, x: Tensor) -> Tensor:
-    """The MLP layer by layer, where `ConvMlp` works through parts of the hidden channels."""
-    layers = block.mlp
-    hidden = layers.fc1(block.norm2(x)).permute(0, 3, 1, 2)
-    return layers.fc2(F.gelu(layers.position(hidden).permute(0, 2, 3, 1)))
-
-
 @torch.no_grad()
 def plain(tracker: SBT, template: Tensor, search: Tensor) -> tuple[Tensor, Tensor]:
     """Normalised crops -> class logits (B, N, 2) and boxes (B, N, 4)."""
@@ -52,7 +44,7 @@ def plain(tracker: SBT, template: Tensor, search: Tensor) -> tuple[Tensor, Tenso
         for number, block in enumerate(stage.blocks, 1):
             seen_by_x, seen_by_z = (z, x) if number in cross else (x, z)
             x, z = x + attention(block, x, seen_by_x), z + attention(block, z, seen_by_z)
-            x, z = (image + mlp(block, image) for image in (x, z))
+            x, z = (image + block.mlp(block.norm2(image)) for image in (x, z))
     features = tracker.backbone.norm(x).flatten(1, 2)
     return tracker.class_head(features), tracker.box_head(features).sigmoid()
 

@@ -409,7 +409,8 @@ def test_start_from_imagenet(monkeypatch):
     small = {"width": 16, "head_width": 8, "attention": ("ca",)}
     for trunk, whole in (("mobileone_s0", create_model("mobileone_s0")), ("inception", inception_v3(init_weights=False))):
         weights = whole.state_dict()
-        monkeypatch.setattr(backbones, "_fetched", lambda name, fetch, weights=weights: weights)
+        for source in ("timm_weights", "_torchvision_weights"):
+            monkeypatch.setattr(backbones, source, lambda name, weights=weights: weights)
         made = DASTM(DASTMConfig(trunk=trunk, **small))
         assert made.load_pretrained()
         for path in (made.memory, made.query):
@@ -421,12 +422,16 @@ def test_start_from_imagenet(monkeypatch):
         assert torch.allclose(made.eval().query.trunk.stem(crops), stem, atol=1e-5)
 
 
-def test_weights_that_cannot_be_fetched():
-    def fetch():
-        raise OSError("no route to host")
+def test_weights_that_cannot_be_fetched(monkeypatch):
+    import timm
 
-    with pytest.raises(TrackkitError, match=r"mobileone_s1 of timm are neither.*no route to host.*--no-pretrained"):
-        backbones._fetched("mobileone_s1 of timm", fetch)
+    def fetch(name, **options):
+        raise OSError("no route to host\nmore of it")
+
+    made = backbones.MobileOne("mobileone_s0")
+    monkeypatch.setattr(timm, "create_model", fetch)
+    with pytest.raises(TrackkitError, match=r"mobileone_s0 are not in timm's cache .*\(no route to host\).*--no-pretrained"):
+        made.load_pretrained()
 
 
 # ---- costs ----

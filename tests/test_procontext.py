@@ -296,7 +296,7 @@ def test_checkpoints_of_the_authors(monkeypatch):
         theirs[name] = value
     assert {official.rename("ostrack-256", key) for key in theirs} == set(ours)
     theirs |= {"backbone.cls_token": torch.zeros(1, 1, 768), "backbone.pos_embed": torch.zeros(1, 197, 768)}
-    assert set(official._translated("procontext-256", theirs)) == set(ours)
+    assert set(official._names("procontext-256", theirs)) == set(ours)
     monkeypatch.setattr(official, "TRACKERS", {name: TRACKERS[name] for name in ("siamfc", "ostrack-256", "ostrack-384")})
     with pytest.raises(CheckpointError, match=r"position_z is \(1, 64, 768\), needs \(1, 144, 768\).*fits ostrack-256"), torch.device("meta"):
         official.load("ostrack-384", {k: torch.empty(v.shape) for k, v in theirs.items()})

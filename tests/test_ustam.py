@@ -410,10 +410,10 @@ def _empty(name: str) -> Ustam:
 def test_second_stage_checkpoints_are_understood():
     """They have a score branch, which the first stage's tracker does not use; inherited entries may be missing."""
     entries = official_entries(**{"score_branch.score_token": [1, 1, 768], "score_branch.score_head.layers.0.weight": [768, 768]})
-    names = set(official._translated("mixvit-b288", entries))
+    names = set(official._names("mixvit-b288", entries))
     assert names == set(_empty("mixvit-b288").state_dict())
     entries = {key: value for key, value in entries.items() if not key.startswith(("backbone.head", "backbone.cls", "score"))}
-    assert set(official._translated("mixvit-b288", entries)) == names
+    assert set(official._names("mixvit-b288", entries)) == names
 
 
 # ---- bad input ----

@@ -42,18 +42,8 @@ class ResNet(nn.Module):
 
     def load_pretrained(self) -> None:
         """Take over ImageNet's weights (torchvision's V1), from torch's cache or the network."""
-        import torchvision
-
-        weights = torchvision.models.get_weight(f"{self.name.replace('resnet', 'ResNet')}_Weights.IMAGENET1K_V1")
-        try:
-            state = weights.get_state_dict(progress=True)
-        except OSError as error:
-            folder = Path(torch.hub.get_dir()) / "checkpoints"
-            raise TrackkitError(
-                f"the ImageNet weights of {self.name} are not in {folder} and could not be fetched ({error}); put {Path(weights.url).name} "
-                "there, or start from random weights: --no-pretrained"
-            ) from error
-        self.load_state_dict({key: state[key] for key in self.state_dict()})
+        weights = _torchvision_weights(self.name.replace("resnet", "ResNet"))
+        self.load_state_dict({key: weights[key] for key in self.state_dict()})
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training and not torch.is_grad_enabled():
@@ -221,10 +211,7 @@ class Inception(nn.Module):
 
     def load_pretrained(self) -> None:
         """Take over ImageNet's weights (torchvision's), from torch's cache or the network."""
-        import torchvision
-
-        whole = torchvision.models.get_weight("Inception_V3_Weights.IMAGENET1K_V1")
-        weights = _fetched("inception_v3 of torchvision", lambda: whole.get_state_dict(progress=True))
+        weights = _torchvision_weights("Inception_V3")
         self.load_state_dict({name: weights[name] for name in self.state_dict()})
 
     def stem(self, crops: Tensor) -> Tensor:
@@ -264,7 +251,7 @@ class MobileOne(nn.Module):
 
     def load_pretrained(self) -> None:
         """Take over ImageNet's weights (timm's), from its cache or the network."""
-        weights = _from_timm(self.name)
+        weights = timm_weights(self.name)
         self.load_state_dict({name: weights[name.replace("begin.", "stem.")] for name in self.state_dict()})
 
     def _blocks(self) -> list[nn.Module]:
@@ -299,21 +286,30 @@ def _branches(block: nn.Module) -> list[tuple[nn.Conv2d | None, nn.BatchNorm2d]]
     return branches + ([(None, block.identity)] if block.identity is not None else [])
 
 
-def mae_weights(name: str) -> dict[str, Tensor]:
-    """A vision transformer's weights as a masked autoencoder left them, by timm's name, from its cache or the network."""
-    return _from_timm(name)
-
-
-def _from_timm(name: str) -> dict[str, Tensor]:
+def timm_weights(name: str) -> dict[str, Tensor]:
+    """A pretrained network's entries by timm's names, from timm's cache or the network; TrackkitError if neither has them."""
     import timm
 
-    return _fetched(f"{name} of timm", lambda: timm.create_model(name, pretrained=True).state_dict())
-
-
-def _fetched(name: str, fetch: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     try:
-        return fetch()
+        return timm.create_model(name, pretrained=True).state_dict()
     except (OSError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
         raise TrackkitError(
-            f"the weights {name} are neither in its cache nor to be had ({error}); connect once, or start from random weights: --no-pretrained"
+            f"the weights {name} are not in timm's cache and could not be fetched ({reason}); "
+            "connect once, or start from random weights: --no-pretrained"
+        ) from error
+
+
+def _torchvision_weights(name: str) -> dict[str, Tensor]:
+    """The same of torchvision's networks, trained on ImageNet (V1); `name` as torchvision writes it before "_Weights"."""
+    import torchvision
+
+    weights = torchvision.models.get_weight(f"{name}_Weights.IMAGENET1K_V1")
+    try:
+        return weights.get_state_dict(progress=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: what was fetched is not what it should be
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        raise TrackkitError(
+            f"the ImageNet weights of {name} are not in {folder} and could not be fetched ({error}); put {Path(weights.url).name} "
+            "there, or start from random weights: --no-pretrained"
         ) from error

@@ -42,9 +42,6 @@ class PatchEmbedding(nn.Module):
         return x, None
 
 
-PART = 2**20  # numbers of a map that stay in a CPU's cache
-
-
 class ConvMlp(nn.Module):
     """Linear, 3 x 3 depth-wise convolution, GELU, linear (section 3.3).
 
@@ -57,19 +54,11 @@ class ConvMlp(nn.Module):
         self.position = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden) if conditional else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.position is None:
-            return self.fc2(F.gelu(self.fc1(x)))
-        if torch.is_grad_enabled() or x.device.type != "cpu":
-            return self.fc2(F.gelu(_convolve(self.position, self.fc1(x))))
-        # the same result in parts of the hidden channels: a CPU reuses small pieces of memory, and fetches large ones anew each time
-        out, (conv, hidden), tokens = self.fc2.bias, (self.position, self.fc1.out_features), x.flatten(0, 2)
-        step = -(-hidden // -(-len(tokens) * hidden // PART))
-        for i in range(0, hidden, step):
-            part = slice(i, min(i + step, hidden))
-            y = F.linear(x, self.fc1.weight[part], self.fc1.bias[part]).permute(0, 3, 1, 2)
-            y = F.conv2d(y, conv.weight[part], conv.bias[part], padding=1, groups=y.shape[1]).permute(0, 2, 3, 1)
-            out = torch.addmm(out, torch.ops.aten.gelu_(y).flatten(0, 2), self.fc2.weight[:, part].t())
-        return out.view_as(x)
+        hidden = self.fc1(x)
+        if self.position is not None:
+            hidden = _convolve(self.position, hidden)
+        gelu = F.gelu if torch.is_grad_enabled() else torch.ops.aten.gelu_  # in place: fresh memory for large maps costs a CPU time
+        return self.fc2(gelu(hidden))
 
 
 Prepared = tuple[Tensor | None, tuple[Tensor, Tensor]]  # queries, (keys, values)

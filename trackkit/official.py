@@ -223,8 +223,3 @@ def _names(name: str, keys: Iterable[str]) -> dict[str, list[str]]:
         if not any(fnmatch.fnmatchcase(plain, pattern) for pattern in unused):
             names.setdefault(rename(name, plain), []).append(theirs)
     return names
-
-
-def _translated(name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries by our names, without those that nothing uses; these may be missing."""
-    return {ours: state_dict[theirs[0]] for ours, theirs in _names(name, state_dict).items()}

@@ -12,8 +12,9 @@ import re
 import torch
 from torch import Tensor, nn
 
+from trackkit.backbones import timm_weights
 from trackkit.eoc import Backbone, BackboneStage, initialise
-from trackkit.errors import CheckpointError, TrackkitError
+from trackkit.errors import CheckpointError
 from trackkit.trackers.sbt import SBTConfig
 
 
@@ -48,15 +49,7 @@ def imagenet(config: SBTConfig) -> dict[str, Tensor] | None:
     name = {(64, 128, 320): "pvt_v2_b3", (32, 64, 160): "pvt_v2_b0"}.get(config.dims)
     if name is None or layout != ((1, 2, 5), (8, 8, 4), (8, 4, 2), "srg", "conditional", "conv"):
         return None
-    import timm
-
-    try:
-        return timm.create_model(name, pretrained=True).state_dict()
-    except OSError as error:
-        raise TrackkitError(
-            f"the ImageNet weights of {name} are not in timm's cache and could not be fetched ({str(error).splitlines()[0]}); "
-            "try again with a network, or start from random weights: --no-pretrained"
-        ) from error
+    return timm_weights(name)
 
 
 def load_pretrained(backbone: Backbone, weights: dict[str, Tensor], blocks: int | None = None) -> None:

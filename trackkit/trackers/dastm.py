@@ -562,9 +562,9 @@ class DASTM(Tracker):
         `budgets`. Its baseline is STMTrack as published, so what is MobileOne's and what the attention's merit cannot be told.
         """
         from trackkit.budgets import TABLE_4, frame_macs
+        from trackkit.profiling import parameters
 
-        total = sum(p.numel() for p in self.parameters())
-        return {"parameters": total, "macs": frame_macs(self.config), "paper": TABLE_4.get(self.config, {})}
+        return {"parameters": parameters(self), "macs": frame_macs(self.config), "paper": TABLE_4.get(self.config, {})}
 
     # ---- training (STMTrack; DASTM, section IV.B) ----
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trackkit.attention import DropPath, Mlp, VitAttention, sine_position, xavier
-from trackkit.backbones import SmallNet, mae_weights, normalise
+from trackkit.backbones import SmallNet, normalise, timm_weights
 from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, xywh_to_cxcywh
 from trackkit.checkpoints import load_strictly
 from trackkit.crops import Windows, around_box, box_to_frame
@@ -240,7 +240,7 @@ class ProContext(Tracker):
         """Start the transformer as the authors do, from ViT-B as a masked autoencoder; see `Tracker.load_pretrained`."""
         if self.config.stem != "patch":
             return False
-        self.start_from(mae_weights("vit_base_patch16_224.mae"))
+        self.start_from(timm_weights("vit_base_patch16_224.mae"))
         return True
 
     def start_from(self, weights: dict[str, Tensor]) -> None:

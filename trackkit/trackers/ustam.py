@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trackkit.attention import DropPath, Mlp, VitAttention, sincos_position
-from trackkit.backbones import SmallNet, mae_weights, normalise
+from trackkit.backbones import SmallNet, normalise, timm_weights
 from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, xyxy_to_cxcywh
 from trackkit.checkpoints import load_strictly
 from trackkit.crops import around_box, box_to_frame
@@ -279,7 +279,7 @@ class Ustam(Tracker):
         names = {768: "vit_base_patch16_224.mae", 1024: "vit_large_patch16_224.mae"}
         if self.config.stem != "patch" or self.config.width not in names:
             return False
-        self.start_from(mae_weights(names[self.config.width]))
+        self.start_from(timm_weights(names[self.config.width]))
         return True
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
