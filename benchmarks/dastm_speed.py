@@ -1,11 +1,14 @@
-"""Time and memory of DASTM's steps over a long video: bounded, as trackkit has it, and unbounded, as STMTrack's authors have it.
+"""Time and memory of DASTM's steps over a long video: bounded, as trackkit has it, and unbounded,
+as STMTrack's authors have it.
 
     OMP_NUM_THREADS=1 python benchmarks/dastm_speed.py [NAME]
 
-Both run the same network with the same random weights on the same frames, in turns. Up to the frame from which on the bounded memory has
-to look at a neighbour of the frame it would like to see (5/4 of its capacity), the boxes of the two must be equal. Times are CPU
-time, so that other programs count less: the median of the 41 steps around a frame. Memory is what the state holds.
+Both run the same network with the same random weights on the same frames, in turns. Up to the frame
+from which on the bounded memory has to look at a neighbour of the frame it would like to see (5/4
+of its capacity), the boxes of the two must be equal. Times are CPU time, so that other programs
+count less: the median of the 41 steps around a frame. Memory is what the state holds.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -52,12 +55,27 @@ def main(name: str = "dastm-tiny") -> None:
     print(f"{name}, {torch.get_num_threads()} thread(s), memory of {config.capacity} frames")
     print(f"{'frame':<12}" + "".join(f"{frame:>16}" for frame in LOOK))
     for kind in trackers:
-        medians = [statistics.median(seconds[kind][frame - AROUND - 1 : frame + AROUND]) * 1e3 for frame in LOOK]
-        print(f"{kind:<12}" + "".join(f"{ms:>7.1f} ms{megabytes[kind][frame - 1]:>6.1f}M" for ms, frame in zip(medians, LOOK, strict=True)))
+        medians = [
+            statistics.median(seconds[kind][frame - AROUND - 1 : frame + AROUND]) * 1e3
+            for frame in LOOK
+        ]
+        print(
+            f"{kind:<12}"
+            + "".join(
+                f"{ms:>7.1f} ms{megabytes[kind][frame - 1]:>6.1f}M"
+                for ms, frame in zip(medians, LOOK, strict=True)
+            )
+        )
         if kind == "bounded":
-            ratio, more = medians[-1] / medians[0], megabytes[kind][LOOK[-1] - 1] - megabytes[kind][LOOK[0] - 1]
+            ratio, more = (
+                medians[-1] / medians[0],
+                megabytes[kind][LOOK[-1] - 1] - megabytes[kind][LOOK[0] - 1],
+            )
     print(f"equal boxes up to frame {alike} (required: {config.capacity})")
-    print(f"bounded, frame {LOOK[-1]} against {LOOK[0]}: {ratio:.2f} times the time (at most {TO_REACH}), {more:.1f} MB more (at most 0)")
+    print(
+        f"bounded, frame {LOOK[-1]} against {LOOK[0]}: {ratio:.2f} times the time (at most "
+        f"{TO_REACH}), {more:.1f} MB more (at most 0)"
+    )
     if alike < config.capacity or ratio > TO_REACH or more > 0:
         raise SystemExit("not flat, or not equal")
 

@@ -1,11 +1,14 @@
-"""A tracked frame of ProContEXT-256: what dropping search tokens gains, and what not making what is not needed does.
+"""A tracked frame of ProContEXT-256: what dropping search tokens gains, and what not making what is
+not needed does.
 
-Three steps take turns: trackkit's at the keep ratios 1 and 0.7, and a plain version at 0.7 of the same network, which
-embeds the patches of all templates in every frame and forms every attention map. Times are CPU time on one thread, so that
-other programs count less; cropping and decoding are in them. Random weights; the plain version's boxes are compared first.
+Three steps take turns: trackkit's at the keep ratios 1 and 0.7, and a plain version at 0.7 of the
+same network, which embeds the patches of all templates in every frame and forms every attention
+map. Times are CPU time on one thread, so that other programs count less; cropping and decoding are
+in them. Random weights; the plain version's boxes are compared first.
 
     OMP_NUM_THREADS=1 python benchmarks/procontext_speed.py
 """
+
 from __future__ import annotations
 
 import copy
@@ -41,13 +44,19 @@ class Plain:
         self.net, cfg = copy.deepcopy(tracker), tracker.config
         for block in self.net.blocks:
             block.__class__ = PlainBlock
-        self.templates = [around_box([frame], box, f, cfg.template_size, cfg.exact)[0] for f in cfg.template_factors] * 2
+        self.templates = [
+            around_box([frame], box, f, cfg.template_size, cfg.exact)[0]
+            for f in cfg.template_factors
+        ] * 2
 
     @torch.no_grad()
     def step(self, state: ProContextState, frames: list[Tensor]):
         groups = []
         for i, group in ((0, state.static), (2, state.dynamic)):
-            tokens = [self.net.tokens(normalise(crop), self.net.position_z) for crop in self.templates[i : i + 2]]
+            tokens = [
+                self.net.tokens(normalise(crop), self.net.position_z)
+                for crop in self.templates[i : i + 2]
+            ]
             groups.append(replace(group, tokens=torch.cat(tokens, 1)))
         return self.net.step(replace(state, static=groups[0], dynamic=groups[1]), frames)
 
@@ -65,10 +74,23 @@ def main() -> int:
 
     worst = 0.0
     for frame in frames[1:]:
-        worst = max(worst, (pruned.step(state, [frame])[1].box - plain.step(state, [frame])[1].box).abs().max().item())
-    print(f"largest difference from the plain version over {FRAMES} frames: {worst:.1e} px (tolerance {TOLERANCE})")
+        worst = max(
+            worst,
+            (pruned.step(state, [frame])[1].box - plain.step(state, [frame])[1].box)
+            .abs()
+            .max()
+            .item(),
+        )
+    print(
+        f"largest difference from the plain version over {FRAMES} frames: {worst:.1e} px "
+        f"(tolerance {TOLERANCE})"
+    )
 
-    seconds: dict[str, list[float]] = {"keep ratio 1": [], "keep ratio 0.7": [], "keep ratio 0.7, plain": []}
+    seconds: dict[str, list[float]] = {
+        "keep ratio 1": [],
+        "keep ratio 0.7": [],
+        "keep ratio 0.7, plain": [],
+    }
     for turn in range(TURNS):
         for times, net in zip(seconds.values(), (whole, pruned, plain), strict=True):
             began = time.process_time()
@@ -76,9 +98,15 @@ def main() -> int:
             times.append(time.process_time() - began)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     for name, median in medians.items():
-        print(f"{name:<24}{median * 1e3:7.1f} ms a frame (median of {TURNS}, {min(seconds[name]) * 1e3:.1f} to {max(seconds[name]) * 1e3:.1f})")
+        print(
+            f"{name:<24}{median * 1e3:7.1f} ms a frame (median of {TURNS}, "
+            f"{min(seconds[name]) * 1e3:.1f} to {max(seconds[name]) * 1e3:.1f})"
+        )
     ratio = medians["keep ratio 1"] / medians["keep ratio 0.7"]
-    print(f"0.7 against 1: {ratio:.2f}x (to reach: {TO_REACH}); against the plain version: {medians['keep ratio 0.7, plain'] / medians['keep ratio 0.7']:.2f}x")
+    print(
+        f"0.7 against 1: {ratio:.2f}x (to reach: {TO_REACH}); against the plain version: "
+        f"{medians['keep ratio 0.7, plain'] / medians['keep ratio 0.7']:.2f}x"
+    )
     return 0 if worst <= TOLERANCE and ratio >= TO_REACH else 1
 
 

@@ -1,13 +1,17 @@
-"""Training pairs per second from a folder of JPEGs: `trackkit.sampling` against the usual OpenCV pipeline.
+"""Training pairs per second from a folder of JPEGs: `trackkit.sampling` against the usual OpenCV
+pipeline.
 
-Both make the full SiamFC crops (127 and 255 px) of the same frames of the same GOT-10k-layout folder, one process
-and one thread each, in turns, in this run. The OpenCV pipeline is what the public code does: decode the whole
-frame, pad, cut, resize. Ours reads only the size of the frame that the crop needs (scaled JPEG decoding). The
-frames are procedural, compressed to about the 50 KB that a frame of GOT-10k's train split has on average (66 GB for
-1.4 million frames); `mean KB` says what came out.
+Both make the full SiamFC crops (127 and 255 px) of the same frames of the same GOT-10k-layout
+folder, one process and one thread each, in turns, in this run. The OpenCV pipeline is what the
+public code does: decode the whole frame, pad, cut, resize. Ours reads only the size of the frame
+that the crop needs (scaled JPEG decoding). The frames are procedural, compressed to about the 50 KB
+that a frame of GOT-10k's train split has on average (66 GB for 1.4 million frames); `mean KB` says
+what came out.
 
-    python benchmarks/sampling_speed.py             # needs opencv-python-headless, for the comparison only
+    python benchmarks/sampling_speed.py             # needs opencv-python-headless, for the
+    comparison only
 """
+
 from __future__ import annotations
 
 import itertools
@@ -26,7 +30,11 @@ from trackkit.got10k import GOT10k
 from trackkit.sampling import CropSpec, Samples, SampleSpec
 from trackkit.synth import SynthConfig, SynthDataset, write_dataset
 
-SPEC = SampleSpec(template=CropSpec(127, 1.0, 0.5), search=CropSpec(255, 255 / 127, 0.5), rule=FrameRule(min_side=20))
+SPEC = SampleSpec(
+    template=CropSpec(127, 1.0, 0.5),
+    search=CropSpec(255, 255 / 127, 0.5),
+    rule=FrameRule(min_side=20),
+)
 SEQUENCES, FRAMES, PAIRS, TURNS = 6, 10, 40, 5
 
 
@@ -41,15 +49,26 @@ def main() -> None:
     for width, height in ((1920, 1080), (1280, 720)):
         with tempfile.TemporaryDirectory() as folder:
             config = SynthConfig(width=width, height=height, frames=FRAMES, noise=0.0)
-            write_dataset(folder, "train", SynthDataset(config, seed=0, length=SEQUENCES), quality=60)
+            write_dataset(
+                folder, "train", SynthDataset(config, seed=0, length=SEQUENCES), quality=60
+            )
             sizes = [path.stat().st_size / 1024 for path in Path(folder).rglob("*.jpg")]
             print(f"{width:>6}x{height:<4} {np.mean(sizes):.0f} mean KB")
             data = GOT10k(folder, "train")
-            # sides from 4 to 40 % of the frame's, log-uniform: no size hits the steps of JPEG scaling every time
+            # sides from 4 to 40 % of the frame's, log-uniform: no size hits the steps of JPEG
+            # scaling every time
             edges = np.geomspace(0.04, 0.4, 5) * (width * height) ** 0.5
             for low, high in itertools.pairwise(edges):
                 sides = np.geomspace(low, high, 2 * len(data) + 1)[1::2]
-                ours = Samples([_with_side(sequence, side) for sequence, side in zip(data, sides, strict=True)], SPEC, 0, PAIRS * TURNS)
+                ours = Samples(
+                    [
+                        _with_side(sequence, side)
+                        for sequence, side in zip(data, sides, strict=True)
+                    ],
+                    SPEC,
+                    0,
+                    PAIRS * TURNS,
+                )
                 theirs, mine = [], []
                 for turn in range(TURNS):
                     numbers = range(turn * PAIRS, (turn + 1) * PAIRS)
@@ -58,12 +77,17 @@ def main() -> None:
                 seconds = np.median(theirs), np.median(mine)
                 total += seconds
                 a, b = PAIRS / seconds[0], PAIRS / seconds[1]
-                print(f"{width:>6}x{height:<4} {low:>4.0f} to {high:>4.0f} px {a:>8.1f} {b:>9.1f} {b / a:>6.2f}")
+                print(
+                    f"{width:>6}x{height:<4} {low:>4.0f} to {high:>4.0f} px {a:>8.1f} {b:>9.1f} "
+                    f"{b / a:>6.2f}"
+                )
     print(f"all together: {total[0] / total[1]:.2f} times the pairs per second (to reach: 2)")
 
 
 def _with_side(sequence, side: float):
-    """The same frames with targets of side x side pixels around the same centres, kept inside the frame."""
+    """The same frames with targets of side x side pixels around the same centres, kept inside the
+    frame.
+    """
     boxes = sequence.boxes_xywh.clone()
     width, height = sequence.frame_size(0)
     centre = xywh_to_cxcywh(boxes)[:, :2].clamp(min=side / 2)
@@ -78,16 +102,24 @@ def _opencv_pair(samples: Samples, cv2, index: int) -> list[np.ndarray]:
     rng = np.random.default_rng([samples.seed, index])
     sequence, usable = samples._draw(rng)
     crops = []
-    for frame, spec in zip(choose_frames(SPEC, usable, rng), (SPEC.template, SPEC.search), strict=True):
-        image = cv2.cvtColor(cv2.imread(str(sequence.folder / sequence.files[frame])), cv2.COLOR_BGR2RGB)
+    for frame, spec in zip(
+        choose_frames(SPEC, usable, rng), (SPEC.template, SPEC.search), strict=True
+    ):
+        image = cv2.cvtColor(
+            cv2.imread(str(sequence.folder / sequence.files[frame])), cv2.COLOR_BGR2RGB
+        )
         box = sequence.boxes_xywh[frame : frame + 1]
         n = round(float(context_side(box, spec.context) * spec.factor))
         x, y = (round(float(c) - n / 2) for c in xywh_to_cxcywh(box)[0, :2])
         height, width = image.shape[:2]
         pad = max(0, -x, -y, x + n - width, y + n - height)
         if pad:
-            image = cv2.copyMakeBorder(image, pad, pad, pad, pad, cv2.BORDER_CONSTANT, value=image.mean((0, 1)))
-        crops.append(cv2.resize(image[y + pad : y + pad + n, x + pad : x + pad + n], (spec.size, spec.size)))
+            image = cv2.copyMakeBorder(
+                image, pad, pad, pad, pad, cv2.BORDER_CONSTANT, value=image.mean((0, 1))
+            )
+        crops.append(
+            cv2.resize(image[y + pad : y + pad + n, x + pad : x + pad + n], (spec.size, spec.size))
+        )
     return crops
 
 

@@ -1,12 +1,15 @@
-"""A step of SBT-base against a plain version: how much computing the template once and never forming attention maps saves.
+"""A step of SBT-base against a plain version: how much computing the template once and never
+forming attention maps saves.
 
     python benchmarks/sbt_speed.py
 
-The plain version is the same network with the same weights as the authors' code runs it: every frame it encodes the
-template again, carries it through all blocks, and forms every attention map. Both get the same crops and must say the same.
-Nine tenths of our step are matrix products and convolutions, at what a core can do (95 to 100 GFLOP/s where this was
-written), and the template's part behind the first CA block cannot be kept. So there is not much more to win on a CPU.
+The plain version is the same network with the same weights as the authors' code runs it: every
+frame it encodes the template again, carries it through all blocks, and forms every attention map.
+Both get the same crops and must say the same. Nine tenths of our step are matrix products and
+convolutions, at what a core can do (95 to 100 GFLOP/s where this was written), and the template's
+part behind the first CA block cannot be kept. So there is not much more to win on a CPU.
 """
+
 from __future__ import annotations
 
 import statistics
@@ -27,10 +30,18 @@ TOLERANCE = 2e-5  # of the goldens, logits
 def attention(block, x: Tensor, z: Tensor) -> Tensor:
     """Tokens of the map x look at those of z, through a softmax map."""
     batch, height, width, channels = x.shape
-    q = block.q(block.norm1(x)).view(batch, -1, block.heads, channels // block.heads).transpose(1, 2)
+    q = (
+        block.q(block.norm1(x))
+        .view(batch, -1, block.heads, channels // block.heads)
+        .transpose(1, 2)
+    )
     keys = block.norm1(z)
     keys = block.reduce_norm(block.reduce(keys.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-    k, v = block.kv(keys).view(batch, -1, 2, block.heads, channels // block.heads).permute(2, 0, 3, 1, 4)
+    k, v = (
+        block.kv(keys)
+        .view(batch, -1, 2, block.heads, channels // block.heads)
+        .permute(2, 0, 3, 1, 4)
+    )
     share = (q @ k.transpose(-1, -2) * (channels // block.heads) ** -0.5).softmax(-1)
     return block.proj((share @ v).transpose(1, 2).reshape(batch, height, width, channels))
 
@@ -71,7 +82,9 @@ def main() -> None:
         search, _ = around_box([frame], box, cfg.search_factor, cfg.search_size, cfg.exact)
         answer = tracker(state.template, normalise(search))
     logits, boxes = theirs()
-    difference = max((answer.logits - logits).abs().max().item(), (answer.boxes - boxes).abs().max().item())
+    difference = max(
+        (answer.logits - logits).abs().max().item(), (answer.boxes - boxes).abs().max().item()
+    )
     if difference > TOLERANCE:
         raise SystemExit(f"the two versions differ by {difference:.1e}, more than {TOLERANCE:.0e}")
 
@@ -83,7 +96,10 @@ def main() -> None:
             seconds[name].append(time.perf_counter() - began)
     middle = {name: statistics.median(values) for name, values in seconds.items()}
     ratio = statistics.median(p / o for o, p in zip(seconds["ours"], seconds["plain"], strict=True))
-    print(f"SBT-base, one thread, {ROUNDS} steps each: ours {middle['ours'] * 1e3:.0f} ms, plain {middle['plain'] * 1e3:.0f} ms")
+    print(
+        f"SBT-base, one thread, {ROUNDS} steps each: ours {middle['ours'] * 1e3:.0f} ms, plain "
+        f"{middle['plain'] * 1e3:.0f} ms"
+    )
     print(f"ratio {ratio:.2f} (outputs differ by {difference:.0e}; required 1.3)")
 
 

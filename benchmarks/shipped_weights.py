@@ -1,10 +1,12 @@
 """What the weights that come with trackkit score, beside the references that learn nothing.
 
-On data_samples/val; on 39 further procedural sequences, three of each of its attributes in the same held-out textures,
-which no choice was made by; and, with --real, on a folder of real sequences in GOT-10k's layout.
+On data_samples/val; on 39 further procedural sequences, three of each of its attributes in the same
+held-out textures, which no choice was made by; and, with --real, on a folder of real sequences in
+GOT-10k's layout.
 
     python benchmarks/shipped_weights.py [--real /data/real]
 """
+
 from __future__ import annotations
 
 import argparse
@@ -25,21 +27,34 @@ def further() -> list[SynthSequence]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--real", type=Path)
     options = parser.parse_args()
     weights = sorted((SAMPLES / "weights").glob("*.safetensors"))
-    contestants = {path.stem: trackers.load(path) for path in weights} | {name: trackers.load(name) for name in ("ncc", "stay")}
+    contestants = {path.stem: trackers.load(path) for path in weights} | {
+        name: trackers.load(name) for name in ("ncc", "stay")
+    }
     if "stark-tiny" in contestants:
-        fixed = contestants["stark-tiny, never updated"] = trackers.load(SAMPLES / "weights" / "stark-tiny.safetensors")
+        fixed = contestants["stark-tiny, never updated"] = trackers.load(
+            SAMPLES / "weights" / "stark-tiny.safetensors"
+        )
         fixed.config = dataclasses.replace(fixed.config, update_interval=10**9)
     with tempfile.TemporaryDirectory() as folder:
         write_dataset(Path(folder) / "further", "val", further())
-        roots = [(SAMPLES, "val"), (Path(folder) / "further", "val"), *([(options.real, None)] if options.real else [])]
+        roots = [
+            (SAMPLES, "val"),
+            (Path(folder) / "further", "val"),
+            *([(options.real, None)] if options.real else []),
+        ]
         for root, split in roots:
             dataset = GOT10k(root, split) if split else GOT10k(root)
             results = Path(folder) / "results" / root.name
-            scores = {name: evaluate(tracker, dataset, results / name, name) for name, tracker in contestants.items()}
+            scores = {
+                name: evaluate(tracker, dataset, results / name, name)
+                for name, tracker in contestants.items()
+            }
             print(f"{root.name}, {len(dataset)} sequences\n{compare(scores)}\n")
 
 

@@ -1,7 +1,9 @@
-"""CPU time of a tracked frame for every tiny tracker, on one thread, and in units of the tiny SiamFC's.
+"""CPU time of a tracked frame for every tiny tracker, on one thread, and in units of the tiny
+SiamFC's.
 
-    python benchmarks/tiny_steps.py
+python benchmarks/tiny_steps.py
 """
+
 from __future__ import annotations
 
 import statistics
@@ -30,7 +32,9 @@ def main() -> None:
     middle = {name: statistics.median(values[WARM_UP:]) for name, values in seconds.items()}
     print(f"a frame of 640 x 480, one thread, CPU time, median of {FRAMES}")
     for name, value in middle.items():
-        print(f"{name:<18}{value * 1e3:5.1f} ms   {value / middle['siamfc-tiny']:.2f} of siamfc-tiny")
+        print(
+            f"{name:<18}{value * 1e3:5.1f} ms   {value / middle['siamfc-tiny']:.2f} of siamfc-tiny"
+        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""A tracked frame of USTAM-B288: trackkit's step against a plain version of the same network, in turns, in this run.
+"""A tracked frame of USTAM-B288: trackkit's step against a plain version of the same network, in
+turns, in this run.
 
-The plain version is what a straightforward implementation does, and MixFormer's stage-one tracker too: every frame it puts
-both templates and the search crop through the whole network as one row of tokens, and each block forms its attention maps.
-Ours computes the templates' keys and values once, leaves attention to the fused kernel, and forms a map only in the two
-blocks that need one. Cropping and decoding are in the times of both. Random weights; the outputs are compared first.
+The plain version is what a straightforward implementation does, and MixFormer's stage-one tracker
+too: every frame it puts both templates and the search crop through the whole network as one row of
+tokens, and each block forms its attention maps. Ours computes the templates' keys and values once,
+leaves attention to the fused kernel, and forms a map only in the two blocks that need one. Cropping
+and decoding are in the times of both. Random weights; the outputs are compared first.
 
     OMP_NUM_THREADS=1 python benchmarks/ustam_speed.py
 """
+
 from __future__ import annotations
 
 import statistics
@@ -33,7 +36,9 @@ class Plain:
 
     def start(self, frame: Tensor, box: Tensor) -> None:
         cfg = self.tracker.config
-        self.template, _ = around_box([frame], box, cfg.template_factor, cfg.template_size, cfg.exact)
+        self.template, _ = around_box(
+            [frame], box, cfg.template_factor, cfg.template_size, cfg.exact
+        )
         self.box, self.carried = box, torch.zeros(1, cfg.heads, cfg.grid**2, cfg.grid**2)
 
     @torch.no_grad()
@@ -74,9 +79,16 @@ def main() -> None:
     nn.init.normal_(ours.box_head.top_left.conv5.weight, std=0.5)
     frames = [torch.randint(0, 256, (3, 480, 640), dtype=torch.uint8) for _ in range(FRAMES + 1)]
     box = torch.tensor([[270.0, 200.0, 100.0, 80.0]], dtype=torch.float64)
-    plain, state, corners, worst = Plain(ours), ours.start(frames[:1], box), [], dict.fromkeys(TOLERANCE, 0.0)
+    plain, state, corners, worst = (
+        Plain(ours),
+        ours.start(frames[:1], box),
+        [],
+        dict.fromkeys(TOLERANCE, 0.0),
+    )
     plain.start(frames[0], box)
-    hook = ours.box_head.register_forward_hook(lambda module, given, made: corners.append(torch.cat(made)))
+    hook = ours.box_head.register_forward_hook(
+        lambda module, given, made: corners.append(torch.cat(made))
+    )
     for frame in frames[1:]:
         state, prediction = ours.step(state, [frame])
         theirs = plain.step(frame)
@@ -84,17 +96,26 @@ def main() -> None:
             worst[name] = max(worst[name], float((a - b).abs().max()))
     hook.remove()
     for name, allowed in TOLERANCE.items():
-        print(f"largest difference over {FRAMES} frames, {name}: {worst[name]:.1e} (allowed: {allowed:.0e})")
+        print(
+            f"largest difference over {FRAMES} frames, {name}: {worst[name]:.1e} (allowed: "
+            f"{allowed:.0e})"
+        )
         assert worst[name] <= allowed
     seconds: dict[str, list[float]] = {"plain": [], "trackkit": []}
     for turn in range(TURNS):
         frame = frames[1 + turn % FRAMES]
-        for name, step in (("plain", lambda f: plain.step(f)), ("trackkit", lambda f: ours.step(state, [f]))):
+        for name, step in (
+            ("plain", lambda f: plain.step(f)),
+            ("trackkit", lambda f: ours.step(state, [f])),
+        ):
             began = time.perf_counter()
             step(frame)
             seconds[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    print(f"seconds a frame, {torch.get_num_threads()} threads: plain {medians['plain']:.3f}, trackkit {medians['trackkit']:.3f}")
+    print(
+        f"seconds a frame, {torch.get_num_threads()} threads: plain {medians['plain']:.3f}, "
+        f"trackkit {medians['trackkit']:.3f}"
+    )
     print(f"{medians['plain'] / medians['trackkit']:.2f} times as fast (to reach: {TO_REACH})")
 
 

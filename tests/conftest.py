@@ -1,4 +1,5 @@
 """One thread, so that tests run side by side, and a home of their own, so that they leave no trace."""
+
 from __future__ import annotations
 
 import pytest

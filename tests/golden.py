@@ -1,7 +1,10 @@
-"""Deterministic weights, inputs and frames, by which the authors' code made the numbers in tests/goldens.
+"""Deterministic weights, inputs and frames, by which the authors' code made the numbers in
+tests/goldens.
 
-A tensor is drawn from PCG64 seeded with the CRC-32 of its name, and scaled by what its name says it is.
+A tensor is drawn from PCG64 seeded with the CRC-32 of its name, and scaled by what its name says it
+is.
 """
+
 from __future__ import annotations
 
 import fnmatch
@@ -27,7 +30,9 @@ def _uniform(name: str, shape) -> np.ndarray:
 
 
 def entry(name: str, shape) -> Tensor:
-    """A checkpoint entry: weights of variance 1 / fan-in, norm weights around 1, variances in [0.5, 1.5)."""
+    """A checkpoint entry: weights of variance 1 / fan-in, norm weights around 1, variances in [0.5,
+    1.5).
+    """
     if name.endswith("num_batches_tracked"):
         return torch.zeros(tuple(shape), dtype=torch.long)
     u = _uniform(name, shape)
@@ -60,13 +65,20 @@ def image(name: str, shape) -> Tensor:
 
 def mosaic(name: str, height: int, width: int) -> Tensor:
     """A frame of random 8 x 8 squares, uint8 (3, height, width)."""
-    squares = ((image(name, (height // 8, width // 8, 3)) + 2) * 64).floor().clamp(0, 255).to(torch.uint8)
+    squares = (
+        ((image(name, (height // 8, width // 8, 3)) + 2) * 64).floor().clamp(0, 255).to(torch.uint8)
+    )
     return squares.repeat_interleave(8, 0).repeat_interleave(8, 1).permute(2, 0, 1)
 
 
 def clouds(name: str, height: int, width: int) -> Tensor:
     """A frame of smooth random colours, uint8 (3, height, width)."""
-    colours = F.interpolate(image(name, (1, 3, height // 16 + 1, width // 16 + 1)), (height, width), mode="bilinear", align_corners=True)
+    colours = F.interpolate(
+        image(name, (1, 3, height // 16 + 1, width // 16 + 1)),
+        (height, width),
+        mode="bilinear",
+        align_corners=True,
+    )
     return ((colours[0] + 2) / 4 * 255).round().to(torch.uint8)
 
 
@@ -78,7 +90,9 @@ def frames(name: str, count: int, height: int, width: int) -> tuple[list[Tensor]
         grid = rng.integers(0, 256, size=(-(-h // cell), -(-w // cell), 3), dtype=np.int64)
         return np.kron(grid, np.ones((cell, cell, 1), dtype=np.int64))[:h, :w]
 
-    ground = (texture(height, width, 40) + texture(height, width, 12) + 2 * texture(height, width, 4)) // 4
+    ground = (
+        texture(height, width, 40) + texture(height, width, 12) + 2 * texture(height, width, 4)
+    ) // 4
     w, h = int(rng.integers(40, 90)), int(rng.integers(40, 90))
     target = (2 * texture(h, w, 10) + texture(h, w, 3)) // 3
     x0, y0 = int(rng.integers(20, width - w - 100)), int(rng.integers(20, height - h - 60))
@@ -95,25 +109,40 @@ def frames(name: str, count: int, height: int, width: int) -> tuple[list[Tensor]
 
 def away(value: Tensor, expected: list) -> float:
     """Largest difference from a list of numbers."""
-    return (value.detach().double() - torch.tensor(expected, dtype=torch.float64)).abs().max().item()
+    return (
+        (value.detach().double() - torch.tensor(expected, dtype=torch.float64)).abs().max().item()
+    )
 
 
 def summary_error(value: Tensor, summary: dict) -> float:
-    """Largest difference from the moments and sampled entries that a golden file keeps of a tensor; infinite for another shape."""
+    """Largest difference from the moments and sampled entries that a golden file keeps of a tensor;
+    infinite for another shape.
+    """
     if list(value.shape) != summary["shape"]:
         return math.inf
     flat = value.detach().double().flatten()
-    moments = {"mean": flat.mean(), "std": flat.std(unbiased=False), "min": flat.min(), "max": flat.max()}
+    moments = {
+        "mean": flat.mean(),
+        "std": flat.std(unbiased=False),
+        "min": flat.min(),
+        "max": flat.max(),
+    }
     kept = [name for name in moments if name in summary]
     got = torch.cat([flat[torch.tensor(summary["index"])], *(moments[name][None] for name in kept)])
     return away(got, summary["value"] + [summary[name] for name in kept])
 
 
-def certified(found: dict[str, float], allowed: dict[str, float], file: str) -> dict[str, tuple[float, float, str]]:
-    """What was compared -> deviation, tolerance and golden file; the tolerance is that of the longest end of the description."""
+def certified(
+    found: dict[str, float], allowed: dict[str, float], file: str
+) -> dict[str, tuple[float, float, str]]:
+    """What was compared -> deviation, tolerance and golden file; the tolerance is that of the
+    longest end of the description.
+    """
 
     def tolerance(what: str) -> float:
-        return next(allowed[end] for end in sorted(allowed, key=len, reverse=True) if what.endswith(end))
+        return next(
+            allowed[end] for end in sorted(allowed, key=len, reverse=True) if what.endswith(end)
+        )
 
     return {what: (value, tolerance(what), file) for what, value in found.items()}
 
@@ -125,4 +154,7 @@ def too_far(deviations: dict[str, tuple[float, float, str]]) -> dict[str, tuple[
 
 def worst(*several: dict[str, float]) -> dict[str, float]:
     """The largest deviation of each kind."""
-    return {kind: max(found[kind] for found in several if kind in found) for kind in dict.fromkeys(k for found in several for k in found)}
+    return {
+        kind: max(found[kind] for found in several if kind in found)
+        for kind in dict.fromkeys(k for found in several for k in found)
+    }

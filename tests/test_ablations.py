@@ -1,4 +1,7 @@
-"""Ablation tables: they fit their trackers, nothing is trained twice, interruptions lose nothing, the numbers are right."""
+"""Ablation tables: they fit their trackers, nothing is trained twice, interruptions lose nothing,
+the numbers are right.
+"""
+
 from __future__ import annotations
 
 import dataclasses
@@ -26,9 +29,15 @@ TOY = Table(
     "a paper, Table 1",
     "success",
     "siamfc-tiny",
-    (Row("base", {}, 60.0), Row("no window", {"window_influence": 0.0}, 55.0), Row("one scale", {"scales": 1}, 61.0)),
+    (
+        Row("base", {}, 60.0),
+        Row("no window", {"window_influence": 0.0}, 55.0),
+        Row("one scale", {"scales": 1}, 61.0),
+    ),
 )
-OTHER = dataclasses.replace(TOY, name="other", rows=(Row("ours", {}, 50.0), Row("one scale", {"scales": 1}, 49.0)))
+OTHER = dataclasses.replace(
+    TOY, name="other", rows=(Row("ours", {}, 50.0), Row("one scale", {"scales": 1}, 49.0))
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +45,22 @@ def data(tmp_path_factory):
     """GOT-10k in very small."""
     root = tmp_path_factory.mktemp("data") / "GOT-10k"
     for split, count in (("train", 3), ("val", 2)):
-        write_dataset(root, split, SynthDataset(SynthConfig(frames=6, width=160, height=120, split=split), seed=1, length=count))
+        write_dataset(
+            root,
+            split,
+            SynthDataset(
+                SynthConfig(frames=6, width=160, height=120, split=split), seed=1, length=count
+            ),
+        )
     return root
 
 
 def small(table, out, data, **options) -> Result:
-    return run(table, **{"seeds": 2, "steps": 2, "out": out, "data": data, "device": "cpu", "progress": False} | options)
+    return run(
+        table,
+        **{"seeds": 2, "steps": 2, "out": out, "data": data, "device": "cpu", "progress": False}
+        | options,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +78,22 @@ def figures(result: Result) -> list[tuple]:
 def trained(monkeypatch):
     """Names of the run folders that were handed to `train`, in order."""
     names, honest = [], ablations.train
-    monkeypatch.setattr(ablations, "train", lambda t, s, d, folder, **k: (names.append(folder.name), honest(t, s, d, folder, **k))[1])
+    monkeypatch.setattr(
+        ablations,
+        "train",
+        lambda t, s, d, folder, **k: (names.append(folder.name), honest(t, s, d, folder, **k))[1],
+    )
     return names
 
 
 # ---- the tables ----
 
 
-@pytest.mark.parametrize(("table", "row"), [(t, r) for t in TABLES.values() for r in t.rows], ids=lambda v: getattr(v, "label", None) or v.name)
+@pytest.mark.parametrize(
+    ("table", "row"),
+    [(t, r) for t in TABLES.values() for r in t.rows],
+    ids=lambda v: getattr(v, "label", None) or v.name,
+)
 def test_every_row_builds_and_its_stages_fit_it(table, row):
     for scale in ("tiny", "laptop", "gpu", "paper"):
         tracker, stages = table.build(row, scale)
@@ -77,19 +104,39 @@ def test_every_row_builds_and_its_stages_fit_it(table, row):
 def test_rows_are_different_and_begin_with_the_base():
     for name, table in TABLES.items():
         assert table.name == name and table.rows[0].changes == {}
-        assert len({str(table.build(row, "tiny")[0].config) for row in table.rows}) == len(table.rows)
+        assert len({str(table.build(row, "tiny")[0].config) for row in table.rows}) == len(
+            table.rows
+        )
 
 
 def test_figures_agree_with_the_papers_text():
     """Section 4.4 says how much the rows of Table 7 lose, apart from the first."""
     losses = {row.label: round(66.4 - row.paper, 1) for row in TABLES["stark-table7"].rows}
-    assert losses == {"base": 0, "template as query": 5.2, "Hungarian": 2.7, "updated query": 1.6, "joint": 3.9}
-    assert [row.paper for row in TABLES["stark-table6"].rows] == [66.4, 61.1, 64.5, 66.2, 63.7, 64.5]
+    assert losses == {
+        "base": 0,
+        "template as query": 5.2,
+        "Hungarian": 2.7,
+        "updated query": 1.6,
+        "joint": 3.9,
+    }
+    assert [row.paper for row in TABLES["stark-table6"].rows] == [
+        66.4,
+        61.1,
+        64.5,
+        66.2,
+        63.7,
+        64.5,
+    ]
 
 
 def test_changes_must_be_fields_of_the_config(tmp_path, data):
-    wrong = dataclasses.replace(TOY, rows=(*TOY.rows, Row("no encoder", {"encoder_layers": 0}, 1.0)))
-    with pytest.raises(TrackkitError, match=r"toy, no encoder: siamfc-tiny has no encoder_layers, only exemplar_size"):
+    wrong = dataclasses.replace(
+        TOY, rows=(*TOY.rows, Row("no encoder", {"encoder_layers": 0}, 1.0))
+    )
+    with pytest.raises(
+        TrackkitError,
+        match=r"toy, no encoder: siamfc-tiny has no encoder_layers, only exemplar_size",
+    ):
         small(wrong, tmp_path, data)
     assert not (tmp_path / "runs").exists(), "told before anything is trained"
 
@@ -98,24 +145,54 @@ def test_changes_must_be_fields_of_the_config(tmp_path, data):
 
 
 def made_up(**ao: list[float]) -> Result:
-    about = {"command": "trackkit ablate toy", "stages": "pairs 2 steps of 16", "train": "a", "test": "b", "files": "toy"}
+    about = {
+        "command": "trackkit ablate toy",
+        "stages": "pairs 2 steps of 16",
+        "train": "a",
+        "test": "b",
+        "files": "toy",
+    }
     rest = {"machine": "m", "trackkit": "0", "samples_per_second": 9.0}
-    return Result(TOY, about, [{"row": k.replace("_", " "), "seed": s, "ao": v, **rest} for k, vs in ao.items() for s, v in enumerate(vs)])
+    return Result(
+        TOY,
+        about,
+        [
+            {"row": k.replace("_", " "), "seed": s, "ao": v, **rest}
+            for k, vs in ao.items()
+            for s, v in enumerate(vs)
+        ],
+    )
 
 
 def test_rows_are_compared_seed_by_seed():
-    base, window, scale = made_up(base=[0.50, 0.60, 0.70], no_window=[0.48, 0.58, 0.66], one_scale=[0.53, 0.55]).rows
-    assert base["mean"] == pytest.approx(60) and base["std"] == pytest.approx(10) and base["ao"] == pytest.approx({0: 50, 1: 60, 2: 70})
+    base, window, scale = made_up(
+        base=[0.50, 0.60, 0.70], no_window=[0.48, 0.58, 0.66], one_scale=[0.53, 0.55]
+    ).rows
+    assert (
+        base["mean"] == pytest.approx(60)
+        and base["std"] == pytest.approx(10)
+        and base["ao"] == pytest.approx({0: 50, 1: 60, 2: 70})
+    )
     assert (base["difference"], base["spread"], base["direction"]) == (None, None, "-")
-    assert window["difference"] == pytest.approx(-8 / 3) and window["spread"] == pytest.approx((4 / 3) ** 0.5)
-    assert window["paper_difference"] == -5.0 and window["direction"] == "agrees", "though its std over seeds is 9"
-    assert scale["mean"] == pytest.approx(54) and scale["difference"] == pytest.approx(-1), "against the two seeds that both have"
+    assert window["difference"] == pytest.approx(-8 / 3) and window["spread"] == pytest.approx(
+        (4 / 3) ** 0.5
+    )
+    assert window["paper_difference"] == -5.0 and window["direction"] == "agrees", (
+        "though its std over seeds is 9"
+    )
+    assert scale["mean"] == pytest.approx(54) and scale["difference"] == pytest.approx(-1), (
+        "against the two seeds that both have"
+    )
     assert scale["direction"] == "disagrees (within the spread)"
 
 
 def test_one_seed_no_difference_and_no_runs():
     rows = made_up(base=[0.5], no_window=[0.5], one_scale=[0.6]).rows
-    assert [row["direction"] for row in rows] == ["-", "no difference (one seed)", "agrees (one seed)"]
+    assert [row["direction"] for row in rows] == [
+        "-",
+        "no difference (one seed)",
+        "agrees (one seed)",
+    ]
     assert rows[2]["std"] is None and rows[2]["spread"] is None
     text = made_up(one_scale=[0.6, 0.4]).text()
     assert "| one scale | 50.0 ± 14.1 (2)   | -  " in text and "| base      | - (0)  " in text
@@ -123,17 +200,31 @@ def test_one_seed_no_difference_and_no_runs():
 
 def test_text_is_a_markdown_table_that_says_what_it_is():
     text = made_up(base=[0.50, 0.60], no_window=[0.48, 0.59]).text()
-    assert "| base      | 55.0 ± 7.1 (2)    | -                  | 60.0  | -                  | -  " in text
-    assert "| no window | 53.5 ± 7.8 (2)    | -1.5 ± 0.7         | 55.0  | -5.0               | agrees  " in text
+    assert (
+        "| base      | 55.0 ± 7.1 (2)    | -                  | 60.0  | -                  | -  "
+        in text
+    )
+    assert (
+        "| no window | 53.5 ± 7.8 (2)    | -1.5 ± 0.7         | 55.0  | -5.0               | "
+        "agrees  " in text
+    )
     assert len({len(line) for line in text.splitlines() if line.startswith("|")}) == 1
-    for said in ("seeds 0, 1", "the spread", "pairs 2 steps of 16", "directions, not sizes", "trackkit ablate toy"):
+    for said in (
+        "seeds 0, 1",
+        "the spread",
+        "pairs 2 steps of 16",
+        "directions, not sizes",
+        "trackkit ablate toy",
+    ):
         assert said in text
 
 
 # ---- running ----
 
 
-def test_all_rows_of_a_seed_before_the_next_and_files_after_each_run(tmp_path, data, monkeypatch, whole):
+def test_all_rows_of_a_seed_before_the_next_and_files_after_each_run(
+    tmp_path, data, monkeypatch, whole
+):
     seen, honest = [], ablations._write
 
     def spied(*arguments):
@@ -154,11 +245,22 @@ def test_json_holds_everything(whole):
     result, out = whole
     values = json.loads((out / "toy_siamfc-tiny_tiny_2-steps.json").read_text())
     assert set(values) == {"table", "about", "runs", "rows"}
-    assert values["about"]["command"].startswith("trackkit ablate toy --seeds=2 --scale=tiny --steps=2 --data=")
+    assert values["about"]["command"].startswith(
+        "trackkit ablate toy --seeds=2 --scale=tiny --steps=2 --data="
+    )
     one = values["runs"][1]
-    assert one["row"] == "no window" and one["changes"] == {"window_influence": 0.0} and one["samples_per_second"] > 0
-    assert "1 thread(s)" in one["machine"] and torch.__version__ in one["machine"] and one["trackkit"]
-    assert values["rows"][1]["mean"] == result.rows[1]["mean"] and values["rows"][1]["direction"] == result.rows[1]["direction"]
+    assert (
+        one["row"] == "no window"
+        and one["changes"] == {"window_influence": 0.0}
+        and one["samples_per_second"] > 0
+    )
+    assert (
+        "1 thread(s)" in one["machine"] and torch.__version__ in one["machine"] and one["trackkit"]
+    )
+    assert (
+        values["rows"][1]["mean"] == result.rows[1]["mean"]
+        and values["rows"][1]["direction"] == result.rows[1]["direction"]
+    )
     config = trackers.load(out / "runs" / one["folder"] / "tracker.safetensors").config
     assert config.window_influence == 0.0
 
@@ -167,17 +269,40 @@ def test_nothing_is_trained_twice(whole, data, trained):
     result, out = whole
     assert figures(small(TOY, out, data)) == figures(result) and trained == []
     other = small(OTHER, out, data)
-    assert trained == [] and [r["ao"] for r in other.runs] == [r["ao"] for r in result.runs if r["row"] != "no window"]
+    assert trained == [] and [r["ao"] for r in other.runs] == [
+        r["ao"] for r in result.runs if r["row"] != "no window"
+    ]
     small(TOY, out, data, seeds=3, rows=("one scale",))
-    assert [name.split("-")[2] for name in trained] == ["2", "2"], "the base and the row, of the new seed"
-    assert sum(r["row"] == "no window" for r in load(out / "toy_siamfc-tiny_tiny_2-steps.json").runs) == 2
+    assert [name.split("-")[2] for name in trained] == ["2", "2"], (
+        "the base and the row, of the new seed"
+    )
+    assert (
+        sum(r["row"] == "no window" for r in load(out / "toy_siamfc-tiny_tiny_2-steps.json").runs)
+        == 2
+    )
 
 
 def test_the_base_is_what_trackkit_train_makes(whole, data, tmp_path):
-    arguments = ["train", "siamfc-tiny", "--steps", "2", "--data", data, "--seed", "1", "--out", tmp_path, "--device", "cpu"]
+    arguments = [
+        "train",
+        "siamfc-tiny",
+        "--steps",
+        "2",
+        "--data",
+        data,
+        "--seed",
+        "1",
+        "--out",
+        tmp_path,
+        "--device",
+        "cpu",
+    ]
     assert cli.main([str(a) for a in arguments]) == 0
     folder = next(r["folder"] for r in whole[0].runs if (r["row"], r["seed"]) == ("base", 1))
-    mine, other = (trackers.load(p / "tracker.safetensors").state_dict() for p in (whole[1] / "runs" / folder, tmp_path))
+    mine, other = (
+        trackers.load(p / "tracker.safetensors").state_dict()
+        for p in (whole[1] / "runs" / folder, tmp_path)
+    )
     assert all(torch.equal(mine[key], other[key]) for key in other)
 
 
@@ -187,13 +312,18 @@ def test_side_by_side_gives_the_same_numbers(tmp_path, data, whole):
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_run_that_fails_is_named(tmp_path, data, jobs):
-    nan = dataclasses.replace(TOY, rows=(TOY.rows[0], Row("bad", {"response_scale": float("inf")}, 1.0)))
+    nan = dataclasses.replace(
+        TOY, rows=(TOY.rows[0], Row("bad", {"response_scale": float("inf")}, 1.0))
+    )
     with pytest.raises(TrackkitError, match=r"bad, seed 0: the loss is nan.*--rows"):
         small(nan, tmp_path, data, jobs=jobs)
 
 
 def test_mistakes(tmp_path, data):
-    for options, message in (({"rows": ("no encoder",)}, "no row 'no encoder'; it has base, no window"), ({"jobs": 0}, "at least 1")):
+    for options, message in (
+        ({"rows": ("no encoder",)}, "no row 'no encoder'; it has base, no window"),
+        ({"jobs": 0}, "at least 1"),
+    ):
         with pytest.raises(TrackkitError, match=message):
             small(TOY, tmp_path, data, **options)
     for text in ("", "[]", "{}", '{"table": {"rows": []}}'):
@@ -221,7 +351,9 @@ def start(tmp_path, data, code: str) -> subprocess.Popen:
     (tmp_path / "job.py").write_text(CODE + code)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     command = [sys.executable, str(tmp_path / "job.py"), str(tmp_path / "out"), str(data)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is a signal of unix")
@@ -237,10 +369,15 @@ def test_killed_table_continues(tmp_path, data, whole, trained):
     assert process.returncode == -signal.SIGKILL, output
     assert len(load(tmp_path / "out" / "toy_siamfc-tiny_tiny_2-steps.json").runs) == 2
     third = tmp_path / "out" / "runs" / whole[0].runs[2]["folder"]
-    before = (third / "state.safetensors").stat().st_mtime_ns, (third / "tracker.safetensors").stat().st_mtime_ns
+    before = (
+        (third / "state.safetensors").stat().st_mtime_ns,
+        (third / "tracker.safetensors").stat().st_mtime_ns,
+    )
     assert figures(small(TOY, tmp_path / "out", data)) == figures(whole[0])
     assert trained == [r["folder"] for r in whole[0].runs[2:]]
-    assert (third / "tracker.safetensors").stat().st_mtime_ns == before[1] and not (third / "state.safetensors").exists()
+    assert (third / "tracker.safetensors").stat().st_mtime_ns == before[1] and not (
+        third / "state.safetensors"
+    ).exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of unix")
@@ -255,11 +392,17 @@ def test_ctrl_c_and_kill_stop_all_processes(tmp_path, data, how):
     time.sleep(1)  # both train
     process.send_signal(how)
     output = process.communicate(timeout=300)[0]
-    assert ("KeyboardInterrupt" in output) == (how == signal.SIGINT) and process.returncode != 0, output
+    assert ("KeyboardInterrupt" in output) == (how == signal.SIGINT) and process.returncode != 0, (
+        output
+    )
 
 
 @pytest.mark.parametrize("name", ["stark-table1", "stark-table6", "stark-table7"])
 def test_results_that_come_with_trackkit(name):
     result = load(SAMPLES / "ablations" / f"{name}.json")
-    assert result.table == TABLES[name] and {row["label"] for row in result.rows} == {row.label for row in TABLES[name].rows}
-    assert all(len(row["ao"]) >= 2 for row in result.rows), "run the command in data_samples/ablations/README.md to the end"
+    assert result.table == TABLES[name] and {row["label"] for row in result.rows} == {
+        row.label for row in TABLES[name].rows
+    }
+    assert all(len(row["ao"]) >= 2 for row in result.rows), (
+        "run the command in data_samples/ablations/README.md to the end"
+    )

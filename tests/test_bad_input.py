@@ -1,4 +1,5 @@
 """Broken data: each error names the file (and line), says how it is broken, and what to do."""
+
 from __future__ import annotations
 
 import pytest
@@ -15,7 +16,9 @@ from trackkit.video import VideoSequence, write_video
 
 
 def picture(seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 256, (3, 48, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, 256, (3, 48, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 @pytest.fixture
@@ -38,7 +41,8 @@ def test_errors_are_value_errors_and_trackkit_errors():
     assert issubclass(DataError, ValueError) and issubclass(DataError, TrackkitError)
 
 
-# ---------------------------------------------------------------------------------------------- frames
+# ----------------------------------------------------------------------------------------------
+# frames
 
 
 @pytest.mark.parametrize("reduce", [1, 4])
@@ -48,7 +52,9 @@ def test_a_jpeg_that_is_cut_short(root, reduce, keep):
     data = file.read_bytes()
     file.write_bytes(data[: int(keep * len(data))])
     swan = GOT10k(root)[1]
-    with fails(r"cannot read frame .*swan/00000002.jpg: .*(empty|truncated|Truncated|not an image).*again"):
+    with fails(
+        r"cannot read frame .*swan/00000002.jpg: .*(empty|truncated|Truncated|not an image).*again"
+    ):
         swan.frame(1, reduce)
     assert swan.frame(0, reduce).dtype == torch.uint8
 
@@ -74,7 +80,10 @@ def test_a_frame_that_vanishes_after_opening(root):
 
 def test_a_frame_that_is_missing(root):
     (root / "train" / "swan" / "00000002.jpg").unlink()
-    with fails(r"(?s)1 of 2 sequences.*swan: 1 of the frames up to 00000003.jpg are missing, by number: 2.*exclude"):
+    with fails(
+        r"(?s)1 of 2 sequences.*swan: 1 of the frames up to 00000003.jpg are missing, by number: "
+        r"2.*exclude"
+    ):
         GOT10k(root)
     (root / "train" / "swan" / "00000001.jpg").unlink()
     with fails("swan: the first frame is 00000003.jpg"):
@@ -95,16 +104,29 @@ def test_the_first_frame_is_looked_at_when_the_set_is_opened(root):
         GOT10k(root)
 
 
-# ---------------------------------------------------------------------------------------------- labels
+# ----------------------------------------------------------------------------------------------
+# labels
 
 
 @pytest.mark.parametrize(
     "file, text, says",
     [
-        ("groundtruth.txt", "1,2,3,4\n1,2,3,4\n", "groundtruth.txt has 2 lines, but there are 3 frames"),
+        (
+            "groundtruth.txt",
+            "1,2,3,4\n1,2,3,4\n",
+            "groundtruth.txt has 2 lines, but there are 3 frames",
+        ),
         ("groundtruth.txt", "1,2,3,4\n" * 4, "has 4 lines, but there are 3 frames"),
-        ("groundtruth.txt", "1,2,3,4\n1,2,nan,4\n1,2,3,4\n", "groundtruth.txt, line 2: expected left,top"),
-        ("groundtruth.txt", "1,2,3,4\n1,2,3\n1,2,3,4,5\n", "line 2: expected left,top,width,height in pixels, found '1,2,3'"),
+        (
+            "groundtruth.txt",
+            "1,2,3,4\n1,2,nan,4\n1,2,3,4\n",
+            "groundtruth.txt, line 2: expected left,top",
+        ),
+        (
+            "groundtruth.txt",
+            "1,2,3,4\n1,2,3\n1,2,3,4,5\n",
+            "line 2: expected left,top,width,height in pixels, found '1,2,3'",
+        ),
         ("groundtruth.txt", "1,2,3,4\n\n1,2,3,4\n", "line 2: expected .* found ''"),
         ("groundtruth.txt", "1,2,3,4\n1,2,3,4\nx,y,w,h\n", "line 3: .* found 'x,y,w,h'"),
         ("groundtruth.txt", "", "groundtruth.txt is empty"),
@@ -132,14 +154,21 @@ def test_label_files(root, file, text, says):
 def test_other_separators_line_ends_and_a_byte_order_mark_are_read(root):
     path = root / "train" / "swan" / "groundtruth.txt"
     path.write_bytes(b"\xef\xbb\xbf1 2 3 4\r\n5\t6\t7\t8\r\n9, 10, 11, 12\r\n\r\n")
-    assert read_sequence(path.parent).boxes_xywh.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
+    assert read_sequence(path.parent).boxes_xywh.tolist() == [
+        [1, 2, 3, 4],
+        [5, 6, 7, 8],
+        [9, 10, 11, 12],
+    ]
 
 
 def test_all_broken_sequences_are_listed_at_once(root):
     for name in ("camel", "swan"):
         (root / "train" / name / "cover.label").write_text("x\n")
     (root / "train" / "list.txt").write_text("camel\nswan\nghost\n")
-    with fails(r"(?s)3 of 3 sequences .*camel.*swan.*ghost: listed in list.txt, but there is no such folder.*Unpack"):
+    with fails(
+        r"(?s)3 of 3 sequences .*camel.*swan.*ghost: listed in list.txt, but there is no such "
+        r"folder.*Unpack"
+    ):
         GOT10k(root)
 
 
@@ -149,14 +178,17 @@ def test_a_long_list_of_broken_sequences_is_cut(root):
         GOT10k(root)
 
 
-@pytest.mark.parametrize("text, says", [("", "is empty"), ("swan\ncamel\nswan\n", "swan is listed twice")])
+@pytest.mark.parametrize(
+    "text, says", [("", "is empty"), ("swan\ncamel\nswan\n", "swan is listed twice")]
+)
 def test_list_txt(root, text, says):
     (root / "train" / "list.txt").write_text(text)
     with fails(f"list.txt.* {says}"):
         GOT10k(root)
 
 
-# ----------------------------------------------------------------------------------------------- boxes
+# -----------------------------------------------------------------------------------------------
+# boxes
 
 
 def test_negative_and_empty_boxes_are_read_and_never_visible(root):
@@ -180,14 +212,18 @@ def test_a_target_of_one_pixel_can_be_cropped(root):
     assert sequence.crop(0, window).shape == (3, 127, 127)
 
 
-# ------------------------------------------------------------------------------------ folders and videos
+# ------------------------------------------------------------------------------------ folders and
+# videos
 
 
 def test_paths_that_hold_nothing(tmp_path):
     (tmp_path / "empty").mkdir()
     for attempt, says in (
         (lambda: open_sequence(tmp_path / "empty"), "no frames in this folder"),
-        (lambda: open_sequence(tmp_path / "nowhere"), "nowhere does not exist; expected a video file"),
+        (
+            lambda: open_sequence(tmp_path / "nowhere"),
+            "nowhere does not exist; expected a video file",
+        ),
         (lambda: FolderSequence(tmp_path / "nowhere"), "no such folder"),
         (lambda: GOT10k(tmp_path / "nowhere"), "nowhere does not exist.*trackkit synth"),
         (lambda: GOT10k(tmp_path / "empty"), "found neither a folder train/ nor sequences"),

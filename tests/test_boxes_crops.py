@@ -1,4 +1,5 @@
 """Properties of boxes and crops that hold for all inputs, searched by hypothesis."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -16,12 +17,16 @@ settings.load_profile("trackkit")
 
 coordinate = st.floats(-2000, 2000, allow_nan=False, width=32)
 length = st.floats(0.125, 2000, width=32)
-box = st.tuples(coordinate, coordinate, length, length).map(lambda b: torch.tensor([b], dtype=torch.float64))
+box = st.tuples(coordinate, coordinate, length, length).map(
+    lambda b: torch.tensor([b], dtype=torch.float64)
+)
 
 
 def frame_of(height: int, width: int, seed: int = 0, channels_last: bool = True) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=generator).permute(2, 0, 1)
+    pixels = torch.randint(
+        0, 256, (height, width, 3), dtype=torch.uint8, generator=generator
+    ).permute(2, 0, 1)
     return pixels if channels_last else pixels.contiguous()
 
 
@@ -30,7 +35,8 @@ def windows(*rows: tuple[int, int, int], size: int) -> Windows:
     return Windows(left, top, side, size)
 
 
-# ---------------------------------------------------------------------------------------------- boxes
+# ----------------------------------------------------------------------------------------------
+# boxes
 
 
 @given(box)
@@ -85,7 +91,9 @@ def test_iou_and_giou_by_hand():
 
 def test_empty_boxes_have_no_overlap_and_no_nan():
     empty = torch.zeros(1, 4)
-    assert B.iou(empty, empty).item() == 0 and B.iou(empty, torch.tensor([[0.0, 0, 1, 1]])).item() == 0
+    assert (
+        B.iou(empty, empty).item() == 0 and B.iou(empty, torch.tensor([[0.0, 0, 1, 1]])).item() == 0
+    )
     assert B.area(torch.tensor([[0.0, 0, -3, -3]])).item() == 0
 
 
@@ -113,18 +121,24 @@ def test_check_boxes_takes_a_pixel_and_a_box_that_is_cut():
     assert B.check_boxes(fine, "boxes", (100, 50)).dtype == torch.float64
 
 
-# -------------------------------------------------------------------------------------------- windows
+# --------------------------------------------------------------------------------------------
+# windows
 
 
-@given(box, st.floats(1, 3000), st.sampled_from([1, 7, 127, 255, 320]), st.sampled_from([1, 2, 4, 8]))
+@given(
+    box, st.floats(1, 3000), st.sampled_from([1, 7, 127, 255, 320]), st.sampled_from([1, 2, 4, 8])
+)
 def test_boxes_go_into_a_window_and_back(b, side, size, grid):
-    window = Windows.around(B.xywh_to_cxcywh(b)[:, :2], torch.tensor([side], dtype=torch.float64), size, grid)
+    window = Windows.around(
+        B.xywh_to_cxcywh(b)[:, :2], torch.tensor([side], dtype=torch.float64), size, grid
+    )
     assert window.divisible(grid) and window.reduced(grid).side * grid == window.side
     for boxes in (b, b[:, None].expand(1, 3, 4)):
         back = window.to_frame(window.to_crop(boxes))
         torch.testing.assert_close(back, boxes.contiguous(), rtol=0, atol=1e-6)
     in_float32 = window.to_frame(window.to_crop(b).float())
-    near = b.abs().max() < 500 and side < 500  # float32 has 7 digits, enough for pictures of this size
+    # float32 has 7 digits, enough for pictures of this size
+    near = b.abs().max() < 500 and side < 500
     assert not near or (in_float32 - b).abs().max() <= 1e-4
 
 
@@ -154,7 +168,8 @@ def test_reduction_keeps_a_pixel_for_each_crop_pixel(side, size):
     assert r in (1, 2, 4, 8) and (r == 1 or side / r >= size) and (r == 8 or side / (2 * r) < size)
 
 
-# ----------------------------------------------------------------------------------------------- crops
+# -----------------------------------------------------------------------------------------------
+# crops
 
 place = st.tuples(st.integers(-60, 90), st.integers(-60, 70), st.integers(1, 80))
 places = st.lists(place, min_size=1, max_size=4)
@@ -178,15 +193,23 @@ def test_memory_layout_does_not_change_a_crop(row, size):
     assert difference.abs().max() <= 1
 
 
-@given(st.integers(0, 20), st.integers(0, 20), st.integers(5, 40), st.integers(-30, 30), st.integers(-30, 30))
+@given(
+    st.integers(0, 20),
+    st.integers(0, 20),
+    st.integers(5, 40),
+    st.integers(-30, 30),
+    st.integers(-30, 30),
+)
 def test_the_crop_moves_with_the_frame(left, top, side, dx, dy):
     canvas = frame_of(160, 160)
     a, b = canvas[:, 40:120, 40:120], canvas[:, 40 + dy : 120 + dy, 40 + dx : 120 + dx]
     x, y = left + 20, top + 20
     corners = torch.tensor([x, y, x - dx, y - dy])
-    if corners.min() >= 0 and corners.max() + side <= 80:  # both windows inside: no fill colour in the crops
+    # both windows inside: no fill colour in the crops
+    if corners.min() >= 0 and corners.max() + side <= 80:
         assert torch.equal(
-            cut([a], windows((x, y, side), size=31)), cut([b], windows((x - dx, y - dy, side), size=31))
+            cut([a], windows((x, y, side), size=31)),
+            cut([b], windows((x - dx, y - dy, side), size=31)),
         )
 
 
@@ -194,19 +217,29 @@ def test_the_crop_moves_with_the_frame(left, top, side, dx, dy):
 def test_a_crop_outside_the_frame_is_the_fill(corner):
     frame, window = frame_of(50, 70), windows((*corner, 60), size=16)
     crop = cut([frame], window, torch.tensor([1.0, 2.0, 250.0]))
-    assert torch.equal(crop[0], torch.tensor([1, 2, 250], dtype=torch.uint8)[:, None, None].expand(3, 16, 16))
+    assert torch.equal(
+        crop[0], torch.tensor([1, 2, 250], dtype=torch.uint8)[:, None, None].expand(3, 16, 16)
+    )
     mean = mean_colour(frame).round().to(torch.uint8)
     assert torch.equal(cut([frame], window)[0], mean[:, None, None].expand(3, 16, 16))
 
 
-@given(st.integers(20, 90), st.integers(20, 60), st.integers(9, 40), st.integers(9, 40), st.integers(-20, 20), st.integers(60, 120))
+@given(
+    st.integers(20, 90),
+    st.integers(20, 60),
+    st.integers(9, 40),
+    st.integers(9, 40),
+    st.integers(-20, 20),
+    st.integers(60, 120),
+)
 def test_content_lands_where_to_crop_says(x, y, w, h, shift, side):
     frame = torch.zeros(120, 160, 3, dtype=torch.uint8).permute(2, 0, 1)
     frame[:, y : y + h, x : x + w] = 255
     b = torch.tensor([[x, y, w, h]], dtype=torch.float64)
     window = Windows.around(B.xywh_to_cxcywh(b)[:, :2] + shift, torch.tensor([float(side)]), 127)
     crop = cut([frame], window, torch.zeros(3))[0, 0].double() / 255
-    # sub-pixel edges: the sum of a profile through the rectangle is its length, its centroid the centre
+    # sub-pixel edges: the sum of a profile through the rectangle is its length, its centroid the
+    # centre
     expected = B.clip_xywh(window.to_crop(b), 127, 127)[0]
     if expected[2:].min() < 3:
         return

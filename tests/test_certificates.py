@@ -1,4 +1,7 @@
-"""The page of certificates is current, without measuring anew; that its numbers are true is for test_*_parity to say."""
+"""The page of certificates is current, without measuring anew; that its numbers are true is for
+test_*_parity to say.
+"""
+
 from __future__ import annotations
 
 import pytest
@@ -14,7 +17,9 @@ def page() -> str:
 
 
 def test_every_tracker_has_a_certificate(page):
-    assert sorted(name for family in FAMILIES.values() for name in family.names) == sorted(set(TRACKERS) - {"stay", "ncc"})
+    assert sorted(name for family in FAMILIES.values() for name in family.names) == sorted(
+        set(TRACKERS) - {"stay", "ncc"}
+    )
     assert all(f"`{name}`" in page for name in set(TRACKERS) - {"stay", "ncc"})
 
 
@@ -30,7 +35,8 @@ def test_every_deviation_is_within_its_tolerance(page, family):
 
 def test_every_golden_file_is_compared(page):
     on_page = {file for rows in written(page).values() for *_, file in rows.values()}
-    assert on_page == {path.stem for path in FOLDER.glob("*.json")} - {"sbt_counts"}  # counts, see test_sbt_parity
+    # counts, see test_sbt_parity
+    assert on_page == {path.stem for path in FOLDER.glob("*.json")} - {"sbt_counts"}
 
 
 def test_a_change_in_what_is_compared_is_noticed(page):
@@ -44,6 +50,10 @@ def test_a_change_in_what_is_compared_is_noticed(page):
 
 
 def test_departures_are_told(page):
-    assert all(f"- {departure}\n" in page for family in FAMILIES.values() for departure in family.departures)
+    assert all(
+        f"- {departure}\n" in page
+        for family in FAMILIES.values()
+        for departure in family.departures
+    )
     for family in ("STMTrack and DASTM", "MixViT and USTAM"):
         assert "published no code" in FAMILIES[family].reference

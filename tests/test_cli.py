@@ -1,4 +1,5 @@
 """The command line, end to end: train, evaluate, track and continue, as a user types it."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -32,9 +33,26 @@ def test_train_evaluate_track(tmp_path, capsys):
     """The main job in small: GOT-10k in, checkpoint, scores, video and boxes out."""
     data = tmp_path / "GOT-10k"
     for split, count in (("train", 3), ("val", 2), ("test", 2)):
-        write_dataset(data, split, SynthDataset(SynthConfig(frames=8, width=160, height=120, split=split), seed=1, length=count))
+        write_dataset(
+            data,
+            split,
+            SynthDataset(
+                SynthConfig(frames=8, width=160, height=120, split=split), seed=1, length=count
+            ),
+        )
 
-    options = ("--data", data, "--out", tmp_path / "run", "--steps", 4, "--batch", 2, "--device", "cpu")
+    options = (
+        "--data",
+        data,
+        "--out",
+        tmp_path / "run",
+        "--steps",
+        4,
+        "--batch",
+        2,
+        "--device",
+        "cpu",
+    )
     assert run("train", "siamfc-tiny", *options, "--config.window-influence", 0.3) == 0
     assert "4 steps on GOT-10k-train" in capsys.readouterr().out
     checkpoint = tmp_path / "run" / "tracker.safetensors"
@@ -50,7 +68,21 @@ def test_train_evaluate_track(tmp_path, capsys):
     name = GOT10k(data, "val").names[0]
     assert (tmp_path / "results" / "run" / name / f"{name}_001.txt").exists()
 
-    assert run("evaluate", "stay", "--split", "test", "--zip", tmp_path / "s.zip", "--data", data, "--out", tmp_path / "test") == 0
+    assert (
+        run(
+            "evaluate",
+            "stay",
+            "--split",
+            "test",
+            "--zip",
+            tmp_path / "s.zip",
+            "--data",
+            data,
+            "--out",
+            tmp_path / "test",
+        )
+        == 0
+    )
     assert (tmp_path / "s.zip").exists() and "server" in capsys.readouterr().out
 
     assert run("track", data / "val" / name, "--tracker", checkpoint, "--out", tmp_path) == 0
@@ -64,9 +96,17 @@ def test_track_a_video_with_a_box(tmp_path, capsys):
     write_video(tmp_path / "clip.mp4", (sequence.frame(i) for i in range(6)), fps=10)
     box = ",".join(f"{v:.0f}" for v in sequence.boxes_xywh[0].tolist())
     before = (tmp_path / "clip.mp4").read_bytes()
-    assert run("track", tmp_path / "clip.mp4", "--box", box, "--tracker", "ncc", "--out", tmp_path) == 0
-    assert (tmp_path / "clip.mp4").read_bytes() == before, "the user's own video is never written over"
-    rows = [[float(v) for v in line.split(",")] for line in (tmp_path / "clip-ncc.txt").read_text().splitlines()]
+    assert (
+        run("track", tmp_path / "clip.mp4", "--box", box, "--tracker", "ncc", "--out", tmp_path)
+        == 0
+    )
+    assert (tmp_path / "clip.mp4").read_bytes() == before, (
+        "the user's own video is never written over"
+    )
+    rows = [
+        [float(v) for v in line.split(",")]
+        for line in (tmp_path / "clip-ncc.txt").read_text().splitlines()
+    ]
     assert rows[0] == [float(v) for v in box.split(",")] and len(rows) == 6
     assert (torch.tensor(rows) - sequence.boxes_xywh).abs().max() < 8
     assert "6 frames" in capsys.readouterr().out
@@ -74,8 +114,15 @@ def test_track_a_video_with_a_box(tmp_path, capsys):
 
 def test_track_frames_of_changing_size(tmp_path):
     for i, size in enumerate([(60, 80), (90, 120), (40, 50)]):
-        Image.fromarray(np.full((*size, 3), 90 + 20 * i, dtype=np.uint8)).save(tmp_path / f"{i}.png")
-    assert run("track", tmp_path, "--box", "10,10,20,20", "--tracker", "ncc", "--out", tmp_path / "out") == 0
+        Image.fromarray(np.full((*size, 3), 90 + 20 * i, dtype=np.uint8)).save(
+            tmp_path / f"{i}.png"
+        )
+    assert (
+        run(
+            "track", tmp_path, "--box", "10,10,20,20", "--tracker", "ncc", "--out", tmp_path / "out"
+        )
+        == 0
+    )
     video = VideoSequence(tmp_path / "out" / f"{tmp_path.name}-ncc.mp4")
     assert len(video) == 3 and video.frame_size(0) == (80, 60)
 
@@ -87,19 +134,46 @@ def test_options_may_come_before_the_name(tmp_path):
 def test_ablate(tmp_path, capsys, monkeypatch):
     """A table of a paper in small: listed, trained in part, shown, continued and read."""
     assert run("ablate") == 0
-    assert re.search(r"^stark-table6 +STARK, Table 6 \(stark-tiny\): base, no encoder, ", capsys.readouterr().out, re.M)
+    assert re.search(
+        r"^stark-table6 +STARK, Table 6 \(stark-tiny\): base, no encoder, ",
+        capsys.readouterr().out,
+        re.M,
+    )
 
     data = tmp_path / "GOT-10k"
     for split in ("train", "val"):
-        write_dataset(data, split, SynthDataset(SynthConfig(frames=20, width=160, height=120, split=split), seed=1, length=2))
-    options = ("--steps", 2, "--seeds", 1, "--data", data, "--out", tmp_path / "out", "--device", "cpu")
+        write_dataset(
+            data,
+            split,
+            SynthDataset(
+                SynthConfig(frames=20, width=160, height=120, split=split), seed=1, length=2
+            ),
+        )
+    options = (
+        "--steps",
+        2,
+        "--seeds",
+        1,
+        "--data",
+        data,
+        "--out",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+    )
     assert run("ablate", "stark-table6", "--rows", "no encoder", "MLP head", *options) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"^\| base +\| \d+\.\d \(1\) ", shown, re.M) and re.search(r"^\| MLP head +\| \d+\.\d \(1\) ", shown, re.M)
+    assert re.search(r"^\| base +\| \d+\.\d \(1\) ", shown, re.M) and re.search(
+        r"^\| MLP head +\| \d+\.\d \(1\) ", shown, re.M
+    )
     assert re.search(r"^\| no decoder +\| - \(0\) ", shown, re.M) and "one seed" in shown
     path = tmp_path / "out" / "stark-table6_stark-tiny_tiny_2-steps.json"
     assert str(path.with_suffix(".md")) in shown and path.with_suffix(".md").read_text() in shown
-    assert [row["label"] for row in ablations.load(path).rows if row["ao"]] == ["base", "no encoder", "MLP head"]
+    assert [row["label"] for row in ablations.load(path).rows if row["ao"]] == [
+        "base",
+        "no encoder",
+        "MLP head",
+    ]
 
     monkeypatch.setattr(ablations, "train", lambda *_, **__: pytest.fail("trained again"))
     assert run("ablate", "stark-table6", "--rows", "MLP head", *options) == 0
@@ -112,11 +186,16 @@ def test_ablate_interrupted(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(ablations, "evaluate", interrupted)
     assert run("ablate", "stark-table6", "--steps", 1, "--out", tmp_path) == 130
-    assert "continues" in capsys.readouterr().err and len(read_log(next((tmp_path / "runs").iterdir()))) == 2
+    assert (
+        "continues" in capsys.readouterr().err
+        and len(read_log(next((tmp_path / "runs").iterdir()))) == 2
+    )
 
 
 def test_import(tmp_path, capsys, monkeypatch):
-    """An authors' checkpoint becomes a file that all other commands take; one that does not fit leaves none."""
+    """An authors' checkpoint becomes a file that all other commands take; one that does not fit
+    leaves none.
+    """
     monkeypatch.chdir(tmp_path)
     keys = golden("siamfc")["keys"]
     weights = state_dict(keys, {})
@@ -125,12 +204,25 @@ def test_import(tmp_path, capsys, monkeypatch):
     assert "siamfc.safetensors" in capsys.readouterr().out
     loaded = trackers.load("siamfc.safetensors")
     assert all(torch.equal(value, weights[key]) for key, value in loaded.state_dict().items())
-    assert run("import", "siamfc_alexnet_e50.pth", "--tracker", "stark-s50", "--out", "other.safetensors") == 1
+    assert (
+        run(
+            "import",
+            "siamfc_alexnet_e50.pth",
+            "--tracker",
+            "stark-s50",
+            "--out",
+            "other.safetensors",
+        )
+        == 1
+    )
     assert "it fits siamfc" in capsys.readouterr().err and not Path("other.safetensors").exists()
 
 
 def test_synth(tmp_path, capsys):
-    assert run("synth", tmp_path, "--only", "occlusion", "--count", 2, "--frames", 5, "--split", "val") == 0
+    assert (
+        run("synth", tmp_path, "--only", "occlusion", "--count", 2, "--frames", 5, "--split", "val")
+        == 0
+    )
     assert [len(s) for s in GOT10k(tmp_path, "val")] == [5, 5]
     assert all("occlusion" in s.attributes for s in GOT10k(tmp_path, "val"))
 
@@ -157,7 +249,15 @@ def test_help(command, capsys):
     assert "usage: trackkit " + command in capsys.readouterr().out
 
 
-EXPLAINED = ["siamfc-tiny", "siamfc-ca", "stark-tiny", "sbt-tiny", "procontext-tiny", "dastm-tiny", "ustam-tiny"]
+EXPLAINED = [
+    "siamfc-tiny",
+    "siamfc-ca",
+    "stark-tiny",
+    "sbt-tiny",
+    "procontext-tiny",
+    "dastm-tiny",
+    "ustam-tiny",
+]
 
 
 @pytest.mark.parametrize("name", EXPLAINED)
@@ -180,7 +280,9 @@ def test_train_help_explains_every_field_of_the_config(name, capsys):
 def test_no_config_goes_unexplained():
     with torch.device("meta"):
         configs = {name: type(trackers.create(name).config) for name in trackers.TRACKERS}
-    assert {configs[name] for name in EXPLAINED} == {config for name, config in configs.items() if name not in ("stay", "ncc")}
+    assert {configs[name] for name in EXPLAINED} == {
+        config for name, config in configs.items() if name not in ("stay", "ncc")
+    }
 
 
 @pytest.mark.parametrize(
@@ -195,15 +297,32 @@ def test_no_config_goes_unexplained():
         (["track", "nowhere.mp4", "--tracker", "ncc", "--box", "1,2,3,4"], "nowhere.mp4"),
         (["track", "x.mp4", "--tracker", "ncc", "--box", "1,2,3"], "four numbers"),
         (["track", str(ROOT / "docs"), "--tracker", "ncc"], "say what to follow: --box"),
-        (["track", str(ROOT / "data_samples" / "val" / "synth_val_scale"), "--tracker", "none.safetensors"], "no such checkpoint"),
+        (
+            [
+                "track",
+                str(ROOT / "data_samples" / "val" / "synth_val_scale"),
+                "--tracker",
+                "none.safetensors",
+            ],
+            "no such checkpoint",
+        ),
         (["evaluate"], "at least one tracker"),
         (["evaluate", "ncc", "--data", "nowhere"], "nowhere"),
         (["evaluate", "ncc", "--batch", "0"], "batch must be at least 1"),
         (["evaluate", "ncc", "stay", "--split", "test", "--zip", "s.zip"], "one tracker"),
         (["evaluate", "ncc", "--zip", "s.zip"], "test split"),
-        (["ablate", "table6"], "no table is called 'table6'; there are stark-table1, stark-table6, stark-table7"),
-        (["ablate", "stark-table6", "--rows", "no eyes"], "no row 'no eyes'; it has base, no encoder"),
-        (["ablate", "stark-table6", "--tracker", "siamfc-tiny"], "siamfc-tiny has no encoder_layers"),
+        (
+            ["ablate", "table6"],
+            "no table is called 'table6'; there are stark-table1, stark-table6, stark-table7",
+        ),
+        (
+            ["ablate", "stark-table6", "--rows", "no eyes"],
+            "no row 'no eyes'; it has base, no encoder",
+        ),
+        (
+            ["ablate", "stark-table6", "--tracker", "siamfc-tiny"],
+            "siamfc-tiny has no encoder_layers",
+        ),
         (["ablate", "stark-table6", "--tracker", "x"], "no tracker is called 'x'"),
         (["ablate", "stark-table6", "--seeds", "0"], "at least 1"),
         (["ablate", "stark-table6", "--steps", "0"], "at least 1"),
@@ -217,7 +336,11 @@ def test_mistakes_are_one_line_on_stderr(arguments, message, capsys, tmp_path, m
     monkeypatch.chdir(tmp_path)
     assert run(*arguments) == 1
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1 and error.startswith(f"trackkit {arguments[0]}: ")
+    assert (
+        message in error
+        and error.count("\n") == 1
+        and error.startswith(f"trackkit {arguments[0]}: ")
+    )
 
 
 def test_no_command_unknown_command_version(capsys):

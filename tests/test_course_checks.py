@@ -1,4 +1,5 @@
 """The machinery of checks, on a toy exercise."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -8,7 +9,15 @@ import pytest
 import torch
 from IPython.core.interactiveshell import InteractiveShell
 
-from trackkit.course.checks import CheckFailed, Exercise, Mistake, NotDone, check, exercise, run_check
+from trackkit.course.checks import (
+    CheckFailed,
+    Exercise,
+    Mistake,
+    NotDone,
+    check,
+    exercise,
+    run_check,
+)
 
 
 def halves(values):
@@ -46,7 +55,8 @@ def test_a_known_mistake_is_named():
 def test_an_unknown_mistake_shows_the_smallest_failing_input():
     text = failure(lambda v: v / 2 + (v > 3) * 1.0)
     assert text == (
-        "halves: not yet. Wrong on input 1 of 2: the largest difference is at [1]: 2 was expected, 3 returned.\n"
+        "halves: not yet. Wrong on input 1 of 2: the largest difference is at [1]: 2 was expected, "
+        "3 returned.\n"
         "  values = [2, 4]\n  expected [1, 2]\n  got      [1, 3]"
     )
     text = failure(lambda v: v / 2 if v.ndim == 1 else v)

@@ -1,4 +1,7 @@
-"""Every registered exercise accepts the library's function, names each mistake, and is not fooled by noise."""
+"""Every registered exercise accepts the library's function, names each mistake, and is not fooled
+by noise.
+"""
+
 from __future__ import annotations
 
 import dataclasses
@@ -9,14 +12,19 @@ import torch
 from trackkit.course.checks import CheckFailed, NotDone, check, exercises
 
 EXERCISES = exercises()
-MISTAKES = [(name, index) for name, item in EXERCISES.items() for index in range(len(item.mistakes))]
+MISTAKES = [
+    (name, index) for name, item in EXERCISES.items() for index in range(len(item.mistakes))
+]
 
 
 @pytest.mark.parametrize("name", EXERCISES)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_librarys_function_passes(name, seed, capsys):
     check(name, EXERCISES[name].reference, seed)
-    assert capsys.readouterr().out == f"{name}: correct on {len(EXERCISES[name].inputs(torch.Generator()))} inputs\n"
+    assert (
+        capsys.readouterr().out
+        == f"{name}: correct on {len(EXERCISES[name].inputs(torch.Generator()))} inputs\n"
+    )
 
 
 @pytest.mark.parametrize(("name", "index"), MISTAKES)
@@ -36,7 +44,11 @@ def test_random_answers_get_the_smallest_failing_input(name):
     def noisy(value):
         if dataclasses.is_dataclass(value):
             return dataclasses.replace(value, **{k: noisy(v) for k, v in vars(value).items()})
-        return torch.as_tensor(value).double() + torch.rand(torch.as_tensor(value).shape, generator=generator) + 0.1
+        return (
+            torch.as_tensor(value).double()
+            + torch.rand(torch.as_tensor(value).shape, generator=generator)
+            + 0.1
+        )
 
     with pytest.raises(CheckFailed, match=rf"^{name}: not yet. Wrong on input 1 of ") as failure:
         check(name, lambda *args: noisy(reference(*args)))

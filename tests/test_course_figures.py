@@ -1,4 +1,5 @@
 """Pictures: what is drawn where, small files, stable texts."""
+
 from __future__ import annotations
 
 import io
@@ -25,7 +26,9 @@ def gradient(height=60, width=80):
 @pytest.fixture
 def displayed(monkeypatch):
     calls = []
-    monkeypatch.setattr("IPython.display.display", lambda data, **options: calls.append((data, options)))
+    monkeypatch.setattr(
+        "IPython.display.display", lambda data, **options: calls.append((data, options))
+    )
     return calls
 
 
@@ -41,7 +44,9 @@ def test_draw_boxes_paints_the_four_edges_and_nothing_inside():
 
 def test_a_box_that_cannot_be_drawn_keeps_its_colour():
     for missing in (None, [float("nan")] * 4, [5, 5, 0, 9], [-1, -1, -1, -1]):
-        drawn = draw_boxes(gradient(), {"truth": missing, "ours": torch.tensor([20.0, 10, 30, 40])}, legend=False)
+        drawn = draw_boxes(
+            gradient(), {"truth": missing, "ours": torch.tensor([20.0, 10, 30, 40])}, legend=False
+        )
         assert torch.equal(drawn[:, 10, 21], ORANGE)
 
 
@@ -61,20 +66,25 @@ def test_legend_is_in_the_corner():
 def test_drawing_and_animating_need_no_matplotlib():
     code = (
         "import sys, torch; from trackkit.course.drawing import animation, draw_boxes;"
-        "f = torch.zeros(3, 40, 40, dtype=torch.uint8); animation([f], {'a': [[1, 1, 9, 9]]}, alt='x');"
+        "f = torch.zeros(3, 40, 40, dtype=torch.uint8); animation([f], {'a': [[1, 1, 9, 9]]}, "
+        "alt='x');"
         "assert 'matplotlib' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("picture", [torch.zeros(3, 4, 4), np.zeros((4, 4, 2), np.uint8), np.zeros(4, np.uint8)])
+@pytest.mark.parametrize(
+    "picture", [torch.zeros(3, 4, 4), np.zeros((4, 4, 2), np.uint8), np.zeros(4, np.uint8)]
+)
 def test_only_uint8_pictures(picture):
     with pytest.raises(ValueError, match="a picture has"):
         to_image(picture)
 
 
 def test_png_is_at_most_640_wide_and_keeps_line_colours():
-    image = Image.open(io.BytesIO(to_png(draw_boxes(gradient(300, 900), {"truth": [300, 100, 300, 100]}))))
+    image = Image.open(
+        io.BytesIO(to_png(draw_boxes(gradient(300, 900), {"truth": [300, 100, 300, 100]})))
+    )
     assert image.size == (640, 213) and image.mode == "P"
     pixels = np.array(image.convert("RGB")).reshape(-1, 3)
     assert (pixels == GREEN.numpy()).all(1).any()
@@ -115,7 +125,9 @@ def test_show_source_shows_the_code(displayed):
     show_source(draw_boxes)
     data = displayed[0][0]
     assert data["text/plain"].startswith("def draw_boxes(") and "0x" not in data["text/plain"]
-    assert data["text/markdown"].startswith("`trackkit.course.drawing.draw_boxes`\n```python\ndef draw_boxes(")
+    assert data["text/markdown"].startswith(
+        "`trackkit.course.drawing.draw_boxes`\n```python\ndef draw_boxes("
+    )
 
 
 def moving(count=12):
@@ -137,12 +149,20 @@ def test_animation_has_all_frames_and_is_deterministic():
     image.seek(11)
     assert image.convert("RGB").getpixel((2 * (10 + 88), 100)) == tuple(GREEN.tolist())
     data, metadata = one._repr_mimebundle_()
-    assert data == {"image/png": one.data, "text/plain": "Animation of 12 frames: A square moves right."}
-    assert metadata == {"image/png": {"alt": "A square moves right."}} and repr(one) == data["text/plain"]
+    assert data == {
+        "image/png": one.data,
+        "text/plain": "Animation of 12 frames: A square moves right.",
+    }
+    assert (
+        metadata == {"image/png": {"alt": "A square moves right."}}
+        and repr(one) == data["text/plain"]
+    )
 
 
 def test_animation_meets_its_budget_or_says_so():
-    noise = torch.randint(0, 256, (8, 3, 90, 160), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    noise = torch.randint(
+        0, 256, (8, 3, 90, 160), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     small = animation(noise, alt="Noise.", width=160, max_bytes=20_000)
     image = Image.open(io.BytesIO(small.data))
     assert len(small.data) <= 20_000 and image.n_frames < 8 and image.info["duration"] > 100
@@ -158,7 +178,9 @@ def test_animation_rejects_what_it_cannot_show():
 
 
 def test_figure_frames_has_an_axis_for_each_frame():
-    fig = figures.figure_frames([gradient()] * 7, [{"truth": [5, 5, 9, 9]}] * 7, [str(i) for i in range(7)])
+    fig = figures.figure_frames(
+        [gradient()] * 7, [{"truth": [5, 5, 9, 9]}] * 7, [str(i) for i in range(7)]
+    )
     assert [ax.get_title() for ax in fig.axes] == list("0123456")
     assert fig.get_size_inches()[0] == pytest.approx(6.4)
 

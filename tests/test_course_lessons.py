@@ -1,4 +1,5 @@
 """Notebook tools: build, lint, student version."""
+
 from __future__ import annotations
 
 import copy
@@ -12,7 +13,16 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from trackkit.course.lessons import LessonError, build, check, lint, same_code, solution_cells, start, student
+from trackkit.course.lessons import (
+    LessonError,
+    build,
+    check,
+    lint,
+    same_code,
+    solution_cells,
+    start,
+    student,
+)
 from trackkit.trackers.siamfc import cross_correlation, hann_window
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +39,11 @@ def grader(grade_id, solution=False, grade=False, **more):
     return {"nbgrader": values | {"grade_id": grade_id, "cell_type": "code"} | more}
 
 
-SOLUTION = 'def half(x):\n    """x / 2."""\n    if True:\n        ### BEGIN SOLUTION\n        y = x / 2\n        return y\n        ### END SOLUTION'
+SOLUTION = (
+    'def half(x):\n    """x / 2."""\n    if True:\n        ### BEGIN SOLUTION\n        y = '
+    "x / 2\n "
+    "       return y\n        ### END SOLUTION"
+)
 CHECK = (
     "def check(name, f, seed=0):\n    f(3)\n    print(name, 'correct')\n\n\ncheck('half', half)\n"
     "### BEGIN HIDDEN TESTS\ncheck('half', half, seed=1)\n### END HIDDEN TESTS"
@@ -50,12 +64,15 @@ def lesson():
     return new_notebook(
         cells=[
             new_markdown_cell("# Half\n\nText."),
-            new_code_cell("import os\nprint(os.environ['TRACKKIT_SCALE'], os.environ['OMP_NUM_THREADS'])"),
+            new_code_cell(
+                "import os\nprint(os.environ['TRACKKIT_SCALE'], os.environ['OMP_NUM_THREADS'])"
+            ),
             new_code_cell(PICTURE),
             new_code_cell(SOLUTION, metadata=grader("half", solution=True) | {"collapsed": True}),
             new_code_cell(CHECK, metadata=grader("check_half", grade=True, points=1)),
             new_markdown_cell(
-                "Because.", metadata=grader("why", solution=True, grade=True, points=1, cell_type="markdown")
+                "Because.",
+                metadata=grader("why", solution=True, grade=True, points=1, cell_type="markdown"),
             ),
         ]
     )
@@ -85,7 +102,9 @@ def test_build_gives_the_normal_form(built):
     assert [cell.execution_count for cell in code] == [1, 2, 3, 4]
     assert [cell.id for cell in notebook.cells] == [f"cell-{i}" for i in range(1, 7)]
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
-    assert notebook.metadata.kernelspec.name == "python3" and notebook.metadata.language_info == {"name": "python"}
+    assert notebook.metadata.kernelspec.name == "python3" and notebook.metadata.language_info == {
+        "name": "python"
+    }
     assert set(code[2].metadata) == {"nbgrader"} and not code[0].metadata
     assert code[0].outputs[0].text == "tiny 1\n"
     picture, widget = code[1].outputs
@@ -110,9 +129,17 @@ def test_rebuild_changes_nothing_and_strict_nbval_passes(built, capsys):
         "no:cacheprovider",
         "-q",
     ]
-    command += ["--nbval-sanitize-with", str(ROOT / "lessons" / "nbval.cfg"), "-c", os.devnull, built.name]
+    command += [
+        "--nbval-sanitize-with",
+        str(ROOT / "lessons" / "nbval.cfg"),
+        "-c",
+        os.devnull,
+        built.name,
+    ]
     environment = os.environ | {"TRACKKIT_SCALE": "tiny", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=built.parent, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=built.parent, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout
 
 
@@ -120,14 +147,18 @@ def test_a_failing_cell_is_named_and_the_file_stays(tmp_path):
     path = tmp_path / "bad.ipynb"
     nbformat.write(new_notebook(cells=[new_markdown_cell("# Bad"), new_code_cell("1 / 0")]), path)
     before = path.read_bytes()
-    with pytest.raises(LessonError, match=r"bad.ipynb: cell 2 failed: ZeroDivisionError: division by zero") as caught:
+    with pytest.raises(
+        LessonError, match=r"bad.ipynb: cell 2 failed: ZeroDivisionError: division by zero"
+    ) as caught:
         build(path)
     assert path.read_bytes() == before and "\x1b" not in str(caught.value)
 
 
 def test_build_refuses_what_lint_finds(tmp_path):
     path = tmp_path / "warns.ipynb"
-    nbformat.write(new_notebook(cells=[new_code_cell("import sys\nprint('careful', file=sys.stderr)")]), path)
+    nbformat.write(
+        new_notebook(cells=[new_code_cell("import sys\nprint('careful', file=sys.stderr)")]), path
+    )
     before = path.read_bytes()
     with pytest.raises(LessonError, match=r"warns.ipynb: cell 1: output on stderr: 'careful'"):
         build(path)
@@ -177,11 +208,17 @@ BROKEN = {
     "cell ids are missing or not unique": edit("cells[1].id = cells[2].id"),
     "kB; at most 300 kB": markdown("x" * 300_001),
     "an error output (ValueError)": output("error", ename="ValueError", evalue="", traceback=[]),
-    "output on stderr: 'warning: slow'": output("stream", name="stderr", text="warning: slow\nat ..."),
+    "output on stderr: 'warning: slow'": output(
+        "stream", name="stderr", text="warning: slow\nat ..."
+    ),
     "a picture without alt text": output("display_data", {"image/png": "iVBO"}),
     "an output of type image/svg+xml": output("display_data", {"image/svg+xml": "<svg/>"}),
-    "widget-view+json; pictures are PNG": output("display_data", {"application/vnd.jupyter.widget-view+json": {}}),
-    "an absolute path in the output": output("stream", name="stdout", text="saved to /home/me/run\n"),
+    "widget-view+json; pictures are PNG": output(
+        "display_data", {"application/vnd.jupyter.widget-view+json": {}}
+    ),
+    "an absolute path in the output": output(
+        "stream", name="stdout", text="saved to /home/me/run\n"
+    ),
     "an absolute path; use": source("open('/home/me/data')"),
     "Output() fails strict nbval": source("import ipywidgets\nipywidgets.Output()"),
     "interact() fails strict nbval": source("interact(print, x=3)"),
@@ -195,13 +232,19 @@ BROKEN = {
     "is remote": markdown('<img alt="logo" src="https://example.org/logo.png">'),
     "the image missing.png does not exist": markdown("![a picture](missing.png)"),
     "grade_id 'half' is used twice": edit("cells[4].metadata.nbgrader.grade_id = 'half'"),
-    "exercise 'half' has no graded check": edit("cells[4].metadata.pop('nbgrader'); cells[4].source = 'pass'"),
+    "exercise 'half' has no graded check": edit(
+        "cells[4].metadata.pop('nbgrader'); cells[4].source = 'pass'"
+    ),
     "a graded cell without check(": edit("cells[4].source = 'assert half(2) == 1'"),
     "a graded cell without points": edit("cells[4].metadata.nbgrader.pop('points')"),
     "nbgrader metadata lacks locked": edit("cells[4].metadata.nbgrader.pop('locked')"),
     "a solution cell without ### BEGIN SOLUTION": edit("cells[3].source = 'x = 1'"),
-    "BEGIN SOLUTION without its END": edit("cells[3].source = cells[3].source.replace('### END', '### end')"),
-    "END SOLUTION without its BEGIN": edit("cells[3].source = cells[3].source.replace('### BEGIN', '### begin')"),
+    "BEGIN SOLUTION without its END": edit(
+        "cells[3].source = cells[3].source.replace('### END', '### end')"
+    ),
+    "END SOLUTION without its BEGIN": edit(
+        "cells[3].source = cells[3].source.replace('### BEGIN', '### begin')"
+    ),
     "a solution region in a cell without": edit("cells[3].metadata.pop('nbgrader')"),
     "hidden tests in a cell without": edit("cells[4].metadata.pop('nbgrader')"),
     "student version of this cell is not valid": edit(
@@ -218,7 +261,9 @@ def test_lint_finds(message, built, tmp_path):
     path.write_text(nbformat.v4.writes(notebook))  # nbformat.write would mend some of it
     found = [str(finding) for finding in lint(path)]
     assert any(message in text for text in found), found
-    assert len(found) == 1 or message.startswith(("a solution region", "hidden tests", "nbgrader", "END", "a graded"))
+    assert len(found) == 1 or message.startswith(
+        ("a solution region", "hidden tests", "nbgrader", "END", "a graded")
+    )
 
 
 @pytest.mark.parametrize(
@@ -251,11 +296,14 @@ def test_check_lists_all_findings(built, tmp_path, capsys):
         check()
     with pytest.raises(LessonError, match="there is no notebook"):
         build(tmp_path / "bad")
-    with pytest.raises(LessonError, match=r"bad.ipynb: cell 2: execution count 9.*\n.*bad.ipynb: cell 3: a TODO"):
+    with pytest.raises(
+        LessonError, match=r"bad.ipynb: cell 2: execution count 9.*\n.*bad.ipynb: cell 3: a TODO"
+    ):
         check(built, tmp_path / "bad.ipynb")
 
 
-# ---- student version: what nbgrader's ClearSolutions, ClearHiddenTests, LockCells and ClearOutput would make ----
+# ---- student version: what nbgrader's ClearSolutions, ClearHiddenTests, LockCells and ClearOutput
+# would make ----
 
 
 def test_student_version(built, tmp_path):
@@ -263,21 +311,31 @@ def test_student_version(built, tmp_path):
     notebook = read(path)
     master = read(built)
     assert notebook.cells[3].source == (
-        'def half(x):\n    """x / 2."""\n    if True:\n        # YOUR CODE HERE\n        raise NotImplementedError()'
+        'def half(x):\n    """x / 2."""\n    if True:\n        # YOUR CODE HERE\n        raise '
+        "NotImplementedError()"
     )
     assert notebook.cells[4].source == CHECK[: CHECK.index("\n### BEGIN")]
     assert notebook.cells[5].source == "YOUR ANSWER HERE"
-    assert [cell.source for cell in notebook.cells[:3]] == [cell.source for cell in master.cells[:3]]
+    assert [cell.source for cell in notebook.cells[:3]] == [
+        cell.source for cell in master.cells[:3]
+    ]
     for cell in notebook.cells:
         if cell.cell_type == "code":
             assert cell.outputs == [] and cell.execution_count is None
-    locks = [(cell.metadata.get("deletable"), cell.metadata.get("editable")) for cell in notebook.cells]
+    locks = [
+        (cell.metadata.get("deletable"), cell.metadata.get("editable")) for cell in notebook.cells
+    ]
     assert locks == [(None, None)] * 3 + [(False, None), (False, False), (False, None)]
-    assert [c.metadata.get("nbgrader") for c in notebook.cells] == [c.metadata.get("nbgrader") for c in master.cells]
+    assert [c.metadata.get("nbgrader") for c in notebook.cells] == [
+        c.metadata.get("nbgrader") for c in master.cells
+    ]
 
 
 def test_several_regions_and_a_solution_cell_without_markers(tmp_path):
-    regions = "a = 1\n### BEGIN SOLUTION\nb = 2\n### END SOLUTION\nc = 3\n\tif c:\n\t\t### BEGIN SOLUTION\n\t\td = 4\n\t\t### END SOLUTION"
+    regions = (
+        "a = 1\n### BEGIN SOLUTION\nb = 2\n### END SOLUTION\nc = 3\n\tif c:\n\t\t### BEGIN "
+        "SOLUTION\n\t\td = 4\n\t\t### END SOLUTION"
+    )
     cells = [
         new_code_cell(regions, metadata=grader("a", solution=True)),
         new_code_cell("x = 1", metadata=grader("b", solution=True)),
@@ -287,7 +345,9 @@ def test_several_regions_and_a_solution_cell_without_markers(tmp_path):
     nbformat.write(new_notebook(cells=cells), path)
     made = read(student(path, tmp_path / "out.ipynb")).cells
     stub = "# YOUR CODE HERE\n{0}raise NotImplementedError()"
-    assert made[0].source == f"a = 1\n{stub.format('')}\nc = 3\n\tif c:\n\t\t{stub.format(chr(9) * 2)}"
+    assert (
+        made[0].source == f"a = 1\n{stub.format('')}\nc = 3\n\tif c:\n\t\t{stub.format(chr(9) * 2)}"
+    )
     assert made[1].source == stub.format("")
     assert made[2].source == "x = 2" and made[2].metadata.editable is False
 
@@ -313,12 +373,18 @@ def test_each_exercise_of_the_student_version_raises_and_nothing_else(built, tmp
         ),
         ("### BEGIN SOLUTION", grader("a", solution=True), "without its END"),
         ("### BEGIN SOLUTION\n### END SOLUTION", {}, "without nbgrader's solution metadata"),
-        ("### BEGIN HIDDEN TESTS\n### END HIDDEN TESTS", grader("a"), "without nbgrader's grade metadata"),
+        (
+            "### BEGIN HIDDEN TESTS\n### END HIDDEN TESTS",
+            grader("a"),
+            "without nbgrader's grade metadata",
+        ),
     ],
 )
 def test_student_rejects_broken_markers(text, metadata, message, tmp_path):
     path = tmp_path / "in.ipynb"
-    nbformat.write(new_notebook(cells=[new_markdown_cell("#"), new_code_cell(text, metadata=metadata)]), path)
+    nbformat.write(
+        new_notebook(cells=[new_markdown_cell("#"), new_code_cell(text, metadata=metadata)]), path
+    )
     with pytest.raises(LessonError, match=rf"in.ipynb: cell 2: .*{message}"):
         student(path, tmp_path / "out.ipynb")
     assert not (tmp_path / "out.ipynb").exists()
@@ -337,7 +403,9 @@ def test_start_takes_the_number_of_a_lesson(built, tmp_path, monkeypatch):
 
 def test_start_never_overwrites_work(built, tmp_path):
     copy_of = start(built, tmp_path / "work")
-    assert copy_of == tmp_path / "work" / "00_half.ipynb" and "YOUR CODE HERE" in copy_of.read_text()
+    assert (
+        copy_of == tmp_path / "work" / "00_half.ipynb" and "YOUR CODE HERE" in copy_of.read_text()
+    )
     copy_of.write_text("my work")
     with pytest.raises(LessonError, match="already there"):
         start(built, tmp_path / "work")

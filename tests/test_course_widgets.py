@@ -1,4 +1,5 @@
 """Panels without a browser: set a control, look at the picture."""
+
 from __future__ import annotations
 
 import base64
@@ -59,7 +60,8 @@ def test_slider_and_field_hold_the_same_number(explorer):
 
 
 def test_every_control_has_a_name_and_sliders_are_for_the_mouse_only(explorer):
-    # ipywidgets ties a description to these kinds of fields by <label for>, so screen readers speak it
+    # ipywidgets ties a description to these kinds of fields by <label for>, so screen readers speak
+    # it
     labelled = (
         ipywidgets.BoundedIntText,
         ipywidgets.BoundedFloatText,
@@ -69,9 +71,16 @@ def test_every_control_has_a_name_and_sliders_are_for_the_mouse_only(explorer):
     assert all(isinstance(c, labelled) and c.description for c in explorer.controls.values())
     named = Explorer(draw, size=number(8, 4, 32, label="side_length in px"))
     assert named.controls["size"].description == "side length in px"
-    sliders = [w for w in widgets_in(explorer.box) if isinstance(w, (ipywidgets.IntSlider, ipywidgets.FloatSlider))]
+    sliders = [
+        w
+        for w in widgets_in(explorer.box)
+        if isinstance(w, (ipywidgets.IntSlider, ipywidgets.FloatSlider))
+    ]
     assert sliders and all("trackkit-mouse" in s._dom_classes and not s.readout for s in sliders)
-    assert any(".trackkit-mouse .noUi-handle {visibility: hidden}" in w.value for w in explorer.box.children[-1:])
+    assert any(
+        ".trackkit-mouse .noUi-handle {visibility: hidden}" in w.value
+        for w in explorer.box.children[-1:]
+    )
 
 
 def test_nothing_that_swallows_exceptions(explorer):

@@ -1,4 +1,7 @@
-"""STMTrack and DASTM: what is remembered and what forgotten, what the gate does, what it costs, what happens to bad input."""
+"""STMTrack and DASTM: what is remembered and what forgotten, what the gate does, what it costs,
+what happens to bad input.
+"""
+
 from __future__ import annotations
 
 import copy
@@ -67,15 +70,27 @@ def run(tracker, video, **options):
 
 
 def test_without_attention_it_is_stmtrack(tracker, video):
-    changes = {"trunk": "inception", "trim": 4, "query_trim": 4, "attention": (), "gate": "none", "epoch_steps": 4687}
+    changes = {
+        "trunk": "inception",
+        "trim": 4,
+        "query_trim": 4,
+        "attention": (),
+        "gate": "none",
+        "epoch_steps": 4687,
+    }
     assert DASTMConfig.dastm(**changes) == DASTMConfig.stmtrack()
     plain = changed(tracker, attention=(), gate="none")
-    assert {k for k in tracker.state_dict() if k not in plain.state_dict()} == {k for k in tracker.state_dict() if k.startswith("attention.")}
+    assert {k for k in tracker.state_dict() if k not in plain.state_dict()} == {
+        k for k in tracker.state_dict() if k.startswith("attention.")
+    }
     indifferent = changed(tracker)
     with torch.no_grad():
         indifferent.attention.gate.fc2.bias[0] = 1e9  # never any module
     (_, a), (_, b), (_, c) = run(plain, video), run(indifferent, video), run(tracker, video)
-    assert all(torch.equal(x.box, y.box) and torch.equal(x.score, y.score) for x, y in zip(a, b, strict=True)), "bit for bit"
+    assert all(
+        torch.equal(x.box, y.box) and torch.equal(x.score, y.score)
+        for x, y in zip(a, b, strict=True)
+    ), "bit for bit"
     assert not torch.equal(a[-1].score, c[-1].score)
 
 
@@ -95,7 +110,9 @@ def test_what_the_authors_look_at():
     for n in range(5, 300):
         length = n // 4
         assert wanted(n, 4) == sorted({1} | {i * length + length // 2 + 1 for i in range(4)})
-        assert set(wanted(n, 4)) - {1} <= set(range(n // 8, n + 1)), "what victim() relies on: nothing before"
+        assert set(wanted(n, 4)) - {1} <= set(range(n // 8, n + 1)), (
+            "what victim() relies on: nothing before"
+        )
 
 
 @pytest.mark.parametrize("capacity", [6, 16, 64])
@@ -108,7 +125,9 @@ def test_bounded_memory_looks_where_the_authors_look_for_long_and_close_to_it_la
         assert held[0] == 1 and len(held) <= capacity
         off.append(max(abs(nearest(held, f) - f) for f in wanted(n, 4)))
     first = next(i for i, o in enumerate(off) if o) + 2
-    assert first == pytest.approx(1.25 * capacity, abs=1), "the frame from which on it is not the authors' memory"
+    assert first == pytest.approx(1.25 * capacity, abs=1), (
+        "the frame from which on it is not the authors' memory"
+    )
     assert max(o / n for n, o in enumerate(off, 2)) <= 1.0 / capacity or capacity < 16
     assert max(o / n for n, o in enumerate(off, 2)) <= 1 / 6
 
@@ -119,7 +138,9 @@ def test_bounded_and_unbounded_track_alike_while_nothing_is_missed(tracker, vide
     for n, (a, b) in enumerate(zip(predictions, small_predictions, strict=True), 1):
         assert torch.equal(a.box, b.box) and torch.equal(a.maps["memory"], b.maps["memory"]), n
     assert states[-1].memory.held.tolist() == [list(range(1, 10))]
-    assert len(small_states[-1].memory.slots) == 8 and {1, 9} <= set(small_states[-1].memory.held[0].tolist())
+    assert len(small_states[-1].memory.slots) == 8 and {1, 9} <= set(
+        small_states[-1].memory.held[0].tolist()
+    )
 
 
 def test_confident_frames_are_looked_at(tracker, video):
@@ -131,7 +152,9 @@ def test_confident_frames_are_looked_at(tracker, video):
 
 
 def test_time_and_memory_stay_flat(tracker, video):
-    """The short form of benchmarks/dastm_speed.py; time is looked at there. Here: what a step touches."""
+    """The short form of benchmarks/dastm_speed.py; time is looked at there. Here: what a step
+    touches.
+    """
     small, images = changed(tracker, capacity=8), video[0]
     state = small.start(images[:1], torch.tensor(video[1][:1]))
     sizes, work = [], []
@@ -141,7 +164,9 @@ def test_time_and_memory_stay_flat(tracker, video):
         state, prediction = small.step(state, [images[n % 9]], maps=True)
         sizes.append(sum(t.nbytes for t in state.memory.slots))
         work.append(prediction.maps["read"].numel())
-        assert sum(tensor.data_ptr() not in held for tensor in state.memory.slots) == 1, "one slot is new, the others are shared"
+        assert sum(tensor.data_ptr() not in held for tensor in state.memory.slots) == 1, (
+            "one slot is new, the others are shared"
+        )
     assert len(set(sizes[8:])) == 1 and max(work) <= 6 * 7**4
     endless = changed(tracker, memory="unbounded")
     state = endless.start(images[:1], torch.tensor(video[1][:1]))
@@ -164,20 +189,28 @@ def test_what_a_memory_gives_back_is_what_it_was_given():
         latest = torch.tensor([number, number + 3])  # the second sequence is three frames ahead
         memory = memory.stored(latest[:, None].double(), latest, segments=2, capacity=4)
         assert (memory.held == latest[:, None]).any(1).all()
-    assert memory.held.shape == (2, 4) and 1 in memory.held[0] and 4 in memory.held[1], "the first frames stay"
+    assert memory.held.shape == (2, 4) and 1 in memory.held[0] and 4 in memory.held[1], (
+        "the first frames stay"
+    )
     numbers = memory.held.sort(1).values
     features, real = memory.recalled(numbers)
     assert real is None and torch.equal(features[..., 0], numbers.double())
     features, real = memory.recalled(torch.cat([numbers, torch.zeros(2, 1, dtype=torch.long)], 1))
-    assert torch.equal(real, torch.tensor([[True] * 4 + [False]] * 2)) and torch.equal(features[:, :4, 0], numbers.double())
+    assert torch.equal(real, torch.tensor([[True] * 4 + [False]] * 2)) and torch.equal(
+        features[:, :4, 0], numbers.double()
+    )
 
 
 # ---- batches ----
 
 
-@pytest.mark.parametrize("changes", [{}, {"capacity": 6}, {"granularity": "memory"}, {"gate": "random"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"capacity": 6}, {"granularity": "memory"}, {"gate": "random"}]
+)
 def test_a_batch_is_its_sequences_at_different_ages(tracker, video, changes):
-    """Memories of different lengths side by side: the second sequence joins when the first has seen five frames."""
+    """Memories of different lengths side by side: the second sequence joins when the first has seen
+    five frames.
+    """
     one = changed(tracker, confidence=0.21, **changes)
     other, other_boxes = frames("dastm other", 9, 190, 250)
     images, boxes = video
@@ -194,7 +227,9 @@ def test_a_batch_is_its_sequences_at_different_ages(tracker, video, changes):
         for i in range(2):
             alone[i], single = one.step(alone[i], pictures[i : i + 1], maps=True)
             assert torch.allclose(together.box[i], single.box[0], atol=1e-3)
-            assert [f for f in together.maps["memory"][i].tolist() if f] == single.maps["memory"][0].tolist()
+            assert [f for f in together.maps["memory"][i].tolist() if f] == single.maps["memory"][
+                0
+            ].tolist()
             assert torch.equal(batch.chosen[i], alone[i].chosen[0])
     swapped = join(take(batch, [1]), take(batch, [0]))
     _, a = one.step(batch, [images[8], other[4]])
@@ -211,21 +246,34 @@ def test_unknown_memory_changes_nothing():
     for maps in (False, True):
         found, weights = read(query, padded, known, maps)
         assert torch.allclose(found, read(query, memory)[0], atol=1e-6)
-    assert weights.shape == (2, 9, 30) and torch.allclose(weights.sum(2), torch.ones(2, 9)) and (weights[:, :, 20:] == 0).all()
+    assert (
+        weights.shape == (2, 9, 30)
+        and torch.allclose(weights.sum(2), torch.ones(2, 9))
+        and (weights[:, :, 20:] == 0).all()
+    )
 
 
 # ---- sizes ----
 
 
 def test_cells():
-    """As the specification has them: 25 x 25 around the middle of 289 pixels, 20 x 20 from 0 on for 160."""
+    """As the specification has them: 25 x 25 around the middle of 289 pixels, 20 x 20 from 0 on for
+    160.
+    """
     for config in (DASTMConfig.stmtrack(), DASTMConfig.dastm(query_size=160, query_trim=0)):
         cells = cell_centres(config, 289)
-        assert cells.shape == (625, 2) and cells[0].tolist() == [48, 48] and cells[1].tolist() == [56, 48] and cells[-1].tolist() == [240, 240]
+        assert (
+            cells.shape == (625, 2)
+            and cells[0].tolist() == [48, 48]
+            and cells[1].tolist() == [56, 48]
+            and cells[-1].tolist() == [240, 240]
+        )
     cells = cell_centres(config, 160)
     assert cells.shape == (400, 2) and cells[[0, -1]].tolist() == [[0, 0], [152, 152]]
     for size in (97, 160, 161, 288, 289):
-        assert cells_of("tiny", size) == SmallTrunk().eval()(torch.zeros(1, 3, size, size)).shape[-1]
+        assert (
+            cells_of("tiny", size) == SmallTrunk().eval()(torch.zeros(1, 3, size, size)).shape[-1]
+        )
 
 
 def test_queries_smaller_than_the_memory(tracker, video):
@@ -233,7 +281,9 @@ def test_queries_smaller_than_the_memory(tracker, video):
     small = changed(tracker, query_size=41, query_trim=0)
     _, predictions = run(small, video, maps=True)
     _, equal = run(tracker, video, maps=True)
-    assert predictions[0].maps["score"].shape == (1, 6, 6) and predictions[0].maps["read"].shape == (1, 36, 1, 7, 7)
+    assert predictions[0].maps["score"].shape == (1, 6, 6) and predictions[0].maps[
+        "read"
+    ].shape == (1, 36, 1, 7, 7)
     sides = [p[0].maps["window"][0, 2].item() for p in (predictions, equal)]
     assert sides[0] / sides[1] == pytest.approx(41 / 65, rel=0.02)
 
@@ -246,7 +296,9 @@ def test_maps(tracker, video):
     assert shown["response"].amax() == pytest.approx(predictions[-1].score.item(), abs=1e-6)
     assert shown["chosen"].sum() == 9
     _, silent = run(tracker, video)
-    assert silent[-1].maps is None and torch.allclose(silent[-1].box, predictions[-1].box, atol=1e-3)
+    assert silent[-1].maps is None and torch.allclose(
+        silent[-1].box, predictions[-1].box, atol=1e-3
+    )
 
 
 # ---- the gate ----
@@ -260,7 +312,9 @@ def features() -> torch.Tensor:
 def test_only_chosen_modules_run(tracker, features):
     block, ran = copy.deepcopy(tracker.attention), []
     for name, branch in block.branches.items():
-        branch.register_forward_hook(lambda module, given, made, name=name: ran.append((name, len(given[0]))))
+        branch.register_forward_hook(
+            lambda module, given, made, name=name: ran.append((name, len(given[0])))
+        )
     for wish, expected in ((0, []), (1, [("se", 6)]), (2, [("ca", 6)]), (3, [("cbam", 6)])):
         with torch.no_grad():
             block.gate.fc2.weight.zero_()
@@ -292,7 +346,9 @@ def test_training_chooses_one_module_and_teaches_the_gate(tracker, features):
     block = copy.deepcopy(tracker.attention).train()
     made, choices = block(features)
     one_hot = choices.weights.detach()
-    assert torch.allclose(one_hot.amax(2), torch.ones(3, 2)) and torch.allclose(one_hot.sum(2), torch.ones(3, 2))
+    assert torch.allclose(one_hot.amax(2), torch.ones(3, 2)) and torch.allclose(
+        one_hot.sum(2), torch.ones(3, 2)
+    )
     made.square().mean().backward()
     assert block.gate.fc1.weight.grad.abs().sum() > 0, "straight through"
     torch.manual_seed(0)
@@ -306,11 +362,18 @@ def test_temperature(tracker, features):
     for tau in (0.1, 1.0, 100.0):
         block.config = replace(tracker.config, tau=tau)
         probability[tau] = block(features)[1].probability
-    assert probability[0.1].amax(2).mean() > probability[1.0].amax(2).mean() > probability[100.0].amax(2).mean()
-    batch = {"progress": torch.tensor(0.5)}  # of the last stage: the temperature of the first one stays
+    assert (
+        probability[0.1].amax(2).mean()
+        > probability[1.0].amax(2).mean()
+        > probability[100.0].amax(2).mean()
+    )
+    # of the last stage: the temperature of the first one stays
+    batch = {"progress": torch.tensor(0.5)}
     cooled = changed(tracker, tau=4.0, tau_end=0.25)
     seen = []
-    cooled.forward = lambda *given: seen.append(given[-1]) or (_ for _ in ()).throw(KeyboardInterrupt)
+    cooled.forward = lambda *given: (
+        seen.append(given[-1]) or (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     batch |= {"searches": torch.zeros(1, 1, 3, 65, 65), "search_boxes": torch.full((1, 1, 4), 0.5)}
     batch |= {"templates": None, "template_boxes": torch.full((1, 1, 4), 0.5)}
     for stage in DASTM(DASTMConfig.tiny()).recipe("tiny")[0], None:
@@ -321,7 +384,10 @@ def test_temperature(tracker, features):
 
 def test_random_gate(tracker, video):
     """The same decisions in every run of a seed, others with another, about equally often."""
-    chosen = [run(changed(tracker, test_gate="random", seed=seed), video)[0][-1].chosen for seed in (0, 0, 1)]
+    chosen = [
+        run(changed(tracker, test_gate="random", seed=seed), video)[0][-1].chosen
+        for seed in (0, 0, 1)
+    ]
     assert torch.equal(chosen[0], chosen[1]) and not torch.equal(chosen[0], chosen[2])
     draws = changed(tracker, gate="random")._draws(torch.arange(400))
     assert (torch.bincount(draws[:, 0], minlength=4) > 60).all()
@@ -336,12 +402,16 @@ def test_one_decision_for_all_memory_frames(tracker, features, video):
     assert torch.equal(choices.weights[:, 0], choices.weights[:, 1])
     known = torch.tensor([[True, False]] * 3)
     own = tracker.attention(features)[1].probability[:, 0]
-    assert torch.allclose(block(features, known)[1].probability[:, 0], own, atol=1e-5), "a frame that is not there has no say"
+    assert torch.allclose(block(features, known)[1].probability[:, 0], own, atol=1e-5), (
+        "a frame that is not there has no say"
+    )
     drawn = copy.deepcopy(block).train()(features)[1].weights
     assert torch.equal(drawn[:, 0], drawn[:, 1])
     states, _ = run(changed(tracker, granularity="memory"), video)
     plain, _ = run(changed(tracker, attention=(), gate="none"), video)
-    assert torch.equal(states[0].memory.slots[0], plain[0].memory.slots[0]), "kept as it is, strengthened when looked at"
+    assert torch.equal(states[0].memory.slots[0], plain[0].memory.slots[0]), (
+        "kept as it is, strengthened when looked at"
+    )
 
 
 @pytest.mark.parametrize("names", [("se",), ("ca",), ("cbam",), ("se", "ca"), ("se", "ca", "cbam")])
@@ -371,7 +441,9 @@ def stirred(module: nn.Module) -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize(("name", "stage", "channels"), [("mobileone_s0", 3, 256), ("mobileone_s1", 2, 192)])
+@pytest.mark.parametrize(
+    ("name", "stage", "channels"), [("mobileone_s0", 3, 256), ("mobileone_s1", 2, 192)]
+)
 def test_fused_mobileone_is_the_same(name, stage, channels):
     trunk = stirred(MobileOne(name, stage).eval())
     crops = torch.randint(0, 256, (2, 3, 65, 65), dtype=torch.uint8)
@@ -383,7 +455,9 @@ def test_fused_mobileone_is_the_same(name, stage, channels):
         trunk.stages[0][0].conv_kxk[0].bn.weight.mul_(1.1)
         assert not torch.equal(trunk(crops), fused), "a change of a weight is noticed"
     once = sum(p.numel() for memo in trunk._memos for p in memo._value)
-    assert {("mobileone_s0", 3): 0.79, ("mobileone_s1", 2): 0.31}[name, stage] == round(once / 1e6, 2), "spec, B4"
+    assert {("mobileone_s0", 3): 0.79, ("mobileone_s1", 2): 0.31}[name, stage] == round(
+        once / 1e6, 2
+    ), "spec, B4"
     assert calls < macs(lambda: MobileOne(name, stage).train()(crops))
 
 
@@ -397,7 +471,13 @@ def test_fused_convolution_keeps_up_with_its_norm():
             layer.bn.running_mean.add_(0.3)
     with torch.inference_mode():
         assert layer(x).shape == (1, 7, 8, 8)
-    assert layer.state_dict().keys() == {"conv.weight", *(f"bn.{n}" for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"))}
+    assert layer.state_dict().keys() == {
+        "conv.weight",
+        *(
+            f"bn.{n}"
+            for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+        ),
+    }
 
 
 def test_start_from_imagenet(monkeypatch):
@@ -407,14 +487,20 @@ def test_start_from_imagenet(monkeypatch):
 
     assert not DASTM(DASTMConfig.tiny()).load_pretrained()
     small = {"width": 16, "head_width": 8, "attention": ("ca",)}
-    for trunk, whole in (("mobileone_s0", create_model("mobileone_s0")), ("inception", inception_v3(init_weights=False))):
+    for trunk, whole in (
+        ("mobileone_s0", create_model("mobileone_s0")),
+        ("inception", inception_v3(init_weights=False)),
+    ):
         weights = whole.state_dict()
         for source in ("timm_weights", "_torchvision_weights"):
             monkeypatch.setattr(backbones, source, lambda name, weights=weights: weights)
         made = DASTM(DASTMConfig(trunk=trunk, **small))
         assert made.load_pretrained()
         for path in (made.memory, made.query):
-            assert all(torch.equal(value, weights[key.replace("begin.", "stem.")]) for key, value in path.trunk.state_dict().items())
+            assert all(
+                torch.equal(value, weights[key.replace("begin.", "stem.")])
+                for key, value in path.trunk.state_dict().items()
+            )
     crops = torch.randint(0, 256, (1, 3, 129, 129), dtype=torch.uint8)
     whole.eval()
     with torch.no_grad():
@@ -430,7 +516,10 @@ def test_weights_that_cannot_be_fetched(monkeypatch):
 
     made = backbones.MobileOne("mobileone_s0")
     monkeypatch.setattr(timm, "create_model", fetch)
-    with pytest.raises(TrackkitError, match=r"mobileone_s0 are not in timm's cache .*\(no route to host\).*--no-pretrained"):
+    with pytest.raises(
+        TrackkitError,
+        match=r"mobileone_s0 are not in timm's cache .*\(no route to host\).*--no-pretrained",
+    ):
         made.load_pretrained()
 
 
@@ -439,6 +528,7 @@ def test_weights_that_cannot_be_fetched(monkeypatch):
 
 def test_costs_are_the_specifications():
     """Table B4: GMAC of a frame, three and six memory frames; modules; the gate."""
+
     def giga(**changes) -> list[float]:
         config = DASTMConfig(**changes)
         return [round(frame_macs(replace(config, segments=n)) / 1e9, 1) for n in (1, 4)]
@@ -446,10 +536,18 @@ def test_costs_are_the_specifications():
     assert giga(trunk="mobileone_s1", trunk_stage=2) == [10.7, 11.9]
     assert giga(trunk="mobileone_s1", trunk_stage=2, query_size=160, query_trim=0) == [7.1, 7.9]
     parts = part_macs(DASTMConfig())
-    assert {name: parts[name] for name in ("se", "ca", "cbam", "gate")} == {"se": 32_768, "ca": 819_200, "cbam": 126_786, "gate": 66_048}
+    assert {name: parts[name] for name in ("se", "ca", "cbam", "gate")} == {
+        "se": 32_768,
+        "ca": 819_200,
+        "cbam": 126_786,
+        "gate": 66_048,
+    }
     assert round(parts["head"] / 1e9, 3) == 7.374 and round(parts["read"] / 1e9, 3) == 0.4
     blocks = MemoryAttention(DASTMConfig())
-    assert {name: sum(p.numel() for p in branch.parameters()) for name, branch in blocks.branches.items()} == {"se": 32_768, "ca": 25_648, "cbam": 33_412}
+    assert {
+        name: sum(p.numel() for p in branch.parameters())
+        for name, branch in blocks.branches.items()
+    } == {"se": 32_768, "ca": 25_648, "cbam": 33_412}
     assert sum(p.numel() for p in blocks.gate.parameters()) == 66_180
 
 
@@ -470,7 +568,9 @@ def test_budgets_of_table_4():
     assert eight == replace(config, segments=eight.segments)
     least = frame_macs(replace(config, segments=1))
     assert within(config, least - 1).attention == ("se", "cbam"), "then the dearest module goes"
-    with pytest.raises(TrackkitError, match=r"7,000,000,000 multiply-accumulates a frame: the least is 7,\d+,"):
+    with pytest.raises(
+        TrackkitError, match=r"7,000,000,000 multiply-accumulates a frame: the least is 7,\d+,"
+    ):
         within(config, 7_000_000_000)
 
 
@@ -480,7 +580,9 @@ def test_budgets_of_table_4():
 @pytest.fixture(scope="module")
 def batch():
     spec = replace(DASTM(DASTMConfig.tiny(size=65, query_size=65)).samples(), negatives=0.5)
-    samples = Samples(SynthDataset(SynthConfig(frames=8, width=160, height=120), seed=3, length=4), spec, 0, 6)
+    samples = Samples(
+        SynthDataset(SynthConfig(frames=8, width=160, height=120), seed=3, length=4), spec, 0, 6
+    )
     items = [samples[i] for i in range(6)]
     return {key: torch.stack([item[key] for item in items]) for key in items[0]}
 
@@ -493,7 +595,9 @@ def test_everything_learns(tracker, batch):
     parts = losses["score"] + losses["centre"] + losses["sides"] + 0.5 * losses["cost"]
     assert losses["loss"].item() == pytest.approx(parts.item())
     losses["loss"].backward()
-    still = [name for name, p in fresh.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    still = [
+        name for name, p in fresh.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    ]
     unchosen = [name for name in still if "branches" not in name]
     assert unchosen == [], "each part of the network takes part"
 
@@ -503,7 +607,10 @@ def test_boxes_keep_their_precision_in_mixed_precision(tracker, batch):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         label = label_map(torch.full((6, 3, 4), 20.0), 65)
         answer, choices = tracker(batch["templates"], label, batch["searches"][:, 0])
-        assert answer.score.dtype == torch.bfloat16 and answer.boxes.dtype == choices.probability.dtype == torch.float32
+        assert (
+            answer.score.dtype == torch.bfloat16
+            and answer.boxes.dtype == choices.probability.dtype == torch.float32
+        )
         assert tracker.loss(batch)["loss"].isfinite()
 
 
@@ -530,7 +637,10 @@ def test_a_short_training_runs_and_goes_on(tmp_path):
     stages = [replace(stage.resized(2), batch=2) for stage in small.recipe("tiny")]
     data = SynthDataset(SynthConfig(frames=8, width=160, height=120), seed=3, length=4)
     log = train(small, stages, data, tmp_path, device="cpu", progress=False)
-    assert math.isfinite(log[-1]["loss"]) and load(tmp_path / "tracker.safetensors").config == small.config
+    assert (
+        math.isfinite(log[-1]["loss"])
+        and load(tmp_path / "tracker.safetensors").config == small.config
+    )
 
 
 @pytest.mark.parametrize("name", ["stmtrack", "dastm", "tiny"])
@@ -547,15 +657,30 @@ def test_recipes(name):
     made.pretrained = True
     assert all(_groups(made, stage) for scale in ("gpu", "paper") for stage in made.recipe(scale))
     first, second = made.recipe("paper")
-    assert [whole.rate(i) for i in (0, whole.steps - 1)] == pytest.approx([first.rate(0) if first.warmup else first.lr * 1 / whole.warmup, second.rate(second.steps - 1)], rel=1e-3)
+    assert [whole.rate(i) for i in (0, whole.steps - 1)] == pytest.approx(
+        [
+            first.rate(0) if first.warmup else first.lr * 1 / whole.warmup,
+            second.rate(second.steps - 1),
+        ],
+        rel=1e-3,
+    )
     assert whole.steps == first.steps + second.steps
     learning = {n for group in (first.trainable,) for n in group}
-    assert first.rate(first.steps) == pytest.approx(second.rate(0)) and first.momentum == 0.9 and first.weight_decay == 1e-4
-    assert {"stmtrack": (10 * 4687, 10 * 4687)}.get(name, (150_000, 450_000)) == (first.steps, second.steps)
+    assert (
+        first.rate(first.steps) == pytest.approx(second.rate(0))
+        and first.momentum == 0.9
+        and first.weight_decay == 1e-4
+    )
+    assert {"stmtrack": (10 * 4687, 10 * 4687)}.get(name, (150_000, 450_000)) == (
+        first.steps,
+        second.steps,
+    )
     assert ("*.trunk.*.bn.*" in learning) == (name == "stmtrack")
     learns = {id(p) for group in _groups(made, second) for p in group["params"]}
     trained = {n for n, p in made.named_parameters() if id(p) in learns}
-    stem = [n for n in dict(made.named_parameters()) if "Conv2d_" in n and n.endswith("conv.weight")]
+    stem = [
+        n for n in dict(made.named_parameters()) if "Conv2d_" in n and n.endswith("conv.weight")
+    ]
     assert not trained & set(stem) and len(stem) == (10 if name == "stmtrack" else 0)
     assert len(trained) == len(dict(made.named_parameters())) - len(stem)
 
@@ -584,10 +709,16 @@ def test_impossible_configs():
 def test_small_frames_and_boxes_at_the_border(tracker, exact):
     made = changed(tracker, exact=exact)
     frame = torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8)
-    state = made.start([frame] * 3, torch.tensor([[0.0, 0, 12, 9], [-5, -4, 20, 20], [40, 30, 30, 40]]))
+    state = made.start(
+        [frame] * 3, torch.tensor([[0.0, 0, 12, 9], [-5, -4, 20, 20], [40, 30, 30, 40]])
+    )
     for _ in range(3):
         state, prediction = made.step(state, [frame] * 3)
-        assert torch.isfinite(prediction.box).all() and (state.size >= 4).all() and (state.centre >= 0).all()
+        assert (
+            torch.isfinite(prediction.box).all()
+            and (state.size >= 4).all()
+            and (state.centre >= 0).all()
+        )
     with pytest.raises(DataError, match="needs finite numbers"):
         made.step(replace(state, size=state.size * torch.nan), [frame] * 3)
     with pytest.raises(DataError, match="lies outside its 50x40 frame"):
@@ -604,20 +735,37 @@ def test_labels_of_boxes_larger_than_the_crop_do_not_wrap():
 def test_wrong_checkpoints(tracker, tmp_path):
     save(tracker, tmp_path / "a.safetensors")
     again = load(tmp_path / "a.safetensors")
-    assert again.config == tracker.config and all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), tracker.state_dict().values(), strict=True))
-    theirs = {f"basemodel_m.{k}": torch.empty(3) for k in ("Conv2d_1a_3x3.conv.weight", "fc")} | {"r_x.conv.weight": torch.empty(2)}
-    with pytest.raises(CheckpointError, match=r"for stmtrack does not fit.*missing: memory.*not expected: memory.trunk.fc.*; of another size: memory.trunk.Conv2d_1a"):
+    assert again.config == tracker.config and all(
+        torch.equal(a, b)
+        for a, b in zip(again.state_dict().values(), tracker.state_dict().values(), strict=True)
+    )
+    theirs = {f"basemodel_m.{k}": torch.empty(3) for k in ("Conv2d_1a_3x3.conv.weight", "fc")} | {
+        "r_x.conv.weight": torch.empty(2)
+    }
+    with pytest.raises(
+        CheckpointError,
+        match=r"for stmtrack does not fit.*missing: memory.*not expected: memory.trunk.fc.*; of "
+        r"another size: memory.trunk.Conv2d_1a",
+    ):
         official.load("stmtrack", theirs)
 
 
 @pytest.mark.parametrize(("exact", "off"), [(True, 0.75), (False, 2.0)])
 def test_boxes_come_back_from_where_the_pixels_are(tracker, exact, off):
-    """A frame whose colours are coordinates. The authors' way back misses the place by up to two pixels, the exact one by
-    what rounding of colours leaves."""
+    """A frame whose colours are coordinates. The authors' way back misses the place by up to two
+    pixels, the exact one by what rounding of colours leaves.
+    """
     made = changed(tracker, exact=exact)
-    frame = torch.stack([torch.arange(256).expand(200, 256), torch.arange(200)[:, None].expand(200, 256), torch.zeros(200, 256)]).to(torch.uint8)
+    frame = torch.stack(
+        [
+            torch.arange(256).expand(200, 256),
+            torch.arange(200)[:, None].expand(200, 256),
+            torch.zeros(200, 256),
+        ]
+    ).to(torch.uint8)
     state = made.start([frame], torch.tensor([[113.3, 80.9, 26.4, 31.7]]))
     crops, scale, origin = made._look([frame], state, 65)
-    place = origin[0][:, None] + torch.arange(65) / scale - (0.5 if exact else 0.0)  # x and y of the crop's columns and rows
+    # x and y of the crop's columns and rows
+    place = origin[0][:, None] + torch.arange(65) / scale - (0.5 if exact else 0.0)
     found = torch.stack([crops[0, 0, 40], crops[0, 1, :, 40]]).double()
     assert (found - place).abs().max() < off

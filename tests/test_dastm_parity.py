@@ -1,4 +1,7 @@
-"""STMTrack against the authors' code, and DASTM's attention against its reference definitions. And that these tests can fail."""
+"""STMTrack against the authors' code, and DASTM's attention against its reference definitions. And
+that these tests can fail.
+"""
+
 from __future__ import annotations
 
 import copy
@@ -20,12 +23,32 @@ from trackkit.crops import warped
 from trackkit.losses import cell_targets, detection_losses
 from trackkit.memory import Memory
 from trackkit.trackers import dastm
-from trackkit.trackers.dastm import DASTM, Answer, DASTMConfig, DASTMState, MemoryAttention, label_map
+from trackkit.trackers.dastm import (
+    DASTM,
+    Answer,
+    DASTMConfig,
+    DASTMState,
+    MemoryAttention,
+    label_map,
+)
 
 GOLD, BLOCKS = golden("stmtrack"), golden("dastm_blocks")
-CASES, TRAIN, TRACK = GOLD["outputs"]["cases"], GOLD["outputs"]["train"][0], GOLD["outputs"]["tracker"]
-# the ends of the descriptions of what is compared; the features are sums of up to 13,824 products, of values up to 27
-TOLERANCE = {"scores": 1e-5, "boxes, px": 1e-3, "features": 1e-4, "float64": 1e-9, "float64, px": 1e-9, "attention": 1e-5, "losses": 1e-5}
+CASES, TRAIN, TRACK = (
+    GOLD["outputs"]["cases"],
+    GOLD["outputs"]["train"][0],
+    GOLD["outputs"]["tracker"],
+)
+# the ends of the descriptions of what is compared; the features are sums of up to 13,824 products,
+# of values up to 27
+TOLERANCE = {
+    "scores": 1e-5,
+    "boxes, px": 1e-3,
+    "features": 1e-4,
+    "float64": 1e-9,
+    "float64, px": 1e-9,
+    "attention": 1e-5,
+    "losses": 1e-5,
+}
 TOLERANCE |= {"tracking, px": 1e-3, "crops, mean grey level": 1e-6, "frames": 0}
 
 
@@ -42,22 +65,38 @@ def crop(name: str) -> Tensor:
 def inputs(case: dict) -> tuple[Tensor, Tensor, Tensor]:
     memory = case["inputs"]["memory"]
     boxes = torch.tensor([[item["fg_box_xyxy_inclusive"] for item in memory]])
-    return torch.stack([crop(item["image"]) for item in memory], 1), label_map(boxes.float(), 289), crop(case["inputs"]["query"]["image"])
+    return (
+        torch.stack([crop(item["image"]) for item in memory], 1),
+        label_map(boxes.float(), 289),
+        crop(case["inputs"]["query"]["image"]),
+    )
 
 
 def deviation(value: Tensor, expected: dict, key: str = "value") -> float:
     """Largest difference from the entries and the moments that a golden file keeps of a tensor."""
     assert value.numel() == torch.Size(expected["shape"]).numel()
     flat, wide = value.double().flatten(), "64" if key == "value64" else ""
-    moments = {"mean": flat.mean(), "std": flat.std(unbiased=False), "min": flat.min(), "max": flat.max()}
+    moments = {
+        "mean": flat.mean(),
+        "std": flat.std(unbiased=False),
+        "min": flat.min(),
+        "max": flat.max(),
+    }
     kept = [name for name in moments if name + wide in expected]
     got = torch.stack([*flat[torch.tensor(expected["index"])], *(moments[name] for name in kept)])
     wanted = expected[key] + [expected[name + wide] for name in kept]
     return (got - torch.tensor(wanted, dtype=torch.float64)).abs().max().item()
 
 
-TRUNK = ("Conv2d_1a_3x3", "Conv2d_2b_3x3", "Conv2d_4a_3x3", *(f"Mixed_{name}" for name in ("5b", "5d", "6a", "6c", "6e")))
-FEATURES = {f"{path[0]}.{layer}": f"{path}.trunk.{layer}" for path in ("memory", "query") for layer in TRUNK} | {
+TRUNK = (
+    "Conv2d_1a_3x3",
+    "Conv2d_2b_3x3",
+    "Conv2d_4a_3x3",
+    *(f"Mixed_{name}" for name in ("5b", "5d", "6a", "6c", "6e")),
+)
+FEATURES = {
+    f"{path[0]}.{layer}": f"{path}.trunk.{layer}" for path in ("memory", "query") for layer in TRUNK
+} | {
     "head.cls_ctr": "head.score_tower",
     "head.reg": "head.side_tower",
     "head.cls_score": "head.score",
@@ -76,9 +115,15 @@ def run(tracker: DASTM, case: dict) -> tuple[Answer, dict[str, Tensor]]:
     for name, place in FEATURES.items():
         module = tracker.get_submodule(place)
         if name == "readout":
-            hooks.append(module.register_forward_pre_hook(lambda m, given: seen.update(readout=given[0])))
+            hooks.append(
+                module.register_forward_pre_hook(lambda m, given: seen.update(readout=given[0]))
+            )
         else:
-            hooks.append(module.register_forward_hook(lambda m, given, made, name=name: seen.update({name: made})))
+            hooks.append(
+                module.register_forward_hook(
+                    lambda m, given, made, name=name: seen.update({name: made})
+                )
+            )
     given = [t.to(tracker.head.scale.dtype) for t in inputs(case)]
     answer, _ = tracker(*given)
     for hook in hooks:
@@ -94,19 +139,32 @@ def ran() -> tuple[Answer, dict[str, Tensor]]:
 
 
 def of_answer(answer: Answer, expected: dict, key: str = "value") -> dict[str, float]:
-    probabilities = {"score": answer.confidence, "cls": answer.score.sigmoid(), "ctr": answer.centre.sigmoid()}
+    probabilities = {
+        "score": answer.confidence,
+        "cls": answer.score.sigmoid(),
+        "ctr": answer.centre.sigmoid(),
+    }
     scores = max(deviation(value, expected[name], key) for name, value in probabilities.items())
     assert answer.confidence.argmax() == expected["argmax_score"]
     return {"scores": scores, "boxes, px": deviation(answer.boxes, expected["box"], key)}
 
 
 def of_features(seen: dict[str, Tensor], expected: dict, key: str = "value") -> dict[str, float]:
-    """Of the memory's trunk the golden file has the first frame. Kept in float64: memory, query and read-out."""
+    """Of the memory's trunk the golden file has the first frame. Kept in float64: memory, query and
+    read-out.
+    """
     kept = {name: wanted for name, wanted in expected["features"].items() if key in wanted}
-    features = max(deviation(seen[name][:1] if name.startswith("m.") else seen[name], wanted, key) for name, wanted in kept.items())
+    features = max(
+        deviation(seen[name][:1] if name.startswith("m.") else seen[name], wanted, key)
+        for name, wanted in kept.items()
+    )
     tokens = seen["memory"].flatten(2).transpose(1, 2)  # (1, C, T, h, w) -> (1, T h w, C)
     weights = dastm.read(seen["query"].flatten(2).transpose(1, 2), tokens, maps=True)[1]
-    found = {} if key == "value64" else {"read-out, scores": deviation(weights.transpose(1, 2), expected["read_weights"])}
+    found = (
+        {}
+        if key == "value64"
+        else {"read-out, scores": deviation(weights.transpose(1, 2), expected["read_weights"])}
+    )
     return {"features": features, **found}
 
 
@@ -122,8 +180,16 @@ def strict() -> dict[str, float]:
     answer, seen = run(copy.deepcopy(loaded()).double(), CASES[0])
     expected = CASES[0]["outputs"]
     found, features = of_answer(answer, expected, "value64"), of_features(seen, expected, "value64")
-    rough = {f"two frames, {what}": value for what, value in (of_answer(answer, expected) | of_features(seen, expected)).items()}
-    return {"float64": found["scores"], "float64, px": found["boxes, px"], "features, float64": features["features"], **rough}
+    rough = {
+        f"two frames, {what}": value
+        for what, value in (of_answer(answer, expected) | of_features(seen, expected)).items()
+    }
+    return {
+        "float64": found["scores"],
+        "float64, px": found["boxes, px"],
+        "features, float64": features["features"],
+        **rough,
+    }
 
 
 # ---- tracking ----
@@ -149,9 +215,14 @@ def frame(name: str) -> Tensor:
 
 @cache
 def tracked() -> tuple[dict[str, float], tuple[DASTMState, Tensor, Answer]]:
-    """Differences from the authors' run; and its first step: the state, the image, and what the network says."""
+    """Differences from the authors' run; and its first step: the state, the image, and what the
+    network says.
+    """
     tracker, frames = loaded(), [frame(name) for name in TRACK["frames"]]
-    assert {field: getattr(tracker.config, field) for field in ("rate", "window", "penalty", "factor", "confidence", "size")} == {
+    assert {
+        field: getattr(tracker.config, field)
+        for field in ("rate", "window", "penalty", "factor", "confidence", "size")
+    } == {
         "rate": TRACK["hyper"]["test_lr"],
         "window": TRACK["hyper"]["window_influence"],
         "penalty": TRACK["hyper"]["penalty_k"],
@@ -166,15 +237,33 @@ def tracked() -> tuple[dict[str, float], tuple[DASTMState, Tensor, Answer]]:
     found = {"scores": 0.0, "crops": 0.0, "boxes": 0.0, "frames": 0}
     for image_, box, detail in zip(frames[1:], TRACK["boxes_xywh"], TRACK["detail"], strict=True):
         crops, scale, _ = tracker._look([image_], state, 289)
-        found["frames"] += state.memory.looked_at(state.count, state.confident, 4).tolist() != [detail["memory_frames_1based"]]
-        if state.count == 4:  # no frame from the fifth on is looked at in this run: one second of encoding less for each
+        found["frames"] += state.memory.looked_at(state.count, state.confident, 4).tolist() != [
+            detail["memory_frames_1based"]
+        ]
+        # no frame from the fifth on is looked at in this run: one second of encoding less for each
+        if state.count == 4:
             tracker.memory = _Blank()
         state, prediction = tracker.step(state, [image_])
         found["scores"] = max(found["scores"], abs(prediction.score.item() - detail["pscore"]))
-        found["boxes"] = max(found["boxes"], (prediction.box[0] - torch.tensor(box)).abs().max().item())
-        found["crops"] = max(found["crops"], abs(crops.double().mean().item() - detail["crop_mean"]), abs(scale.item() - detail["scale"]))
-    names = {"scores": "tracking, scores", "boxes": "tracking, px", "crops": "crops, mean grey level", "frames": "memory frames"}
-    return {f"STMTrack, {name}": found[kind] for kind, name in names.items()}, (first, frames[1], answers[0])
+        found["boxes"] = max(
+            found["boxes"], (prediction.box[0] - torch.tensor(box)).abs().max().item()
+        )
+        found["crops"] = max(
+            found["crops"],
+            abs(crops.double().mean().item() - detail["crop_mean"]),
+            abs(scale.item() - detail["scale"]),
+        )
+    names = {
+        "scores": "tracking, scores",
+        "boxes": "tracking, px",
+        "crops": "crops, mean grey level",
+        "frames": "memory frames",
+    }
+    return {f"STMTrack, {name}": found[kind] for kind, name in names.items()}, (
+        first,
+        frames[1],
+        answers[0],
+    )
 
 
 @pytest.mark.parametrize(("segments", "confidence"), [(4, 0.6), (3, 0.6), (5, 0.6), (4, 0.2)])
@@ -185,7 +274,9 @@ def test_memory_certificate_can_fail(segments, confidence):
         memory = memory.stored(torch.zeros(1, 1), torch.tensor([number]), segments, None)
         confident = torch.tensor([detail["pscore"] > confidence])
         looked_at.append(memory.looked_at(torch.tensor([number]), confident, segments)[0].tolist())
-    assert (looked_at == [detail["memory_frames_1based"] for detail in TRACK["detail"]]) == ((segments, confidence) == (4, 0.6))
+    assert (looked_at == [detail["memory_frames_1based"] for detail in TRACK["detail"]]) == (
+        (segments, confidence) == (4, 0.6)
+    )
 
 
 # ---- training ----
@@ -209,17 +300,27 @@ def losses() -> dict[str, float]:
     wrong = 0.0
     for i, wanted in enumerate(expected["target"]):
         assert (label[i] == 1).nonzero()[:, 0].tolist() == wanted["positives"]
-        assert ((label[i] == -1).sum(), (label[i] == 0).sum()) == (wanted["n_ignored"], wanted["n_zero"])
+        assert ((label[i] == -1).sum(), (label[i] == 0).sum()) == (
+            wanted["n_ignored"],
+            wanted["n_zero"],
+        )
         boxes = torch.where(inside[i][:, None], truth[i], torch.zeros(4))
         wrong = max(wrong, deviation(centre[i], wanted["ctr"]), deviation(boxes, wanted["box"]))
     values = detection_losses(answer.score, answer.centre, answer.boxes, cells, truth, shown)
     pairs = {"score": "cls", "centre": "ctr", "sides": "reg", "iou": "iou"}
-    worst = max(abs(values[ours].item() - expected["loss_weighted"][theirs]) for ours, theirs in pairs.items())
+    worst = max(
+        abs(values[ours].item() - expected["loss_weighted"][theirs])
+        for ours, theirs in pairs.items()
+    )
     outputs = ((answer.score, "cls_pred"), (answer.centre, "ctr_pred"))
     return {
         "STMTrack, training, targets, losses": wrong,
-        "STMTrack, training, losses": max(worst, abs(values["loss"].item() - expected["loss_total"])),
-        "STMTrack, training, logits, features": max(deviation(value, expected[name]) for value, name in outputs),
+        "STMTrack, training, losses": max(
+            worst, abs(values["loss"].item() - expected["loss_total"])
+        ),
+        "STMTrack, training, logits, features": max(
+            deviation(value, expected[name]) for value, name in outputs
+        ),
         "STMTrack, training, boxes, px": deviation(answer.boxes, expected["box_pred"]),
     }
 
@@ -251,7 +352,9 @@ def attention(**changes) -> MemoryAttention:
 def spatial(case: dict) -> Tensor:
     """Features (B, C, h, w) with structure."""
     name, shape = case["inputs"]["spatial"], case["inputs"]["shape"]
-    low = F.interpolate(image(name + ":lo", (*shape[:2], 4, 4)), shape[2:], mode="bilinear", align_corners=True)
+    low = F.interpolate(
+        image(name + ":lo", (*shape[:2], 4, 4)), shape[2:], mode="bilinear", align_corners=True
+    )
     return 0.5 * image(name, shape) + low
 
 
@@ -275,11 +378,23 @@ def of_attention(block: MemoryAttention | None = None) -> dict[str, float]:
         soft = varied(gate="soft")(x[:, None])[0]
         note("hard gate", deviation(hard[:, 0], expected["hard_select"]))
         note("soft gate", deviation(soft[:, 0], expected["soft_mix_tau1"]))
-        note("mean of three", deviation(varied(gate="none")(x[:, None])[0][:, 0], expected["static_mean_of_three"]))
-        note("logits of the gate", (block.gate(x) - torch.tensor(expected["gate_logits"])).abs().max().item())
+        note(
+            "mean of three",
+            deviation(varied(gate="none")(x[:, None])[0][:, 0], expected["static_mean_of_three"]),
+        )
+        note(
+            "logits of the gate",
+            (block.gate(x) - torch.tensor(expected["gate_logits"])).abs().max().item(),
+        )
         assert choices.weights[:, 0].argmax(1).tolist() == expected["gate_argmax"]
         for tau, wanted in expected["gate_probs"].items():
-            note("probabilities of the gate", (varied(tau=float(tau))(x[:, None])[1].probability[:, 0] - torch.tensor(wanted)).abs().max().item())
+            note(
+                "probabilities of the gate",
+                (varied(tau=float(tau))(x[:, None])[1].probability[:, 0] - torch.tensor(wanted))
+                .abs()
+                .max()
+                .item(),
+            )
     return found
 
 
@@ -298,9 +413,19 @@ def test_agrees_with_the_authors():
 
 
 def test_every_entry_is_used_or_named():
-    named = [key for key in GOLD["keys"] if any(fnmatch.fnmatchcase(key, pattern) for pattern in official.UNUSED["stmtrack"])]
-    assert named == [key for key in GOLD["keys"] if any(fnmatch.fnmatchcase(key, pattern) for pattern in GOLD["unused"])]
-    assert {official.rename("stmtrack", key) for key in GOLD["keys"] if key not in named} == set(loaded().state_dict())
+    named = [
+        key
+        for key in GOLD["keys"]
+        if any(fnmatch.fnmatchcase(key, pattern) for pattern in official.UNUSED["stmtrack"])
+    ]
+    assert named == [
+        key
+        for key in GOLD["keys"]
+        if any(fnmatch.fnmatchcase(key, pattern) for pattern in GOLD["unused"])
+    ]
+    assert {official.rename("stmtrack", key) for key in GOLD["keys"] if key not in named} == set(
+        loaded().state_dict()
+    )
     assert sum(p.numel() for p in loaded().parameters()) == 36_812_532  # the specification: 36.81 M
 
 
@@ -312,7 +437,11 @@ def answered(tracker: DASTM) -> dict[str, float]:
     seen = ran()[1]
     with torch.no_grad():
         answer = tracker.answer(seen["query"], seen["memory"].permute(0, 2, 3, 4, 1), 289)
-    probabilities = {"score": answer.confidence, "cls": answer.score.sigmoid(), "ctr": answer.centre.sigmoid()}
+    probabilities = {
+        "score": answer.confidence,
+        "cls": answer.score.sigmoid(),
+        "ctr": answer.centre.sigmoid(),
+    }
     expected = CASES[1]["outputs"]
     scores = max(deviation(value, expected[name]) for name, value in probabilities.items())
     return {"scores": scores, "boxes, px": deviation(answer.boxes, expected["box"])}
@@ -325,22 +454,31 @@ def failed(found: dict[str, float]) -> bool:
 def test_features_are_enough_for_an_answer_and_their_order_does_not_matter():
     assert not failed(answered(loaded()))
     turned = copy.copy(loaded())
-    turned.answer = lambda query, memory, *rest: DASTM.answer(loaded(), query, memory.flip(1), *rest)
+    turned.answer = lambda query, memory, *rest: DASTM.answer(
+        loaded(), query, memory.flip(1), *rest
+    )
     assert not failed(answered(turned))
 
 
 def _read_with(monkeypatch, function):
     honest = dastm.read
-    monkeypatch.setattr(dastm, "read", lambda query, memory, *rest: function(honest, query, memory, *rest))
+    monkeypatch.setattr(
+        dastm, "read", lambda query, memory, *rest: function(honest, query, memory, *rest)
+    )
 
 
 def mutant_no_scale(tracker, patch):
-    _read_with(patch, lambda honest, query, memory, *rest: honest(query * query.shape[-1] ** 0.5, memory, *rest))
+    _read_with(
+        patch,
+        lambda honest, query, memory, *rest: honest(query * query.shape[-1] ** 0.5, memory, *rest),
+    )
     return tracker
 
 
 def mutant_softmax_over_queries(tracker, patch):
-    _read_with(patch, lambda honest, q, m, *rest: ((q @ m.transpose(1, 2) / 512**0.5).softmax(1) @ m, None))
+    _read_with(
+        patch, lambda honest, q, m, *rest: ((q @ m.transpose(1, 2) / 512**0.5).softmax(1) @ m, None)
+    )
     return tracker
 
 
@@ -360,7 +498,12 @@ def mutant_query_before_memory(tracker, patch):
 
 
 def mutant_relu_behind_the_tower(tracker, patch):
-    return with_parts(tracker, head=with_parts(tracker.head, score_tower=nn.Sequential(*tracker.head.score_tower, nn.ReLU())))
+    return with_parts(
+        tracker,
+        head=with_parts(
+            tracker.head, score_tower=nn.Sequential(*tracker.head.score_tower, nn.ReLU())
+        ),
+    )
 
 
 def mutant_norm_epsilon_of_the_head(tracker, patch):
@@ -382,7 +525,9 @@ def mutant_rows_before_columns(tracker, patch):
     return tracker
 
 
-@pytest.mark.parametrize("mutate", [f for name, f in list(globals().items()) if name.startswith("mutant_")])
+@pytest.mark.parametrize(
+    "mutate", [f for name, f in list(globals().items()) if name.startswith("mutant_")]
+)
 def test_network_certificate_can_fail(mutate, monkeypatch):
     assert failed(answered(mutate(loaded(), monkeypatch)))
 
@@ -396,10 +541,18 @@ def _memory_of(tracker: DASTM, colours: Tensor, labels: Tensor) -> float:
     x = x + memory.label(labels[:, None])
     trunk = memory.trunk
     x = F.max_pool2d(trunk.Conv2d_2b_3x3(trunk.Conv2d_2a_3x3(x)), 3, 2)
-    return max(wrong, deviation(trunk.Conv2d_4a_3x3(trunk.Conv2d_3b_1x1(x)), CASES[0]["outputs"]["features"]["m.Conv2d_4a_3x3"]))
+    return max(
+        wrong,
+        deviation(
+            trunk.Conv2d_4a_3x3(trunk.Conv2d_3b_1x1(x)),
+            CASES[0]["outputs"]["features"]["m.Conv2d_4a_3x3"],
+        ),
+    )
 
 
-@pytest.mark.parametrize("change", ["none", "colours", "epsilon", "label ends", "no label", "memory's weights"])
+@pytest.mark.parametrize(
+    "change", ["none", "colours", "epsilon", "label ends", "no label", "memory's weights"]
+)
 def test_trunk_certificate_can_fail(change, monkeypatch):
     tracker, (colours, labels, _) = loaded(), inputs(CASES[0])
     colours, labels = colours[:, 0], labels[:, 0]
@@ -429,7 +582,10 @@ def test_tracking_certificate_can_fail(change):
     state, image_, answer = tracked()[1]
     tracker = with_parts(loaded())
     if change in ("window", "penalty", "rate", "exact"):
-        tracker.config = replace(tracker.config, **{change: {"window": 0.0, "penalty": 0.05, "rate": 0.9, "exact": True}[change]})
+        tracker.config = replace(
+            tracker.config,
+            **{change: {"window": 0.0, "penalty": 0.05, "rate": 0.9, "exact": True}[change]},
+        )
     if change == "ends":
         answer = replace(answer, boxes=answer.boxes - torch.tensor([0.0, 0, 1, 1]))
     tracker.query = _Nothing()
@@ -439,8 +595,9 @@ def test_tracking_certificate_can_fail(change):
     assert (wrong > TOLERANCE["tracking, px"]) == (change != "none")
 
 
-# centre, side, size, CRC-32 of the pixels that the authors' function makes with OpenCV 5.0.0: inside, over a border, over a corner and
-# enlarged, every second pixel, every third, every second with another size, ten times enlarged
+# centre, side, size, CRC-32 of the pixels that the authors' function makes with OpenCV 5.0.0:
+# inside, over a border, over a corner and enlarged, every second pixel, every third, every second
+# with another size, ten times enlarged
 CROPS = [
     ((153.3, 109.9), 167.2, 289, 3555523616),
     ((12.7, 200.2), 148.49, 289, 2039164269),
@@ -458,7 +615,10 @@ def same_pixels(number: int, change: tuple[float, float, float, float] = (0, 0, 
     pattern = (torch.arange(320) % 7 + (torch.arange(240) % 5)[:, None]).int()
     picture = (mosaic("warped", 240, 320) + pattern).clamp(0, 255).to(torch.uint8)
     fill = torch.tensor([[100.9, 120.2, 7.5 + change[3]]])
-    centre, sides = torch.tensor([[x + change[0], y + change[1]]], dtype=torch.float64), torch.tensor([side + change[2]], dtype=torch.float64)
+    centre, sides = (
+        torch.tensor([[x + change[0], y + change[1]]], dtype=torch.float64),
+        torch.tensor([side + change[2]], dtype=torch.float64),
+    )
     pixels = warped([picture], centre, sides, size, fill)[0][0].permute(1, 2, 0).contiguous()
     return zlib.crc32(pixels.numpy().tobytes()) == expected
 
@@ -472,34 +632,68 @@ def test_crop_certificate_can_fail(change):
     assert not same_pixels(1, change)
 
 
-@pytest.mark.parametrize("change", ["none", "touching cells", "negatives ask", "sides without ends", "half a pixel"])
+@pytest.mark.parametrize(
+    "change", ["none", "touching cells", "negatives ask", "sides without ends", "half a pixel"]
+)
 def test_loss_certificate_can_fail(change, monkeypatch):
     given, answer, cells = TRAIN["inputs"], trained(), loaded().cells(289)
     truth, shown = torch.tensor(given["gt_box_xyxy"]), ~torch.tensor(given["is_negative_pair"])
     if change == "touching cells":
-        monkeypatch.setattr(shared_losses, "cell_targets", lambda cells, truth, shown: cell_targets(cells, truth + torch.tensor([-1.0, -1, 1, 1]) * 8, shown))
+        monkeypatch.setattr(
+            shared_losses,
+            "cell_targets",
+            lambda cells, truth, shown: cell_targets(
+                cells, truth + torch.tensor([-1.0, -1, 1, 1]) * 8, shown
+            ),
+        )
     if change == "negatives ask":
-        monkeypatch.setattr(shared_losses, "cell_targets", lambda *given: (cell_targets(*given)[0].clamp(min=0), cell_targets(*given)[1]))
+        monkeypatch.setattr(
+            shared_losses,
+            "cell_targets",
+            lambda *given: (cell_targets(*given)[0].clamp(min=0), cell_targets(*given)[1]),
+        )
     if change == "sides without ends":
         answer = replace(answer, boxes=answer.boxes + torch.tensor([0.0, 0, 1, 1]))
     if change == "half a pixel":
         cells = cells + 0.5
     values = detection_losses(answer.score, answer.centre, answer.boxes, cells, truth, shown)
     names = {"score": "cls", "centre": "ctr", "sides": "reg"}
-    wrong = max(abs(values[ours].item() - TRAIN["outputs"]["loss_weighted"][theirs]) for ours, theirs in names.items())
+    wrong = max(
+        abs(values[ours].item() - TRAIN["outputs"]["loss_weighted"][theirs])
+        for ours, theirs in names.items()
+    )
     assert (wrong > TOLERANCE["losses"]) == (change != "none")
 
 
-@pytest.mark.parametrize("change", ["maximum before mean", "channels last", "relu for h-swish", "rows for columns", "choices in another order"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "maximum before mean",
+        "channels last",
+        "relu for h-swish",
+        "rows for columns",
+        "choices in another order",
+    ],
+)
 def test_attention_certificate_can_fail(change, monkeypatch):
     block = attention()
     if change == "maximum before mean":
         with torch.no_grad():
-            block.branches["cbam"].spatial[0].weight.copy_(block.branches["cbam"].spatial[0].weight.flip(1))
+            block.branches["cbam"].spatial[0].weight.copy_(
+                block.branches["cbam"].spatial[0].weight.flip(1)
+            )
     if change == "channels last":
         cbam = block.branches["cbam"]
         honest = cbam.forward
-        monkeypatch.setattr(cbam, "forward", lambda x: x * (honest(x) / x.where(x != 0, 1)).transpose(2, 3) if x.shape[2] == x.shape[3] else honest(x) + 1)
+        monkeypatch.setattr(
+            cbam,
+            "forward",
+            lambda x: (
+                x * (honest(x) / x.where(x != 0, 1)).transpose(2, 3)
+                if x.shape[2] == x.shape[3]
+                else honest(x) + 1
+            ),
+        )
     if change == "relu for h-swish":
         monkeypatch.setattr(F, "hardswish", F.relu)
     if change == "rows for columns":

@@ -1,4 +1,6 @@
-"""GOT-10k's numbers, against hand calculation and a slow second implementation; runs that stop and go on."""
+"""GOT-10k's numbers, against hand calculation and a slow second implementation; runs that stop and
+go on.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def video(name: str, truth, size=(64, 48), **labels) -> ArraySequence:
 
 
 def moving(name: str, frames: int, **labels) -> ArraySequence:
-    """Starts at (10, 10) and moves right by one pixel a frame: a box that stays has overlap (20-k)/(20+k)."""
+    """Starts at (10, 10) and moves right by one pixel a frame: a box that stays has overlap
+    (20-k)/(20+k).
+    """
     return video(name, [[10 + k, 10, 20, 10] for k in range(frames)], **labels)
 
 
@@ -80,11 +84,16 @@ def test_iou_by_hand():
     ],
 )
 def test_bounding_moves_first_and_cuts_then(predicted, truth, expected):
-    assert bounded_iou(boxes(predicted), boxes(truth), (100, 80)).item() == pytest.approx(expected, abs=1e-12)
+    assert bounded_iou(boxes(predicted), boxes(truth), (100, 80)).item() == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 def test_size_of_each_frame_and_arguments_left_alone():
-    predicted, truth = boxes([-10, 0, 50, 50], [-10, 0, 50, 50]), boxes([0, 0, 40, 50], [0, 0, 30, 50])
+    predicted, truth = (
+        boxes([-10, 0, 50, 50], [-10, 0, 50, 50]),
+        boxes([0, 0, 40, 50], [0, 0, 30, 50]),
+    )
     before = predicted.clone(), truth.clone()
     found = bounded_iou(predicted, truth, torch.tensor([[100, 100], [30, 100]]))
     assert found.tolist() == pytest.approx([0.8, 1.0], abs=1e-12)
@@ -97,9 +106,9 @@ def test_first_frame_and_hidden_frames_do_not_count():
     predicted[0] = boxes([50, 50, 1, 1])
     predicted[2] = boxes([50, 50, 1, 1])
     predicted[4] = boxes([0, 0, 5, 10])
-    assert overlaps(predicted, truth, (99, 99), torch.tensor([8, 8, 0, 1, 8])).tolist() == pytest.approx(
-        [1, 1, 0.5]
-    )
+    assert overlaps(
+        predicted, truth, (99, 99), torch.tensor([8, 8, 0, 1, 8])
+    ).tolist() == pytest.approx([1, 1, 0.5])
     assert len(overlaps(predicted, truth, (99, 99), torch.tensor([8, 0, 0, 0, 0]))) == 0
 
 
@@ -170,7 +179,9 @@ def test_same_as_a_second_implementation(frames):
 @given(st.lists(st.sampled_from(THRESHOLDS.tolist()), min_size=1, max_size=30))
 def test_curve_on_the_thresholds_themselves(values):
     expected = (np.array(values)[:, None] > np.linspace(0, 1, 101)).mean(0)
-    assert np.array_equal(success_curve(torch.tensor(values, dtype=torch.float64)).numpy(), expected)
+    assert np.array_equal(
+        success_curve(torch.tensor(values, dtype=torch.float64)).numpy(), expected
+    )
 
 
 # ---- scores of a data set ----
@@ -244,7 +255,9 @@ def test_wrong_number_of_boxes_or_no_labels():
     with pytest.raises(DataError, match="sequence a: 2 boxes for 3 frames"):
         score(data, [(torch.ones(2, 4), torch.ones(2))], "x")
     with pytest.raises(DataError, match="sequence t has only its first box"):
-        score(Videos([video("t", [[1, 1, 5, 5]], frames=3)]), [(torch.ones(3, 4), torch.ones(3))], "x")
+        score(
+            Videos([video("t", [[1, 1, 5, 5]], frames=3)]), [(torch.ones(3, 4), torch.ones(3))], "x"
+        )
 
 
 def test_tables():
@@ -253,7 +266,15 @@ def test_tables():
     scores = {"stay": score(data, map(stay, data), "stay"), "perfect": good}
     lines = compare(scores).splitlines()
     assert lines[0].startswith("videos: 3 sequences, 14 frames")
-    assert lines[2].split() == ["tracker", "AO", "SR0.50", "SR0.75", "AO/seq", "AO/class", "frames/s"]
+    assert lines[2].split() == [
+        "tracker",
+        "AO",
+        "SR0.50",
+        "SR0.75",
+        "AO/seq",
+        "AO/class",
+        "frames/s",
+    ]
     assert lines[4].split() == ["perfect", "1.000", "1.000", "1.000", "1.000", "1.000", "1.0"]
     assert lines[5].split()[:2] == ["stay", f"{scores['stay'].ao:.3f}"]
     assert len({len(line) for line in lines[2:]}) == 1
@@ -290,7 +311,11 @@ def test_evaluate_writes_and_scores_everything(tmp_path, batch):
     data = five_videos()
     scores = evaluate(StayTracker(), data, tmp_path / "stay", "stay", batch)
     expected = score(data, map(stay, data), "stay")
-    assert (scores.ao, scores.sequences, scores.dataset) == (expected.ao, expected.sequences, "videos")
+    assert (scores.ao, scores.sequences, scores.dataset) == (
+        expected.ao,
+        expected.sequences,
+        "videos",
+    )
     for sequence in data:
         assert torch.equal(read_results(tmp_path / "stay", sequence.name)[0], stay(sequence)[0])
     assert score_results(tmp_path / "stay", data, "stay") == scores
@@ -342,7 +367,10 @@ def test_fingerprint_depends_on_class_config_and_weights():
     assert fingerprint(tracker) == first and len(first) == 16
     with torch.no_grad():
         next(tracker.parameters()).view(-1)[3] += 1e-6
-    assert len({first, fingerprint(tracker), fingerprint(StayTracker()), fingerprint(NccTracker())}) == 4
+    assert (
+        len({first, fingerprint(tracker), fingerprint(StayTracker()), fingerprint(NccTracker())})
+        == 4
+    )
 
 
 def test_without_labels_results_are_written_and_the_server_is_named(tmp_path, capsys):
@@ -353,7 +381,9 @@ def test_without_labels_results_are_written_and_the_server_is_named(tmp_path, ca
 
 
 def test_the_files_alone_decide(tmp_path):
-    """Boxes are scored as written, with three decimals, so a resumed run cannot differ from a whole one."""
+    """Boxes are scored as written, with three decimals, so a resumed run cannot differ from a whole
+    one.
+    """
     data = Videos([moving("a", 3)])
     tracker = StayTracker()
     shifted = data[0].boxes_xywh + 0.00049
@@ -362,7 +392,9 @@ def test_the_files_alone_decide(tmp_path):
 
 
 def test_changing_frame_size_inside_a_sequence():
-    images = [torch.zeros(3, 48, 64, dtype=torch.uint8)] * 2 + [torch.zeros(3, 48, 30, dtype=torch.uint8)]
+    images = [torch.zeros(3, 48, 64, dtype=torch.uint8)] * 2 + [
+        torch.zeros(3, 48, 30, dtype=torch.uint8)
+    ]
     sequence = ArraySequence("s", images, boxes([0, 0, 40, 40]).repeat(3, 1))
     predicted = boxes([0, 0, 40, 40], [0, 0, 40, 40], [0, 0, 30, 40])
     assert score(Videos([sequence]), [(predicted, torch.ones(3))], "x").ao == pytest.approx(1)

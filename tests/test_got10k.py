@@ -1,4 +1,5 @@
 """The GOT-10k layout: written, read back, indexed; results and the archive for the server."""
+
 from __future__ import annotations
 
 import os
@@ -13,7 +14,10 @@ from trackkit.errors import DataError
 from trackkit.got10k import BROKEN, GOT10k, read_sequence, write_sequence
 from trackkit.results import claim, has_results, read_results, submission_zip, write_results
 
-BOXES = torch.tensor([[10.0, 12, 20, 15], [11.1234, 12, 20, 15], [-1, -1, -1, -1], [50, 30, 20, 15]], dtype=torch.float64)
+BOXES = torch.tensor(
+    [[10.0, 12, 20, 15], [11.1234, 12, 20, 15], [-1, -1, -1, -1], [50, 30, 20, 15]],
+    dtype=torch.float64,
+)
 
 
 def frames(count: int = 4, height: int = 40, width: int = 64) -> list[torch.Tensor]:
@@ -23,7 +27,8 @@ def frames(count: int = 4, height: int = 40, width: int = 64) -> list[torch.Tens
 def put(folder, boxes=BOXES, count=4, **options):
     options = {
         "absent": torch.tensor([0, 0, 1, 0]), "cover": torch.tensor([8, 5, 0, 7]), "cut": torch.tensor([0, 0, 0, 1]),
-        "meta": {"url": "https://x.y/z: q", "object_class": "swan", "attributes": "fast motion, occlusion"},
+        "meta": {"url": "https://x.y/z: q", "object_class": "swan", "attributes": "fast motion, "
+        "occlusion"},
     } | options  # fmt: skip
     return write_sequence(folder, frames(count), boxes, **options)
 
@@ -37,7 +42,8 @@ def fake_root(root, split: str, count: int, listed: bool = True, **options):
     return root
 
 
-# --------------------------------------------------------------------------------------------- writing
+# ---------------------------------------------------------------------------------------------
+# writing
 
 
 def test_the_files_are_those_of_the_data_set(tmp_path):
@@ -46,9 +52,14 @@ def test_the_files_are_those_of_the_data_set(tmp_path):
         "00000001.jpg", "00000002.jpg", "00000003.jpg", "00000004.jpg",
         "absence.label", "cover.label", "cut_by_image.label", "groundtruth.txt", "meta_info.ini",
     ]  # fmt: skip
-    assert (folder / "groundtruth.txt").read_bytes().splitlines()[1] == b"11.1234,12.0000,20.0000,15.0000"
+    assert (folder / "groundtruth.txt").read_bytes().splitlines()[
+        1
+    ] == b"11.1234,12.0000,20.0000,15.0000"
     assert (folder / "cover.label").read_bytes() == b"8\n5\n0\n7\n"
-    assert (folder / "meta_info.ini").read_text().splitlines()[:2] == ["[METAINFO]", "url: https://x.y/z: q"]
+    assert (folder / "meta_info.ini").read_text().splitlines()[:2] == [
+        "[METAINFO]",
+        "url: https://x.y/z: q",
+    ]
     assert (folder / "meta_info.ini").read_text().splitlines()[-1] == "resolution: (64, 40)"
 
 
@@ -77,12 +88,18 @@ def test_an_existing_sequence_is_not_overwritten(tmp_path):
         put(tmp_path / "s")
 
 
-# --------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------------
+# reading
 
 
 def test_a_sequence_comes_back(tmp_path):
     s = read_sequence(put(tmp_path / "swan"))
-    assert (s.name, len(s), s.labelled, s.attributes) == ("swan", 4, True, ("fast motion", "occlusion"))
+    assert (s.name, len(s), s.labelled, s.attributes) == (
+        "swan",
+        4,
+        True,
+        ("fast motion", "occlusion"),
+    )
     assert torch.equal(s.boxes_xywh, BOXES)
     assert s.absent.tolist() == [False, False, True, False] and s.cover.tolist() == [8, 5, 0, 7]
     assert s.cut.tolist() == [False, False, False, True] and s.cover.dtype == torch.int64
@@ -95,7 +112,13 @@ def test_missing_optional_files_mean_present_and_fully_visible(tmp_path):
     folder = put(tmp_path / "s", absent=None, cover=None, cut=None)
     (folder / "meta_info.ini").unlink()
     s = read_sequence(folder)
-    assert not s.absent.any() and (s.cover == 8).all() and not s.cut.any() and s.meta == {} and s.attributes == ()
+    assert (
+        not s.absent.any()
+        and (s.cover == 8).all()
+        and not s.cut.any()
+        and s.meta == {}
+        and s.attributes == ()
+    )
     assert s.visible.tolist() == [True, True, False, True]  # a box of -1,-1,-1,-1 is none
 
 
@@ -103,22 +126,33 @@ def test_splits_names_and_order(tmp_path):
     root = fake_root(fake_root(tmp_path / "GOT-10k", "train", 3), "val", 2)
     train, val = GOT10k(root), GOT10k(root, "val")
     assert (train.name, len(train), val.name, len(val)) == ("GOT-10k-train", 3, "GOT-10k-val", 2)
-    assert val[1].name == "GOT-10k_Val_000002" == val[-1].name and [s.name for s in val] == val.names
+    assert (
+        val[1].name == "GOT-10k_Val_000002" == val[-1].name and [s.name for s in val] == val.names
+    )
     with pytest.raises(IndexError):
         val[2]
     (root / "val" / "list.txt").write_text("GOT-10k_Val_000002\r\n")
     assert GOT10k(root, "val").names == ["GOT-10k_Val_000002"]
     changed = train[0]
     changed.boxes_xywh += 1
-    assert torch.equal(train[0].boxes_xywh, BOXES), "a sequence must not share memory with its data set"
+    assert torch.equal(train[0].boxes_xywh, BOXES), (
+        "a sequence must not share memory with its data set"
+    )
 
 
 def test_the_test_split_has_one_box_and_other_splits_may_not(tmp_path):
     root = fake_root(tmp_path / "r", "test", 2, boxes=BOXES[:1], absent=None, cover=None, cut=None)
     s = GOT10k(root, "test")[0]
-    assert s.boxes_xywh.shape == (1, 4) and len(s) == 4 and not s.labelled and s.visible.tolist() == [True] + [False] * 3
+    assert (
+        s.boxes_xywh.shape == (1, 4)
+        and len(s) == 4
+        and not s.labelled
+        and s.visible.tolist() == [True] + [False] * 3
+    )
     (root / "test").rename(root / "val")
-    with pytest.raises(DataError, match=r"Test_000001: groundtruth.txt has 1 lines, but there are 4 frames"):
+    with pytest.raises(
+        DataError, match=r"Test_000001: groundtruth.txt has 1 lines, but there are 4 frames"
+    ):
         GOT10k(root, "val")
 
 
@@ -130,7 +164,9 @@ def test_a_root_may_be_a_split_or_a_folder_of_sequences(tmp_path):
     (root / "val").rename(root / "mine")
     mine = GOT10k(root / "mine", "test")
     assert (mine.name, len(mine)) == ("mine", 2)
-    with pytest.raises(DataError, match=r"found neither a folder train/ nor sequences.*trackkit synth"):
+    with pytest.raises(
+        DataError, match=r"found neither a folder train/ nor sequences.*trackkit synth"
+    ):
         GOT10k(root)
     with pytest.raises(DataError, match="is one sequence"):
         GOT10k(root / "mine" / "GOT-10k_Val_000001")
@@ -164,7 +200,12 @@ def test_broken_training_sequences_are_left_out_and_foreign_frames_marked(tmp_pa
         put(tmp_path / "r" / "train" / name)
     monkeypatch.setitem(labels.WRONG_FRAMES, "GOT-10k_Train_001638", (2, 2))
     train = GOT10k(tmp_path / "r")
-    assert train.names == ["GOT-10k_Train_001638"] and train[0].absent.tolist() == [False, True, True, False]
+    assert train.names == ["GOT-10k_Train_001638"] and train[0].absent.tolist() == [
+        False,
+        True,
+        True,
+        False,
+    ]
     assert len(GOT10k(tmp_path / "r", exclude=())) == 2
     with pytest.raises(DataError, match="no sequences left"):
         GOT10k(tmp_path / "r", exclude=["GOT-10k_Train_008630", "GOT-10k_Train_001638"])
@@ -172,20 +213,29 @@ def test_broken_training_sequences_are_left_out_and_foreign_frames_marked(tmp_pa
 
 def test_a_visible_box_outside_its_frame_counts_as_absent(tmp_path):
     boxes = BOXES.clone()
-    boxes[1], boxes[3] = torch.tensor([64.0, 5, 9, 9]), torch.tensor([63.0, 39, 9, 9])  # beside, and on the last pixel
+    # beside, and on the last pixel
+    boxes[1], boxes[3] = torch.tensor([64.0, 5, 9, 9]), torch.tensor([63.0, 39, 9, 9])
     s = read_sequence(put(tmp_path / "s", boxes=boxes))
-    assert s.absent.tolist() == [False, True, True, False] and s.visible.tolist() == [True, False, False, True]
+    assert s.absent.tolist() == [False, True, True, False] and s.visible.tolist() == [
+        True,
+        False,
+        False,
+        True,
+    ]
     # in a frame that is larger than the first the same box is inside
     bigger = write_sequence(tmp_path / "t", [*frames(1), *frames(3, 80, 128)], boxes)
     assert read_sequence(bigger).visible.tolist() == [True, True, False, True]
 
 
-# ----------------------------------------------------------------------------------------------- index
+# -----------------------------------------------------------------------------------------------
+# index
 
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How many sequences are read from their label files, with every set large enough for the cache."""
+    """How many sequences are read from their label files, with every set large enough for the
+    cache.
+    """
     calls = []
     read = labels.read_labels
     monkeypatch.setattr(labels, "CACHED_FROM", 1)
@@ -200,7 +250,11 @@ def test_the_index_is_kept_and_renewed_when_labels_change(tmp_path, counted):
     again = GOT10k(root)
     assert len(counted) == 3
     for a, b in zip(first, again, strict=True):
-        assert torch.equal(a.boxes_xywh, b.boxes_xywh) and torch.equal(a.absent, b.absent) and a.meta == b.meta
+        assert (
+            torch.equal(a.boxes_xywh, b.boxes_xywh)
+            and torch.equal(a.absent, b.absent)
+            and a.meta == b.meta
+        )
         assert a.files == b.files and torch.equal(a.cover, b.cover) and torch.equal(a.cut, b.cut)
     label = root / "train" / "GOT-10k_Train_000002" / "absence.label"
     label.write_text("0\n1\n1\n0\n")
@@ -239,10 +293,13 @@ def test_a_small_set_leaves_nothing_in_the_home(tmp_path):
     assert not (tmp_path / "home").exists()
 
 
-# --------------------------------------------------------------------------------------------- results
+# ---------------------------------------------------------------------------------------------
+# results
 
 
-def result(folder, sequence: str = "a", rows: int = 4, tracker: str = "siamfc", identity: str = "123"):
+def result(
+    folder, sequence: str = "a", rows: int = 4, tracker: str = "siamfc", identity: str = "123"
+):
     boxes = torch.arange(4.0 * rows).reshape(rows, 4) + 0.12345
     write_results(folder, sequence, boxes, torch.full((rows,), 0.015), tracker, identity)
     return boxes
@@ -262,7 +319,10 @@ def test_results_have_the_servers_format_and_come_back(tmp_path):
 def test_a_results_folder_belongs_to_one_tracker(tmp_path):
     result(tmp_path / "out")
     claim(tmp_path / "out", "siamfc", "123")
-    with pytest.raises(DataError, match=r"holds results of siamfc \(123\), not of stark \(456\).*choose another folder"):
+    with pytest.raises(
+        DataError,
+        match=r"holds results of siamfc \(123\), not of stark \(456\).*choose another folder",
+    ):
         result(tmp_path / "out", tracker="stark", identity="456")
     with pytest.raises(DataError, match=r"not of siamfc \(other weights\)"):
         claim(tmp_path / "out", "siamfc", "other weights")
@@ -298,7 +358,9 @@ def test_the_archive_for_the_server(tmp_path):
     assert archive.read_bytes() == first
     write_results(out, test.names[0], torch.ones(3, 4), torch.ones(3), "siamfc", "123")
     (out / test.names[1] / f"{test.names[1]}_time.txt").unlink()
-    with pytest.raises(DataError, match=r"2 of 2 sequences(.|\n)*3 lines for 4 frames(.|\n)*_time.txt is missing"):
+    with pytest.raises(
+        DataError, match=r"2 of 2 sequences(.|\n)*3 lines for 4 frames(.|\n)*_time.txt is missing"
+    ):
         submission_zip(out, test, tmp_path / "not.zip")
     assert not (tmp_path / "not.zip").exists()
 
@@ -308,7 +370,9 @@ def test_a_damaged_result_is_named_by_line(tmp_path, line):
     result(tmp_path / "o")
     file = tmp_path / "o" / "a" / "a_001.txt"
     file.write_text(file.read_text().replace("4.123,5.123,6.123,7.123", line))
-    with pytest.raises(DataError, match=r"a_001.txt, line 2: expected 4 numbers separated by commas"):
+    with pytest.raises(
+        DataError, match=r"a_001.txt, line 2: expected 4 numbers separated by commas"
+    ):
         read_results(tmp_path / "o", "a")
 
 

@@ -1,4 +1,7 @@
-"""The lessons themselves: their form, their exercises, and that they and the library do not drift apart."""
+"""The lessons themselves: their form, their exercises, and that they and the library do not drift
+apart.
+"""
+
 from __future__ import annotations
 
 import re
@@ -15,8 +18,9 @@ from trackkit.trackers import siamfc
 ROOT = Path(__file__).parent.parent
 LESSONS = sorted((ROOT / "lessons").glob("*.ipynb"))
 
-# The library functions that an exercise builds and that stand on their own; the others (NCC by Fourier transform,
-# the geometry of windows) are the same numbers by another way, which `check` in the lesson proves.
+# The library functions that an exercise builds and that stand on their own; the others (NCC by
+# Fourier transform, the geometry of windows) are the same numbers by another way, which `check` in
+# the lesson proves.
 BUILT = {
     "iou": boxes.iou,
     "cross_correlation": siamfc.cross_correlation,
@@ -37,7 +41,9 @@ def sources(path: Path) -> str:
 
 
 def test_form(path):
-    """Executed in order, no stderr, no widget state, alt texts, size, exercise metadata: see course/lint.py."""
+    """Executed in order, no stderr, no widget state, alt texts, size, exercise metadata: see
+    course/lint.py.
+    """
     assert [str(finding) for finding in lessons.lint(path)] == []
 
 
@@ -52,14 +58,24 @@ def test_at_least_three_exercises_each_with_a_check(path):
 def test_solutions_are_the_librarys_code(path):
     for name, source in lessons.solution_cells(path).items():
         if name in BUILT:
-            assert lessons.same_code(source, BUILT[name]), f"{name}: the lesson's solution and the library differ"
+            assert lessons.same_code(source, BUILT[name]), (
+                f"{name}: the lesson's solution and the library differ"
+            )
 
 
 def test_student_version_has_no_answers(path, tmp_path):
     out = lessons.student(path, tmp_path / path.name)
     text = sources(out)
-    assert "BEGIN SOLUTION" not in text and "BEGIN HIDDEN TESTS" not in text and not re.search(r"check\(.*seed=1\)", text)
-    stubs = {c.metadata.nbgrader.grade_id: c.source for c in nbformat.read(out, as_version=4).cells if "nbgrader" in c.metadata}
+    assert (
+        "BEGIN SOLUTION" not in text
+        and "BEGIN HIDDEN TESTS" not in text
+        and not re.search(r"check\(.*seed=1\)", text)
+    )
+    stubs = {
+        c.metadata.nbgrader.grade_id: c.source
+        for c in nbformat.read(out, as_version=4).cells
+        if "nbgrader" in c.metadata
+    }
     for cell in nbformat.read(path, as_version=4).cells:
         for answer in re.findall(r"### BEGIN SOLUTION\n(.*?)### END SOLUTION", cell.source, re.S):
             kept = {line.strip() for line in stubs[cell.metadata.nbgrader.grade_id].splitlines()}

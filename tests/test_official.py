@@ -1,4 +1,7 @@
-"""The authors' checkpoints: what is read, what is refused without running it, and what an error says."""
+"""The authors' checkpoints: what is read, what is refused without running it, and what an error
+says.
+"""
+
 from __future__ import annotations
 
 import os
@@ -30,11 +33,16 @@ def refused(says: str):
 def entries(name: str = "siamfc-tiny", dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Random weights by our names, which every tracker takes too."""
     values = create(name).state_dict()
-    return OrderedDict((key, value.to(dtype) if value.is_floating_point() else value) for key, value in values.items())
+    return OrderedDict(
+        (key, value.to(dtype) if value.is_floating_point() else value)
+        for key, value in values.items()
+    )
 
 
 def shapes(name: str, **changes) -> dict[str, Tensor]:
-    """The entries of an authors' checkpoint without values: they are refused before any is looked at."""
+    """The entries of an authors' checkpoint without values: they are refused before any is looked
+    at.
+    """
     keys = {**golden(name)["keys"], **changes}
     return {key: torch.empty(shape, device="meta") for key, shape in keys.items()}
 
@@ -45,7 +53,10 @@ def renamed_in_file(path: Path, old: bytes, new: bytes) -> Path:
     if not zipfile.is_zipfile(path):
         changed.write_bytes(path.read_bytes().replace(old, new))
         return changed
-    with zipfile.ZipFile(path) as source, zipfile.ZipFile(changed, "w", zipfile.ZIP_STORED) as target:
+    with (
+        zipfile.ZipFile(path) as source,
+        zipfile.ZipFile(changed, "w", zipfile.ZIP_STORED) as target,
+    ):
         for item in source.namelist():
             data = source.read(item)
             target.writestr(item, data.replace(old, new) if item.endswith("data.pkl") else data)
@@ -66,22 +77,34 @@ class Settings:
 @pytest.mark.parametrize("within", ["net", "model", "state_dict", "model_state_dict", None])
 def test_weights_are_found_where_training_loops_put_them(tmp_path, within, layout):
     weights = {"a.weight": torch.rand(2, 3), "a.bias": torch.rand(3).half()}
-    notes = {"epoch": 7, "net_type": "STARK", "stats": OrderedDict(loss=[0.5, None]), "optimizer": {"state": {0: torch.ones(2)}}}
+    notes = {
+        "epoch": 7,
+        "net_type": "STARK",
+        "stats": OrderedDict(loss=[0.5, None]),
+        "optimizer": {"state": {0: torch.ones(2)}},
+    }
     torch.save({**notes, within: weights} if within else weights, tmp_path / "a.pth.tar", **layout)
     found = official.read(tmp_path / "a.pth.tar")
-    assert found.keys() == weights.keys() and all(torch.equal(found[key], weights[key]) for key in weights)
+    assert found.keys() == weights.keys() and all(
+        torch.equal(found[key], weights[key]) for key in weights
+    )
     assert found["a.bias"].dtype == torch.float16
 
 
 @pytest.mark.parametrize("layout", [ZIP, OLD], ids=["zip", "old"])
-@pytest.mark.parametrize("core", [b"numpy._core.multiarray", b"numpy.core.multiarray"], ids=["numpy2", "numpy1"])
+@pytest.mark.parametrize(
+    "core", [b"numpy._core.multiarray", b"numpy.core.multiarray"], ids=["numpy2", "numpy1"]
+)
 def test_numpy_scalars(tmp_path, core, layout):
     """Best scores beside the weights, which torch alone refuses, and entries that are numbers."""
     numbers = {
         "half": np.float16(0.5), "single": np.float32(0.25), "double": np.float64(0.1), "big": np.dtype(">f8").type(2.5), "yes": np.bool_(True),
         "int": np.int64(-3), "byte": np.uint8(200), "plain": 4, "float": 0.5,
     }  # fmt: skip
-    weights = {"head.weight": torch.rand(3), **{f"head.{key}": value for key, value in numbers.items()}}
+    weights = {
+        "head.weight": torch.rand(3),
+        **{f"head.{key}": value for key, value in numbers.items()},
+    }
     torch.save({"net": weights, "best": np.float64(0.7), **numbers}, tmp_path / "a.pth", **layout)
     with pytest.raises(Exception, match="numpy"):
         torch.load(tmp_path / "a.pth", weights_only=True)
@@ -93,7 +116,10 @@ def test_numpy_scalars(tmp_path, core, layout):
 
 
 def test_numbers_that_are_no_weights_are_left_out(tmp_path):
-    torch.save({"a.weight": torch.rand(1), "a.count": np.int64(3), "epoch": 3, "best_ao": np.float64(0.7)}, tmp_path / "a.pth")
+    torch.save(
+        {"a.weight": torch.rand(1), "a.count": np.int64(3), "epoch": 3, "best_ao": np.float64(0.7)},
+        tmp_path / "a.pth",
+    )
     assert official.read(tmp_path / "a.pth").keys() == {"a.weight", "a.count"}
 
 
@@ -102,7 +128,10 @@ def test_precision_and_scalars_in_weights(tmp_path, dtype):
     weights = entries(dtype=dtype)
     counts = {key: np.int64(9) for key in weights if key.endswith("num_batches_tracked")}
     assert counts
-    torch.save({"model": {f"module.{key}": value for key, value in (weights | counts).items()}}, tmp_path / "a.pth")
+    torch.save(
+        {"model": {f"module.{key}": value for key, value in (weights | counts).items()}},
+        tmp_path / "a.pth",
+    )
     tracker = official.load("siamfc-tiny", official.read(tmp_path / "a.pth"))
     assert not tracker.training
     for key, value in tracker.state_dict().items():
@@ -113,7 +142,10 @@ def test_precision_and_scalars_in_weights(tmp_path, dtype):
 def test_entries_may_be_arrays_and_wrapped():
     weights = {f"module.{key}": value.numpy() for key, value in entries().items()}
     tracker = official.load("siamfc-tiny", {"epoch": 3, "net": weights})
-    assert torch.equal(tracker.backbone.conv1[0].weight, torch.from_numpy(weights["module.backbone.conv1.0.weight"]))
+    assert torch.equal(
+        tracker.backbone.conv1[0].weight,
+        torch.from_numpy(weights["module.backbone.conv1.0.weight"]),
+    )
 
 
 @pytest.mark.parametrize("name", TRACKERS)
@@ -136,8 +168,15 @@ class Trap:
 @pytest.mark.parametrize("within", ["net", "model", "state_dict"])
 def test_a_file_that_runs_code_when_unpickled(tmp_path, within, layout):
     proof, file = tmp_path / "executed", tmp_path / "a.pth"
-    torch.save({within: {"a.weight": torch.ones(1), "b": Trap(os.system, f"touch {proof}")}}, file, **layout)
-    with refused(rf"a.pth: holds objects other than tensors \((posix|nt).system\)\. .*nothing was loaded.*\['{within}'\]"):
+    torch.save(
+        {within: {"a.weight": torch.ones(1), "b": Trap(os.system, f"touch {proof}")}},
+        file,
+        **layout,
+    )
+    with refused(
+        r"a.pth: holds objects other than tensors \((posix|nt).system\)\. .*nothing was "
+        rf"loaded.*\['{within}'\]"
+    ):
         official.read(file)
     assert not proof.exists()
 
@@ -150,7 +189,10 @@ def test_no_other_function_is_called(tmp_path, function):
 
 
 def test_what_a_program_allowed_elsewhere_is_not_allowed_here(tmp_path):
-    torch.save({"net": {"a.weight": torch.ones(1)}, "settings": Settings(), "best": np.float64(0.5)}, tmp_path / "a.pth")
+    torch.save(
+        {"net": {"a.weight": torch.ones(1)}, "settings": Settings(), "best": np.float64(0.5)},
+        tmp_path / "a.pth",
+    )
     outside = set(torch.serialization.get_safe_globals())
     with torch.serialization.safe_globals([Settings, np.dtype]):
         before = set(torch.serialization.get_safe_globals())
@@ -171,10 +213,18 @@ def test_arrays_of_objects_are_no_numbers(tmp_path):
 @pytest.mark.parametrize("layout", [ZIP, OLD], ids=["zip", "old"])
 @pytest.mark.parametrize("within", ["net", "model", "state_dict", None])
 def test_the_way_out_that_the_error_shows_works(tmp_path, monkeypatch, within, layout):
-    """The command in the message, run where the authors' classes are, gives a file that can be read."""
+    """The command in the message, run where the authors' classes are, gives a file that can be
+    read.
+    """
     monkeypatch.chdir(tmp_path)
     weights = {"a.weight": torch.rand(2, 3)}
-    content = {"epoch": 3, "actor_type": "STARKActor", within: weights, "stats": {"x": Settings()}, "more": SimpleNamespace(a=1)}
+    content = {
+        "epoch": 3,
+        "actor_type": "STARKActor",
+        within: weights,
+        "stats": {"x": Settings()},
+        "more": SimpleNamespace(a=1),
+    }
     torch.save(content if within else [weights, Settings()], "a.pth.tar", **layout)
     with refused("test_official.Settings") as error:
         official.read("a.pth.tar")
@@ -192,21 +242,30 @@ def test_the_way_out_that_the_error_shows_works(tmp_path, monkeypatch, within, l
 
 def test_a_whole_network(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "a.pth")
-    with refused(r"torch.nn.modules.linear.Linear.*If what you save is a whole network, save its state_dict\(\)"):
+    with refused(
+        r"torch.nn.modules.linear.Linear.*If what you save is a whole network, save its "
+        r"state_dict\(\)"
+    ):
         official.read(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize("protocol", [3, 4])
 def test_other_pickle_protocols(tmp_path, protocol):
     """torch cannot read them without running them, and its advice to do so is not passed on."""
-    torch.save({"net": {"a": torch.ones(1)}, "best": np.float64(0.5)}, tmp_path / "a.pth", pickle_protocol=protocol)
+    torch.save(
+        {"net": {"a": torch.ones(1)}, "best": np.float64(0.5)},
+        tmp_path / "a.pth",
+        pickle_protocol=protocol,
+    )
     with refused(r"as torch.save writes it by default \(Unsupported operand \d+\)$"):
         official.read(tmp_path / "a.pth")
 
 
 def test_many_objects_are_counted(tmp_path):
     class_names = [str, dict, list, tuple, int, float, bytes, complex]
-    torch.save({"net": {"a": torch.ones(1)}, "x": [Trap(f) for f in class_names]}, tmp_path / "a.pth")
+    torch.save(
+        {"net": {"a": torch.ones(1)}, "x": [Trap(f) for f in class_names]}, tmp_path / "a.pth"
+    )
     with refused(r"and \d more\)"):
         official.read(tmp_path / "a.pth")
 
@@ -215,7 +274,11 @@ def test_many_objects_are_counted(tmp_path):
 
 
 def test_files_that_are_no_checkpoint(tmp_path):
-    for name, data in (("empty", b""), ("text", b"<html>404</html>"), ("noise", bytes(range(256)) * 8)):
+    for name, data in (
+        ("empty", b""),
+        ("text", b"<html>404</html>"),
+        ("noise", bytes(range(256)) * 8),
+    ):
         (tmp_path / name).write_bytes(data)
         with refused(f"{name}: damaged or not a torch checkpoint"):
             official.read(tmp_path / name)
@@ -233,7 +296,9 @@ def test_files_that_are_no_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("layout", [ZIP, OLD], ids=["zip", "old"])
 def test_damaged_files(tmp_path, layout, recwarn):
-    """Cut short, or with a wrong byte anywhere in the part that is pickled: an error of ours, or the right keys' tensors."""
+    """Cut short, or with a wrong byte anywhere in the part that is pickled: an error of ours, or
+    the right keys' tensors.
+    """
     file = tmp_path / "a.pth"
     torch.save({"net": {"a.weight": torch.ones(2, 2)}, "best": np.float64(0.5)}, file, **layout)
     whole = file.read_bytes()
@@ -258,27 +323,43 @@ def test_damaged_files(tmp_path, layout, recwarn):
 
 def test_another_size_names_both_and_both_shapes():
     with refused(
-        r"stark-st50 does not fit it; of another size: query\.weight is \(10, 256\), needs \(1, 256\) \(the authors' query_embed\.weight\)$"
+        r"stark-st50 does not fit it; of another size: query\.weight is \(10, 256\), needs \(1, "
+        r"256\) \(the authors' query_embed\.weight\)$"
     ):
         official.load("stark-st50", shapes("stark_st50", **{"query_embed.weight": [10, 256]}))
 
 
 def test_missing_and_extra_entries_are_named_by_both_names():
     theirs = shapes("stark_st50")
-    for key in ("box_head.conv2_tl.0.bias", "transformer.encoder.layers.3.linear1.weight", "bottleneck.bias"):
+    for key in (
+        "box_head.conv2_tl.0.bias",
+        "transformer.encoder.layers.3.linear1.weight",
+        "bottleneck.bias",
+    ):
         del theirs[key]
-    with refused(r"missing: bottleneck\.bias, .*encoder\.layers\.3\.linear1\.weight \(the authors' transformer\.encoder\.layers\.3\.linear1\.weight\)") as error:
+    with refused(
+        r"missing: bottleneck\.bias, .*encoder\.layers\.3\.linear1\.weight \(the authors' "
+        r"transformer\.encoder\.layers\.3\.linear1\.weight\)"
+    ) as error:
         official.load("stark-st50", theirs)
     assert "box_head.top_left.1.0.bias (the authors' box_head.conv2_tl.0.bias)" in str(error.value)
-    with refused(r"not expected: encoder\.extra \(the authors' module\.transformer\.encoder\.extra\)$"):
+    with refused(
+        r"not expected: encoder\.extra \(the authors' module\.transformer\.encoder\.extra\)$"
+    ):
         extra = {**shapes("stark_st50"), "transformer.encoder.extra": torch.ones(1)}
         official.load("stark-st50", {f"module.{key}": value for key, value in extra.items()})
 
 
 def test_two_entries_for_one_of_ours():
     weights = entries()
-    with refused(r"given twice: backbone\.conv1\.0\.bias \(by backbone\.conv1\.0\.bias and by module\.backbone\.conv1\.0\.bias\)"):
-        official.load("siamfc-tiny", {**weights, "module.backbone.conv1.0.bias": weights["backbone.conv1.0.bias"]})
+    with refused(
+        r"given twice: backbone\.conv1\.0\.bias \(by backbone\.conv1\.0\.bias and by "
+        r"module\.backbone\.conv1\.0\.bias\)"
+    ):
+        official.load(
+            "siamfc-tiny",
+            {**weights, "module.backbone.conv1.0.bias": weights["backbone.conv1.0.bias"]},
+        )
     with refused(r"given twice: query\.weight \(by query_embed\.weight and by query\.weight\)$"):
         official.load("stark-st50", shapes("stark_st50", **{"query.weight": [1, 256]}))
 
@@ -288,8 +369,10 @@ def test_two_entries_for_one_of_ours():
     [
         ("stark_s50", "stark-st101", "stark-s50"), ("stark_s50", "mixvit-b288", "stark-s50"), ("stark_st50", "siamfc", "stark-st50"),
         ("siamfc", "stark-tiny", "siamfc"), ("siamfc", "siamfc-tiny", "siamfc"), ("sbt_base", "sbt-small", "sbt-base"), ("sbt_light", "ustam-tiny", "sbt-light"),
-        ("stmtrack", "dastm", "stmtrack"), ("ostrack_256_ce", "ostrack-384", "ostrack-256 and procontext-256"),
-        ("ostrack_256_ce", "mixvit-b288", "ostrack-256 and procontext-256"), ("mixvit_b_288", "ustam-b288", "mixvit-b288"),
+        ("stmtrack", "dastm", "stmtrack"), ("ostrack_256_ce", "ostrack-384", "ostrack-256 and "
+        "procontext-256"),
+        ("ostrack_256_ce", "mixvit-b288", "ostrack-256 and "
+        "procontext-256"), ("mixvit_b_288", "ustam-b288", "mixvit-b288"),
         ("mixvit_b_288", "procontext-256", "mixvit-b288"), ("stark_st101", "stay", "stark-st101"),
     ],
     ids=str,
@@ -321,7 +404,11 @@ def test_no_network_is_made_for_a_checkpoint_that_does_not_fit(monkeypatch):
 def test_what_is_no_checkpoint_at_all(tmp_path):
     with refused(r"got PosixPath; official\.read\(path\) gives them|got WindowsPath"):
         official.load("siamfc", tmp_path)
-    for value, says in (("text", "entry a is a str"), (None, "entry a is a NoneType"), (np.array(["x"]), "entry a is an array")):
+    for value, says in (
+        ("text", "entry a is a str"),
+        (None, "entry a is a NoneType"),
+        (np.array(["x"]), "entry a is an array"),
+    ):
         with refused(says):
             official.load("siamfc", {"a": value})
     with pytest.raises(TrackkitError, match="there are stay, ncc, siamfc"):
@@ -335,5 +422,7 @@ def test_a_description_that_is_damaged(tmp_path):
     for number, text in enumerate(("{", "[]", "3", "{}", '{"format": 99}')):
         path = tmp_path / f"{number}.safetensors"
         save_file({"a": torch.ones(1)}, path, {"trackkit": text})
-        with refused(f"{number}.safetensors: (damaged, its description|format 99, this trackkit reads 1)"):
+        with refused(
+            f"{number}.safetensors: (damaged, its description|format 99, this trackkit reads 1)"
+        ):
             checkpoints.read(path)

@@ -1,4 +1,5 @@
 """OSTrack and ProContEXT: what is removed, what is remembered, what happens to bad input."""
+
 from __future__ import annotations
 
 import itertools
@@ -47,8 +48,12 @@ def run(tracker, video, boxes=None, **options):
 
 
 def test_one_template_is_ostrack(tracker, video):
-    """Without scales and without a present, what is left is OSTrack, with the same weights; more templates do change things."""
-    config = ProContextConfig.procontext_256(template_factors=(2.0,), dynamic=False, epochs=300, keep_ramp=80)
+    """Without scales and without a present, what is left is OSTrack, with the same weights; more
+    templates do change things.
+    """
+    config = ProContextConfig.procontext_256(
+        template_factors=(2.0,), dynamic=False, epochs=300, keep_ramp=80
+    )
     assert config == ProContextConfig.ostrack_256()
     one = changed(tracker, template_factors=(2.0,), dynamic=False)
     states, predictions = run(one, video)
@@ -62,7 +67,10 @@ def test_a_batch_is_its_sequences(tracker, video):
     images, boxes = video
     other, other_boxes = frames("procontext other", 6, 190, 250)
     batch = tracker.start([images[0], other[0]], torch.tensor([boxes[0], other_boxes[0]]))
-    alone = [tracker.start([images[0]], torch.tensor(boxes[:1])), tracker.start([other[0]], torch.tensor(other_boxes[:1]))]
+    alone = [
+        tracker.start([images[0]], torch.tensor(boxes[:1])),
+        tracker.start([other[0]], torch.tensor(other_boxes[:1])),
+    ]
     for index in range(1, 4):
         batch, together = tracker.step(batch, [images[index], other[index]], maps=True)
         for i, video_frames in enumerate((images, other)):
@@ -86,11 +94,16 @@ def test_removed_cells_are_zero_and_the_others_where_they_were(tracker, video):
     assert (kept[1] <= kept[0]).all()
     assert torch.equal(seen[-1][0].abs().sum(0) > 0, kept[1])
     focus = predictions[-1].maps["focus"][0]
-    assert ((focus > 0) == torch.stack([torch.ones_like(kept[0]), torch.ones_like(kept[0]), kept[0], kept[1]])).all()
+    assert (
+        (focus > 0)
+        == torch.stack([torch.ones_like(kept[0]), torch.ones_like(kept[0]), kept[0], kept[1]])
+    ).all()
 
 
 def test_kept_tokens_do_not_depend_on_their_order(tracker, video):
-    """Everything after the pruning treats tokens as a set: with a keep ratio that removes none, order aside, nothing changes."""
+    """Everything after the pruning treats tokens as a set: with a keep ratio that removes none,
+    order aside, nothing changes.
+    """
     search = torch.randn(2, 144, 64)
     groups = [Templates(torch.randn(2, 72, 64), torch.rand(2, 2, 4))] * 2
     with torch.no_grad():
@@ -101,15 +114,20 @@ def test_kept_tokens_do_not_depend_on_their_order(tracker, video):
 
 
 @pytest.mark.parametrize(("changes", "frames_with_update"), [
-    ({"update_interval": 1, "update_threshold": 0.0}, [1, 2, 3, 4, 5]),  # the paper: whenever the score is high
+    # the paper: whenever the score is high
+    ({"update_interval": 1, "update_threshold": 0.0}, [1, 2, 3, 4, 5]),
     ({"update_interval": 2, "update_threshold": 0.0}, [2, 4]),  # the code: only now and then
     ({"update_interval": 1, "update_threshold": 0.9999}, []),
 ])  # fmt: skip
 def test_update_rules(tracker, video, changes, frames_with_update):
     states, predictions = run(changed(tracker, **changes), video, maps=True)
-    assert [i + 1 for i, p in enumerate(predictions) if p.maps["updated"].item()] == frames_with_update
+    assert [
+        i + 1 for i, p in enumerate(predictions) if p.maps["updated"].item()
+    ] == frames_with_update
     for index, (before, after) in enumerate(itertools.pairwise(states), 1):
-        assert torch.equal(before.dynamic.tokens, after.dynamic.tokens) == (index not in frames_with_update)
+        assert torch.equal(before.dynamic.tokens, after.dynamic.tokens) == (
+            index not in frames_with_update
+        )
         assert torch.equal(before.static.tokens, after.static.tokens)
 
 
@@ -133,7 +151,9 @@ def test_a_second_sequence_never_sees_the_first_ones_templates(tracker, video):
     again, _ = run(eager, video)
     for one, two in zip(expected, again, strict=True):
         assert torch.equal(one.box, two.box)
-        assert torch.equal(one.static.tokens, two.static.tokens) and torch.equal(one.dynamic.tokens, two.dynamic.tokens)
+        assert torch.equal(one.static.tokens, two.static.tokens) and torch.equal(
+            one.dynamic.tokens, two.dynamic.tokens
+        )
 
 
 @pytest.mark.parametrize("rows", ["point", "square", "all", "box"])
@@ -153,6 +173,7 @@ def test_pruning_scores(tracker, video, rows, softmax):
 
 def test_both_softmaxes_rank_alike_only_for_one_row():
     q, k = torch.randn(1, 1, 20, 8), torch.randn(1, 1, 20, 8)
+
     def ranking(rows, softmax):
         return pruning_score(q, k, 8, torch.tensor(rows), softmax=softmax).argsort(1).tolist()
 
@@ -172,10 +193,16 @@ def test_tables_2_and_3(video, factors, dynamic):
 
 def test_the_state_given_is_left_alone(tracker, video):
     images, boxes = video
-    state = changed(tracker, update_interval=1, update_threshold=0.0).start(images[:1], torch.tensor(boxes[:1]))
+    state = changed(tracker, update_interval=1, update_threshold=0.0).start(
+        images[:1], torch.tensor(boxes[:1])
+    )
     kept = state.dynamic.tokens.clone(), state.box.clone(), state.frame.clone()
     tracker.step(state, [images[1]])
-    assert torch.equal(kept[0], state.dynamic.tokens) and torch.equal(kept[1], state.box) and torch.equal(kept[2], state.frame)
+    assert (
+        torch.equal(kept[0], state.dynamic.tokens)
+        and torch.equal(kept[1], state.box)
+        and torch.equal(kept[2], state.frame)
+    )
 
 
 def test_half_a_cosine_of_pruning_in_training():
@@ -190,8 +217,14 @@ def batch_of(tracker: ProContext, count: int) -> dict[str, torch.Tensor]:
     noise = torch.Generator().manual_seed(0)
     cfg = tracker.config
     crops = len(cfg.template_factors) * (2 if cfg.dynamic else 1)
-    pixels = {"templates": (count, crops, 3, cfg.template_size, cfg.template_size), "searches": (count, 1, 3, cfg.search_size, cfg.search_size)}
-    batch = {k: torch.randint(0, 256, shape, generator=noise, dtype=torch.uint8) for k, shape in pixels.items()}
+    pixels = {
+        "templates": (count, crops, 3, cfg.template_size, cfg.template_size),
+        "searches": (count, 1, 3, cfg.search_size, cfg.search_size),
+    }
+    batch = {
+        k: torch.randint(0, 256, shape, generator=noise, dtype=torch.uint8)
+        for k, shape in pixels.items()
+    }
     boxes = {"template_boxes": (count, crops, 4), "search_boxes": (count, 1, 4)}
     return batch | {k: torch.rand(shape, generator=noise) * 0.2 + 0.3 for k, shape in boxes.items()}
 
@@ -201,19 +234,31 @@ def test_loss(tracker):
     tracker = changed(tracker).train()
     batch = batch_of(tracker, 4)
     losses = tracker.loss(batch)
-    assert losses["loss"].item() == pytest.approx((losses["focal"] + 2 * losses["giou"] + 5 * losses["l1"]).item())
+    assert losses["loss"].item() == pytest.approx(
+        (losses["focal"] + 2 * losses["giou"] + 5 * losses["l1"]).item()
+    )
     losses["loss"].backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in tracker.parameters())
     tracker.eval()
-    at = {share: tracker.loss(batch | {"progress": torch.tensor(share)})["loss"].item() for share in (0.0, 0.05, 0.2, 0.5)}
+    at = {
+        share: tracker.loss(batch | {"progress": torch.tensor(share)})["loss"].item()
+        for share in (0.0, 0.05, 0.2, 0.5)
+    }
     assert at[0.0] == at[0.05] != at[0.2] != at[0.5] == tracker.loss(batch)["loss"].item()
 
 
 def test_training_orders_templates_as_tracking_does(tracker, monkeypatch):
     """The sampler gives frames within factors; the network wants factors within frames."""
     batch, seen = batch_of(tracker, 1), []
-    batch["templates"][0, :] = torch.tensor([10, 20, 30, 40])[:, None, None, None]  # first@2, dynamic@2, first@4, dynamic@4
-    monkeypatch.setattr(tracker, "tokens", lambda images, position: seen.append(images) or ProContext.tokens(tracker, images, position))
+    # first@2, dynamic@2, first@4, dynamic@4
+    batch["templates"][0, :] = torch.tensor([10, 20, 30, 40])[:, None, None, None]
+    monkeypatch.setattr(
+        tracker,
+        "tokens",
+        lambda images, position: (
+            seen.append(images) or ProContext.tokens(tracker, images, position)
+        ),
+    )
     with torch.no_grad():
         tracker.loss(batch)
     levels = [((images * 0.229 + 0.485) * 255)[:, 0, 0, 0].round().tolist() for images in seen]
@@ -223,14 +268,28 @@ def test_training_orders_templates_as_tracking_does(tracker, monkeypatch):
 def test_learns_and_is_saved(tmp_path):
     tracker = ProContext(ProContextConfig.tiny())
     stage = replace(tracker.recipe("tiny")[0], steps=2, batch=2)
-    train(tracker, [stage], SynthDataset(SynthConfig(frames=10), 0, 4), tmp_path, device="cpu", progress=False)
+    train(
+        tracker,
+        [stage],
+        SynthDataset(SynthConfig(frames=10), 0, 4),
+        tmp_path,
+        device="cpu",
+        progress=False,
+    )
     assert load(tmp_path / "tracker.safetensors").config == tracker.config
 
 
 def test_samples():
-    """OSTrack: one crop of one earlier frame. ProContEXT: two frames, each at two scales, around the same box."""
+    """OSTrack: one crop of one earlier frame. ProContEXT: two frames, each at two scales, around
+    the same box.
+    """
     data = SynthDataset(SynthConfig(frames=20), 0, 4)
-    pair = Samples(data, ProContext(ProContextConfig.tiny(template_factors=(2.0,), dynamic=False)).samples(), 0, 1)[0]
+    pair = Samples(
+        data,
+        ProContext(ProContextConfig.tiny(template_factors=(2.0,), dynamic=False)).samples(),
+        0,
+        1,
+    )[0]
     assert pair["templates"].shape == (1, 3, 48, 48) and pair["searches"].shape == (1, 3, 96, 96)
     spec = ProContext(ProContextConfig.tiny()).samples()
     four = Samples(data, replace(spec, flip_each=0.0), 0, 1)[0]
@@ -243,8 +302,16 @@ def test_recipes():
     code, text = ProContextConfig.procontext_384(), ProContextConfig.paper()
     with torch.device("meta"):
         stage, other = ProContext(code).recipe("paper")[0], ProContext(text).recipe("paper")[0]
-    assert stage.steps == 300 * 468 and stage.drops == (240 * 468,) and stage.batch == 128 and stage.clip == 0.1
-    assert (stage.lr, dict(stage.rates)["*"]) == (4e-4, 0.1) and (other.lr, dict(other.rates)["*"]) == (1e-4, 1.0)
+    assert (
+        stage.steps == 300 * 468
+        and stage.drops == (240 * 468,)
+        and stage.batch == 128
+        and stage.clip == 0.1
+    )
+    assert (stage.lr, dict(stage.rates)["*"]) == (4e-4, 0.1) and (
+        other.lr,
+        dict(other.rates)["*"],
+    ) == (1e-4, 1.0)
     assert stage.sample.search.factor == 5.0 and other.sample.search.factor == 4.0
     assert stage.sample.template_factors == (2.0, 4.0) and stage.sample.order == "trident"
     assert (text.update_interval, text.pruning_softmax) == (1, "search")
@@ -273,7 +340,10 @@ def test_hard_frames_and_boxes(tracker):
     state = tracker.start([small], torch.tensor([[10.0, 15, 30, 30]]))
     for _ in range(3):
         state, prediction = tracker.step(state, [small])
-        assert torch.isfinite(prediction.box).all() and (prediction.box[:, 2:] >= tracker.config.margin).all()
+        assert (
+            torch.isfinite(prediction.box).all()
+            and (prediction.box[:, 2:] >= tracker.config.margin).all()
+        )
     with pytest.raises(DataError, match="outside its 15x20 frame"):
         tracker.start([small], torch.tensor([[40.0, 5, 5, 5]]))
     with pytest.raises(DataError, match="uint8"):
@@ -281,13 +351,19 @@ def test_hard_frames_and_boxes(tracker):
 
 
 def test_checkpoints_of_the_authors(monkeypatch):
-    """Their unused entries may be there or not; another resolution is told apart from another family."""
+    """Their unused entries may be there or not; another resolution is told apart from another
+    family.
+    """
     with torch.device("meta"):
         ours = create("ostrack-256").state_dict()
     towers = {"score": "ctr", "offset": "offset", "size": "size"}
     theirs = {}
     for key, value in ours.items():
-        name = key.replace("position_", "pos_embed_").replace("embed.", "patch_embed.proj.", 1) if key.startswith(("position", "embed")) else key
+        name = (
+            key.replace("position_", "pos_embed_").replace("embed.", "patch_embed.proj.", 1)
+            if key.startswith(("position", "embed"))
+            else key
+        )
         if key.startswith("head."):
             _, tower, number, rest = key.split(".", 3)
             name = f"box_head.conv{int(number) + 1}_{towers[tower]}.{rest}"
@@ -295,8 +371,21 @@ def test_checkpoints_of_the_authors(monkeypatch):
             name = f"backbone.{name}"
         theirs[name] = value
     assert {official.rename("ostrack-256", key) for key in theirs} == set(ours)
-    theirs |= {"backbone.cls_token": torch.zeros(1, 1, 768), "backbone.pos_embed": torch.zeros(1, 197, 768)}
+    theirs |= {
+        "backbone.cls_token": torch.zeros(1, 1, 768),
+        "backbone.pos_embed": torch.zeros(1, 197, 768),
+    }
     assert set(official._names("procontext-256", theirs)) == set(ours)
-    monkeypatch.setattr(official, "TRACKERS", {name: TRACKERS[name] for name in ("siamfc", "ostrack-256", "ostrack-384")})
-    with pytest.raises(CheckpointError, match=r"position_z is \(1, 64, 768\), needs \(1, 144, 768\).*fits ostrack-256"), torch.device("meta"):
+    monkeypatch.setattr(
+        official,
+        "TRACKERS",
+        {name: TRACKERS[name] for name in ("siamfc", "ostrack-256", "ostrack-384")},
+    )
+    with (
+        pytest.raises(
+            CheckpointError,
+            match=r"position_z is \(1, 64, 768\), needs \(1, 144, 768\).*fits ostrack-256",
+        ),
+        torch.device("meta"),
+    ):
         official.load("ostrack-384", {k: torch.empty(v.shape) for k, v in theirs.items()})

@@ -30,7 +30,9 @@ def test_siamfc_as_its_specification_counts():
 
 def test_a_profile_is_json_and_unknown_names_are_refused():
     found = json.loads(json.dumps(profile("siamfc-tiny")))
-    assert set(found) == {"name", "parameters", "macs", "paper"} and 0 < found["parameters"] < 200_000
+    assert (
+        set(found) == {"name", "parameters", "macs", "paper"} and 0 < found["parameters"] < 200_000
+    )
     with pytest.raises(TrackkitError, match="siamfc-tiny"):
         profile("simfc")
 
@@ -74,7 +76,12 @@ def test_parameters_are_not_buffers_and_count_once():
 def test_speed_states_its_circumstances():
     speed = frames_per_second(NccTracker(), repeats=4, warm_up=1, batch=2)
     assert speed.fps > 0 and speed.milliseconds > 0
-    assert (speed.frames, speed.batch, speed.device, speed.threads) == (4, 2, "cpu", torch.get_num_threads())
+    assert (speed.frames, speed.batch, speed.device, speed.threads) == (
+        4,
+        2,
+        "cpu",
+        torch.get_num_threads(),
+    )
     assert "frames/s" in str(speed) and "CPU threads" in str(speed)
 
 
@@ -89,7 +96,9 @@ def test_warm_up_is_not_timed_and_frames_are_repeated(monkeypatch):
             return super().step(state, frames, maps)
 
     frames = [torch.full((3, 40, 40), k, dtype=torch.uint8) for k in range(3)]
-    speed = frames_per_second(Watching(), frames, torch.tensor([5.0, 5, 9, 9]), repeats=4, warm_up=1)
+    speed = frames_per_second(
+        Watching(), frames, torch.tensor([5.0, 5, 9, 9]), repeats=4, warm_up=1
+    )
     assert seen == [1, 2, 1, 2, 1]
     assert (speed.fps, speed.milliseconds) == (1.0, 1000.0)
 
@@ -112,7 +121,8 @@ def test_the_device_is_named():
     assert speed.device == torch.cuda.get_device_name()
 
 
-# STARK's Table 5, and the same numbers to the last digit: convolutions, feed-forward layers and heads, by hand
+# STARK's Table 5, and the same numbers to the last digit: convolutions, feed-forward layers and
+# heads, by hand
 STARK = {
     "stark-s50": (28_095_554, 23_300_000, 10_500_000_000, 12_261_000_000),
     "stark-st50": (28_227_395, 23_500_000, 10_900_000_000, 13_010_000_000),
@@ -125,14 +135,16 @@ def test_stark_costs_what_its_table_5_says(name):
     everything, printed, macs_printed, macs_everything = STARK[name]
     found = profile(name)
     assert found["name"] == name and found["paper"] == {"parameters": printed, "macs": macs_printed}
-    assert found["parameters"] == everything - 4_737_024 - 15_872 - 256  # attention, layer norms, query
+    # attention, layer norms, query
+    assert found["parameters"] == everything - 4_737_024 - 15_872 - 256
     assert abs(found["parameters"] - printed) <= 50_000
     assert abs(found["macs"] - macs_printed) <= 50_000_000
     tokens = 464 if name == "stark-s50" else 528
     backbone = 14_265_548_800 if name == "stark-st101" else 6_689_587_200
     feedforward = 2 * 256 * 2048 * 6 * (tokens + 1)
     score = 0 if name == "stark-s50" else 2 * 256 * 256 + 256
-    assert found["macs"] == backbone + 104_857_600 + feedforward + 781_542_400 + score + 400 * 256  # the last: similarity
+    # the last: similarity
+    assert found["macs"] == backbone + 104_857_600 + feedforward + 781_542_400 + score + 400 * 256
     plain = count(create(name))
     assert plain["parameters"] == everything
     assert plain["macs"] == pytest.approx(macs_everything, abs=1_000_000), "with attention"
@@ -158,8 +170,9 @@ def rows() -> dict[str, dict]:
 
 M, G = 1_000_000, 1_000_000_000
 
-# How the figures come from the counts, as the specifications found: rounded to the last digit, or cut off after it.
-# Each is (lowest, highest) of count - figure: for parameters, for multiply-accumulates.
+# How the figures come from the counts, as the specifications found: rounded to the last digit, or
+# cut off after it. Each is (lowest, highest) of count - figure: for parameters, for
+# multiply-accumulates.
 ROUNDED = ((-0.05 * M, 0.05 * M), (-0.05 * G, 0.05 * G))
 CUT_AT_TWO, CUT_AT_ONE = ((0, 0.01 * M), (0, 0.01 * G)), ((0, 0.1 * M), (0, 0.1 * G))
 PRINTED = {
@@ -181,10 +194,17 @@ PRINTED = {
 # the papers have no counts of these; (parameters, multiply-accumulates) are the specifications'
 UNPRINTED = {
     "siamfc": (2_336_320, 8_167_095_648),
-    "procontext-384": (92_120_709, golden("procontext_units")["macs"]["ProContEXT-384 keep 0.7"]["thop"]),
-    "ustam-b384": (97_515_662, golden("mixformer_units")["macs"]["USTAM-B/384 (templates 128)"]["thop"]),
+    "procontext-384": (
+        92_120_709,
+        golden("procontext_units")["macs"]["ProContEXT-384 keep 0.7"]["thop"],
+    ),
+    "ustam-b384": (
+        97_515_662,
+        golden("mixformer_units")["macs"]["USTAM-B/384 (templates 128)"]["thop"],
+    ),
 }
-MEMORY = {"stmtrack": (1.24, 37), "sastm": (1.99, 31), "dastm": (1.30, 36)}  # DASTM, Tables 2 and 4: GB, frames per second
+# DASTM, Tables 2 and 4: GB, frames per second
+MEMORY = {"stmtrack": (1.24, 37), "sastm": (1.99, 31), "dastm": (1.30, 36)}
 
 
 def test_every_variant_is_held_to_a_figure(rows):
@@ -192,7 +212,9 @@ def test_every_variant_is_held_to_a_figure(rows):
     counted = {name for name, row in rows.items() if {"parameters", "macs"} & set(row["paper"])}
     assert counted == set(PRINTED)
     rest = set(rows) - counted - set(UNPRINTED) - set(MEMORY)
-    assert rest == {"stay", "ncc", "siamfc-ca", "stark-ca"} | {name for name in rows if name.endswith("-tiny")}
+    assert rest == {"stay", "ncc", "siamfc-ca", "stark-ca"} | {
+        name for name in rows if name.endswith("-tiny")
+    }
     assert all(rows[name]["paper"] == {} for name in rest | set(UNPRINTED))
 
 
@@ -217,16 +239,25 @@ def test_counts_are_the_specifications(rows, name):
 
 
 def test_costs_of_memory_trackers(rows):
-    """Their papers print neither parameters nor multiply-accumulates; the sums of parts are the specification's."""
-    parts = {"stmtrack": (2 * 13.98 + 2 * 2.21 + 7.374 + 6 * 0.400, 0.1), "dastm": (2 * 3.95 + 2 * 1.475 + 7.374 + 6 * 0.400, 0.02)}
+    """Their papers print neither parameters nor multiply-accumulates; the sums of parts are the
+    specification's.
+    """
+    parts = {
+        "stmtrack": (2 * 13.98 + 2 * 2.21 + 7.374 + 6 * 0.400, 0.1),
+        "dastm": (2 * 3.95 + 2 * 1.475 + 7.374 + 6 * 0.400, 0.02),
+    }
     for name, (total, allowed) in parts.items():
         assert rows[name]["macs"] / G == pytest.approx(total, abs=allowed)
     assert rows["stmtrack"]["parameters"] == 36_812_532
     assert rows["dastm"]["parameters"] - rows["sastm"]["parameters"] == 66_180  # the gate
-    assert 0 < rows["sastm"]["macs"] - rows["dastm"]["macs"] < 200_000  # all modules cost more than one and the gate
+    # all modules cost more than one and the gate
+    assert 0 < rows["sastm"]["macs"] - rows["dastm"]["macs"] < 200_000
     for name, (gigabytes, fps) in MEMORY.items():
         paper = rows[name]["paper"]
-        assert (paper["peak_memory_bytes"], paper["frames_per_second"]) == (round(gigabytes * G), fps)
+        assert (paper["peak_memory_bytes"], paper["frames_per_second"]) == (
+            round(gigabytes * G),
+            fps,
+        )
 
 
 def test_counts_need_no_weights(monkeypatch):
@@ -245,8 +276,16 @@ def test_the_table_is_readable(rows, monkeypatch, capsys):
     assert [line.split()[0] for line in lines] == list(TRACKERS)
     shown = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
     assert shown["stark-st50"] == "23,474,243 23.5 M -0.1 % 10,904,401,152 10.9 G +0.0 %"
-    assert shown["sbt-base"] == "21,974,726 21.27 M +3.3 % 19,273,169,920 19.27 G +0.0 % 21.27 M is a misprint of 21.97 M"
-    assert shown["sbt-light"].endswith("3.03 M +26.0 % 3,030,010,880 3.81 G -20.5 % printed in each other's place")
+    assert (
+        shown["sbt-base"]
+        == "21,974,726 21.27 M +3.3 % 19,273,169,920 19.27 G +0.0 % 21.27 M is a misprint of 21.97 "
+        "M"
+    )
+    assert shown["sbt-light"].endswith(
+        "3.03 M +26.0 % 3,030,010,880 3.81 G -20.5 % printed in each other's place"
+    )
     assert shown["procontext-256"] == "92,120,709 - 37,952,567,296 38.0 G -0.1 %"
-    assert shown["dastm"].endswith("- 1.30 GB at most; 36 frames/s; 33.5 % of frames at high computation")
+    assert shown["dastm"].endswith(
+        "- 1.30 GB at most; 36 frames/s; 33.5 % of frames at high computation"
+    )
     assert shown["siamfc"] == "2,336,320 - 8,167,095,648 -"

@@ -1,4 +1,6 @@
-"""The trackers that learn nothing: correlation against its definition, template matching on known motion."""
+"""The trackers that learn nothing: correlation against its definition, template matching on known
+motion.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from trackkit.trackers.references import (
 
 
 def noise(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
 
 
 def scene(seed: int, height: int = 120, width: int = 160) -> torch.Tensor:
@@ -74,7 +78,9 @@ def test_gain_and_offset_drop_out_and_a_negative_is_minus_one():
     image = noise(4, 3, 30, 30).double()
     patch = image[:, 5:15, 8:18]
     offset = torch.tensor([40.0, -3.0, 7.0])[:, None, None]
-    assert normalised_cross_correlation(0.3 * patch + offset, image)[5, 8] == pytest.approx(1, abs=1e-9)
+    assert normalised_cross_correlation(0.3 * patch + offset, image)[5, 8] == pytest.approx(
+        1, abs=1e-9
+    )
     assert normalised_cross_correlation(255 - patch, image)[5, 8] == pytest.approx(-1, abs=1e-9)
 
 
@@ -99,7 +105,9 @@ def test_batch_is_pairwise():
     templates, images = noise(6, 4, 3, 5, 6), noise(7, 4, 3, 20, 18)
     found = normalised_cross_correlation(templates, images)
     for k in range(4):
-        assert torch.allclose(found[k], normalised_cross_correlation(templates[k], images[k]), atol=1e-12)
+        assert torch.allclose(
+            found[k], normalised_cross_correlation(templates[k], images[k]), atol=1e-12
+        )
 
 
 @pytest.mark.parametrize(
@@ -123,13 +131,17 @@ def test_peak_between_the_cells():
     edge = -((x - 20) ** 2) - (y + 4) ** 2
     flat = torch.zeros(9, 11)
     found = subpixel_peak(torch.stack([bump, edge, flat]))
-    assert torch.allclose(found, torch.tensor([[6.3, 2.75], [10, 0], [0, 0]], dtype=torch.float64), atol=1e-5)
+    assert torch.allclose(
+        found, torch.tensor([[6.3, 2.75], [10, 0], [0, 0]], dtype=torch.float64), atol=1e-5
+    )
 
 
 # ---- trackers ----
 
 
-def shifted(world: torch.Tensor, dx: int, dy: int, height: int = 120, width: int = 160) -> torch.Tensor:
+def shifted(
+    world: torch.Tensor, dx: int, dy: int, height: int = 120, width: int = 160
+) -> torch.Tensor:
     """The view of a large picture whose content has moved right by dx and down by dy."""
     return world[:, 60 - dy : 60 - dy + height, 80 - dx : 80 - dx + width]
 
@@ -154,7 +166,8 @@ def test_ncc_is_exact_where_crop_and_frame_pixels_coincide():
     tracker = NccTracker(NccConfig(window_influence=0.0))
     state = tracker.start([shifted(world, 0, 0)], first)
     _, prediction = tracker.step(state, [shifted(world, -7, 9)], maps=True)
-    assert (prediction.box - first - torch.tensor([-7.0, 9, 0, 0])).abs().max() < 0.5  # the parabola's share
+    # the parabola's share
+    assert (prediction.box - first - torch.tensor([-7.0, 9, 0, 0])).abs().max() < 0.5
     response = prediction.maps["response"][0]
     assert response.max() == pytest.approx(1, abs=1e-9)
     assert divmod(int(response.argmax()), 49) == (24 + 9, 24 - 7)
@@ -164,7 +177,9 @@ def test_ncc_is_exact_where_crop_and_frame_pixels_coincide():
 def test_ncc_batch_equals_single_and_states_move():
     worlds = [scene(k, 300, 400) for k in range(3)]
     sizes = [(120, 160), (100, 140), (120, 150)]
-    first = torch.tensor([[50.0, 40, 20, 30], [0, 10, 25, 12], [90, 70, 60, 50]], dtype=torch.float64)
+    first = torch.tensor(
+        [[50.0, 40, 20, 30], [0, 10, 25, 12], [90, 70, 60, 50]], dtype=torch.float64
+    )
 
     def frames(k: int, which=(0, 1, 2)):
         return [shifted(worlds[i], 2 * k, -k, *sizes[i]) for i in which]
@@ -186,7 +201,8 @@ def test_ncc_batch_equals_single_and_states_move():
 def test_ncc_leaves_its_state_alone_and_survives_anything():
     tracker = NccTracker()
     world = scene(5, 300, 400)
-    state = tracker.start([shifted(world, 0, 0)], torch.tensor([[140.0, 100, 30, 30]]))  # partly outside
+    # partly outside
+    state = tracker.start([shifted(world, 0, 0)], torch.tensor([[140.0, 100, 30, 30]]))
     before = state.centre.clone()
     flat = torch.full((3, 120, 160), 9, dtype=torch.uint8)
     for frame in (flat, noise(1, 3, 120, 160), noise(2, 3, 31, 33), noise(3, 3, 1, 1)):
@@ -214,7 +230,9 @@ def test_ncc_without_evidence_stays():
     assert (prediction.box - first).abs().max() <= 1e-9 and prediction.score.item() == 0
 
 
-@pytest.mark.parametrize("change", [{"template_size": 1}, {"template_size": 72}, {"window_influence": 1.5}])
+@pytest.mark.parametrize(
+    "change", [{"template_size": 1}, {"template_size": 72}, {"window_influence": 1.5}]
+)
 def test_ncc_config_is_checked(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         NccConfig(**change)

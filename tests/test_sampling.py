@@ -1,4 +1,5 @@
 """Training samples: determinism, frame choice, geometry, stated visibility rules."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -40,7 +41,11 @@ def equal(a, b) -> bool:
 def test_sample_depends_on_seed_and_number_only():
     data = SynthDataset(SynthConfig(frames=10), seed=3, length=40)
     spec = dataclasses.replace(PAIR, flip=0.5, grey=0.5, brightness=0.2)
-    one, two, other = Samples(data, spec, 7, 20), Samples(data, spec, 7, 20), Samples(data, spec, 8, 20)
+    one, two, other = (
+        Samples(data, spec, 7, 20),
+        Samples(data, spec, 7, 20),
+        Samples(data, spec, 8, 20),
+    )
     backwards = {i: two[i] for i in reversed(range(6))}
     assert all(equal(one[i], backwards[i]) for i in range(6))
     assert not equal(one[0], other[0])
@@ -49,15 +54,26 @@ def test_sample_depends_on_seed_and_number_only():
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"template": CropSpec(32, 1.0, 0.5, 2, 0.05), "search": CropSpec(60, 60 / 32, 0.5, 2, 0.05)}, 1384541349),
+        (
+            {
+                "template": CropSpec(32, 1.0, 0.5, 2, 0.05),
+                "search": CropSpec(60, 60 / 32, 0.5, 2, 0.05),
+            },
+            1384541349,
+        ),
         ({"order": "any", "templates": 2, "flip": 0.5, "brightness": 0.2}, 3654441044),
         ({"order": "clip", "searches": 3, "max_gap": 8}, 2441668059),
     ],
 )
 def test_samples_are_still_those_that_shipped_weights_and_lessons_have_seen(changes, expected):
     y, x = torch.meshgrid(torch.arange(120), torch.arange(160), indexing="ij")
-    frames = [torch.stack([x * 3 + i, y * 5 + x, x * y + 7 * i]).remainder(256).to(torch.uint8) for i in range(12)]
-    sequence = ArraySequence("pattern", frames, torch.tensor([[30 + 3 * i, 40, 20, 25] for i in range(12)]))
+    frames = [
+        torch.stack([x * 3 + i, y * 5 + x, x * y + 7 * i]).remainder(256).to(torch.uint8)
+        for i in range(12)
+    ]
+    sequence = ArraySequence(
+        "pattern", frames, torch.tensor([[30 + 3 * i, 40, 20, 25] for i in range(12)])
+    )
     samples, crc = Samples([sequence], dataclasses.replace(PAIR, **changes), 3, 6), 0
     for i in range(6):
         for key in ("templates", "searches"):
@@ -69,7 +85,9 @@ def test_batches_do_not_depend_on_workers_processes_or_interruption():
     samples = Samples([moving_square()], dataclasses.replace(PAIR, flip=0.5), 0, 24)
     whole = list(batches(samples, 4, 0, 6))
     assert len(whole) == 6 and whole[0]["searches"].shape == (4, 1, 3, 64, 64)
-    assert all(equal(a, b) for a, b in zip(whole, batches(samples, 4, 0, 6, workers=2), strict=True))
+    assert all(
+        equal(a, b) for a, b in zip(whole, batches(samples, 4, 0, 6, workers=2), strict=True)
+    )
     assert all(equal(a, b) for a, b in zip(whole[4:], batches(samples, 4, 4, 6), strict=True))
     ranks = [list(batches(samples, 2, 0, 6, rank=r, world=2)) for r in (0, 1)]
     for step in range(6):
@@ -81,7 +99,8 @@ def test_each_template_frame_is_cropped_with_each_factor():
     data = [moving_square()]
     spec = dataclasses.replace(PAIR, templates=2)
     both, near, far = (
-        Samples(data, dataclasses.replace(spec, template_factors=factors), 0, 3)[2] for factors in ((2.0, 3.0), (), (3.0,))
+        Samples(data, dataclasses.replace(spec, template_factors=factors), 0, 3)[2]
+        for factors in ((2.0, 3.0), (), (3.0,))
     )
     assert both["templates"].shape[0] == 4
     for key in ("templates", "template_boxes"):
@@ -92,7 +111,10 @@ def test_each_template_frame_is_cropped_with_each_factor():
 @pytest.mark.parametrize("flip", [0.0, 1.0])
 def test_box_is_where_the_pixels_are(flip):
     spec = SampleSpec(
-        template=CropSpec(64, 2.0, shift_px=6, scale=0.2), search=CropSpec(96, 3.0, shift_px=15, scale=0.3), searches=2, flip=flip
+        template=CropSpec(64, 2.0, shift_px=6, scale=0.2),
+        search=CropSpec(96, 3.0, shift_px=15, scale=0.3),
+        searches=2,
+        flip=flip,
     )
     samples = Samples([moving_square()], spec, 0, 20)
     for i in range(20):
@@ -102,26 +124,38 @@ def test_box_is_where_the_pixels_are(flip):
                 size = crop.shape[-1]
                 x, y, w, h = (cxcywh_to_xywh(box) * size).tolist()
                 rows, columns = (crop[0] > 127).any(1).nonzero(), (crop[0] > 127).any(0).nonzero()
-                assert columns.min() == pytest.approx(x, abs=1) and columns.max() + 1 == pytest.approx(x + w, abs=1)
-                assert rows.min() == pytest.approx(y, abs=1) and rows.max() + 1 == pytest.approx(y + h, abs=1)
+                assert columns.min() == pytest.approx(
+                    x, abs=1
+                ) and columns.max() + 1 == pytest.approx(x + w, abs=1)
+                assert rows.min() == pytest.approx(y, abs=1) and rows.max() + 1 == pytest.approx(
+                    y + h, abs=1
+                )
 
 
 @pytest.mark.parametrize(("exact", "shift"), [(True, 0.0), (False, 0.0), (True, 6.0)])
 def test_later_searches_from_the_first_ones_window(exact, shift):
     """What moved in the frame moves in the crop, and what stood still stays, up to the shift."""
-    search = CropSpec(64, 4.0, jitter_size=0.3, jitter_centre=2.0, shift_px=shift, fill=0, exact=exact)
-    spec = dataclasses.replace(PAIR, search=search, searches=3, order="clip", same_window=True, masks=True)
+    search = CropSpec(
+        64, 4.0, jitter_size=0.3, jitter_centre=2.0, shift_px=shift, fill=0, exact=exact
+    )
+    spec = dataclasses.replace(
+        PAIR, search=search, searches=3, order="clip", same_window=True, masks=True
+    )
     moved = []
     for i in range(10):
         sample = Samples([moving_square()], spec, 0, 10)[i]
         first, *later = sample["search_boxes"]
         pixels = 20 / first[2]  # side of the window in frame pixels
-        moved += [(box - first) * pixels - torch.tensor([3.0 * n, 0, 0, 0]) for n, box in enumerate(later, 1)]
+        moved += [
+            (box - first) * pixels - torch.tensor([3.0 * n, 0, 0, 0])
+            for n, box in enumerate(later, 1)
+        ]
         for crop, box in zip(sample["searches"], sample["search_boxes"], strict=True):
             x, y = (box[:2] * 64).floor().long()
             assert not (0 <= x < 64 and 0 <= y < 64) or crop[0, y, x] == 255
     moved = torch.stack(moved).abs()
-    assert moved[:, 2:].max() < 1e-4 and moved[:, :2].max() < (0.01 if exact else 0.51) + 4 * shift  # not exact: as if windows were not whole pixels
+    # not exact: as if windows were not whole pixels
+    assert moved[:, 2:].max() < 1e-4 and moved[:, :2].max() < (0.01 if exact else 0.51) + 4 * shift
     assert (moved[:, :2].max() > 1) == (shift > 0)
 
 
@@ -145,7 +179,9 @@ def test_jitter_stays_within_its_bounds():
 )
 def test_frames_are_usable_close_and_in_order(usable, templates, searches, order, max_gap, seed):
     usable = np.array(sorted(usable))
-    spec = dataclasses.replace(PAIR, templates=templates, searches=searches, order=order, max_gap=max_gap)
+    spec = dataclasses.replace(
+        PAIR, templates=templates, searches=searches, order=order, max_gap=max_gap
+    )
     frames = choose_frames(spec, usable, np.random.default_rng(seed))
     assert len(frames) == templates + searches
     assert set(frames) <= set(usable) and frames.max() - frames.min() < max_gap
@@ -176,7 +212,8 @@ def test_siamfc_rule():
     assert len(rule.usable(sequence)) == 12
     sequence.boxes_xywh[0, 2:] = torch.tensor([19.0, 20.0])  # a side under 20 px
     sequence.boxes_xywh[1, 2:] = torch.tensor([81.0, 30.0])  # more than half the frame's width
-    sequence.boxes_xywh[2, 2:] = torch.tensor([20.0, 81.0])  # more than half the height, and aspect over 4
+    # more than half the height, and aspect over 4
+    sequence.boxes_xywh[2, 2:] = torch.tensor([20.0, 81.0])
     sequence.cover[3] = 2  # not more than 0.3 of the best level, 8
     assert rule.usable(sequence).tolist() == list(range(4, 12))
     sequence.cover[:] = 1  # the best level must itself be more than 1
@@ -222,7 +259,11 @@ def test_errors():
 
 @pytest.mark.parametrize(("frames", "max_gap"), [(24, 100), (150, 100)])
 def test_every_pair_within_the_gap_is_equally_likely(frames, max_gap):
-    spec, usable, rng = dataclasses.replace(PAIR, max_gap=max_gap), np.arange(frames), np.random.default_rng(0)
+    spec, usable, rng = (
+        dataclasses.replace(PAIR, max_gap=max_gap),
+        np.arange(frames),
+        np.random.default_rng(0),
+    )
     drawn = np.array([choose_frames(spec, usable, rng) for _ in range(20_000)])
     pairs = [(a, b) for a in range(frames) for b in range(a + 1, min(frames, a + max_gap))]
     gaps = np.array([b - a for a, b in pairs])

@@ -1,5 +1,7 @@
-"""SBT's behaviour: what is computed once, what every field of the config changes, single images, and the trackers that take its
-backbone."""
+"""SBT's behaviour: what is computed once, what every field of the config changes, single images,
+and the trackers that take its backbone.
+"""
+
 from __future__ import annotations
 
 import copy
@@ -61,10 +63,16 @@ def batch(config: SBTConfig, size: int = 2) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
 
     def noise(side: int) -> Tensor:
-        return torch.randint(0, 256, (size, 1, 3, side, side), generator=generator, dtype=torch.uint8)
+        return torch.randint(
+            0, 256, (size, 1, 3, side, side), generator=generator, dtype=torch.uint8
+        )
 
     boxes = torch.tensor([0.5, 0.4, 0.3, 0.2]).expand(size, 1, 4)
-    return {"templates": noise(config.template_size), "searches": noise(config.search_size), "search_boxes": boxes}
+    return {
+        "templates": noise(config.template_size),
+        "searches": noise(config.search_size),
+        "search_boxes": boxes,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -91,23 +99,40 @@ def test_every_axis_learns_tracks_and_costs(name, video):
     assert torch.allclose(alone.box, prediction.box[1:], atol=1e-3)
     assert take(both, [1]).template.map.shape[0] == 1
     cost = tracker.profile()
-    assert cost["paper"] == {} and cost["parameters"] <= sum(p.numel() for p in tracker.parameters()) and cost["macs"] > 1e7
+    assert (
+        cost["paper"] == {}
+        and cost["parameters"] <= sum(p.numel() for p in tracker.parameters())
+        and cost["macs"] > 1e7
+    )
 
 
 def test_axes_differ():
-    """Configs with the same parameters say something else; the network has what the config asks for."""
+    """Configs with the same parameters say something else; the network has what the config asks
+    for.
+    """
     weights, answers = tiny().state_dict(), []
     image, template = torch.randn(1, 3, 128, 128), torch.randn(1, 3, 64, 64)
-    for changes in ({}, {"order": "sequential"}, {"cross": ((), (), (2, 3))}, {"cross": ((), (1,), (2, 4))}, {"cross": ((), (), (1, 4))}):
+    for changes in (
+        {},
+        {"order": "sequential"},
+        {"cross": ((), (), (2, 3))},
+        {"cross": ((), (1,), (2, 4))},
+        {"cross": ((), (), (1, 4))},
+    ):
         tracker = tiny(**changes)
         tracker.load_state_dict(weights)
         with torch.no_grad():
             answers.append(tracker(tracker.encode(template), image).logits)
     for i, first in enumerate(answers):
         assert all((first - second).abs().max() > 1e-6 for second in answers[i + 1 :])
-    blocks = {name: tiny(**AXES[name]).backbone.stages[2].blocks for name in ("base", "vg", "vl", "relative", "no position")}
+    blocks = {
+        name: tiny(**AXES[name]).backbone.stages[2].blocks
+        for name in ("base", "vg", "vl", "relative", "no position")
+    }
     assert blocks["base"][0].reduce.stride == (2, 2) and blocks["vg"][0].reduce is None
-    assert [block.local for block in blocks["vl"]] == [4, 0, 4, 0] and blocks["vl"][1].reduce is not None
+    assert [block.local for block in blocks["vl"]] == [4, 0, 4, 0] and blocks["vl"][
+        1
+    ].reduce is not None
     assert [block.offsets is None for block in blocks["relative"]] == [False, True, False, True]
     assert blocks["no position"][0].mlp.position is None
 
@@ -132,13 +157,18 @@ def calls(tracker: nn.Module, method: str, block: EoC, function) -> int:
 def test_the_template_goes_through_the_first_blocks_once(video):
     tracker = tiny(blocks=(2, 1, 4))
     state = tracker.start(video[:1], BOXES[:1])
-    blocks = {(s + 1, b + 1): block for s, stage in enumerate(tracker.backbone.stages) for b, block in enumerate(stage.blocks)}
+    blocks = {
+        (s + 1, b + 1): block
+        for s, stage in enumerate(tracker.backbone.stages)
+        for b, block in enumerate(stage.blocks)
+    }
 
     def step():
         tracker.step(state, video[1:2])
 
     absorbed = {at: calls(tracker, "absorb", block, step) for at, block in blocks.items()}
-    # CA blocks are 3.2 and 3.4: until 3.1 only the search crop; what 3.4 would make of the template nobody reads
+    # CA blocks are 3.2 and 3.4: until 3.1 only the search crop; what 3.4 would make of the template
+    # nobody reads
     assert absorbed == {(1, 1): 1, (1, 2): 1, (2, 1): 1, (3, 1): 1, (3, 2): 2, (3, 3): 2, (3, 4): 1}
     offered = {at: calls(tracker, "offer", block, step) for at, block in blocks.items()}
     assert offered[3, 2] == 1  # the search crop's; the template's are kept
@@ -152,14 +182,20 @@ def test_what_is_left_out_changes_nothing():
     image, template = torch.randn(2, 3, 128, 128), torch.randn(2, 3, 64, 64)
     backbone = tracker.backbone
     with torch.no_grad():
-        short, _ = backbone.together(backbone.alone(image), backbone.prepare(backbone.alone(template)))
+        short, _ = backbone.together(
+            backbone.alone(image), backbone.prepare(backbone.alone(template))
+        )
         x, z = (stage_input.permute(0, 2, 3, 1) for stage_input in (image, template))
-        for stage, cross in zip(backbone.stages, tracker.config.cross, strict=True):  # plainly, as the paper has it
+        # plainly, as the paper has it
+        for stage, cross in zip(backbone.stages, tracker.config.cross, strict=True):
             x, z = stage.embed(x)[0], stage.embed(z)[0]
             for number, block in enumerate(stage.blocks, 1):
                 kv_x, kv_z = block.offer(block.norm1(x)), block.offer(block.norm1(z))
                 kv = (kv_z, kv_x) if number in cross else (kv_x, kv_z)
-                x, z = (block.absorb(i, block.attend(block.ask(block.norm1(i)), pair, i)[0]) for i, pair in zip((x, z), kv, strict=True))
+                x, z = (
+                    block.absorb(i, block.attend(block.ask(block.norm1(i)), pair, i)[0])
+                    for i, pair in zip((x, z), kv, strict=True)
+                )
         both, other = backbone.together(backbone.alone(image), backbone.alone(template), both=True)
     assert torch.allclose(short.map, x, atol=1e-5) and torch.allclose(both.map, x, atol=1e-5)
     assert torch.allclose(other.map, z, atol=1e-5)
@@ -180,7 +216,9 @@ def test_the_answer_depends_on_the_template(name):
     tracker = tiny(**AXES[name])
     image = torch.randn(1, 3, 128, 128)
     with torch.no_grad():
-        one, two = (tracker(tracker.encode(torch.randn(1, 3, 64, 64)), image).logits for _ in range(2))
+        one, two = (
+            tracker(tracker.encode(torch.randn(1, 3, 64, 64)), image).logits for _ in range(2)
+        )
     assert (one - two).abs().max() > 1e-7
 
 
@@ -222,7 +260,9 @@ def test_states_can_be_joined_taken_and_kept(video):
     assert torch.allclose(prediction.box, tracker.step(state, video[1:])[1].box, atol=1e-4)
     assert torch.equal(state.box, BOXES)  # a step leaves the state that it is given
     _, again = tracker.step(take(later, [1]), video[:1])  # the first sequence has ended
-    assert torch.allclose(again.box, tracker.step(later, [video[2], video[0]])[1].box[1:], atol=1e-3)
+    assert torch.allclose(
+        again.box, tracker.step(later, [video[2], video[0]])[1].box[1:], atol=1e-3
+    )
 
 
 def test_window_and_factor(video):
@@ -231,12 +271,25 @@ def test_window_and_factor(video):
     for one, weight in ((tracker, 0.49), (plain, 0.0)):
         maps = one.step(state, video[1:2], maps=True)[1].maps
         hann = torch.hann_window(16, periodic=False, dtype=torch.float64)
-        assert torch.allclose(maps["blended"][0], (1 - weight) * maps["score"][0] + weight * hann[:, None] * hann)
-    sides = [tiny(search_factor=f).step(state, video[1:2], maps=True)[1].maps["window"][0, 2].item() for f in (4.0, 5.0)]
+        assert torch.allclose(
+            maps["blended"][0], (1 - weight) * maps["score"][0] + weight * hann[:, None] * hann
+        )
+    sides = [
+        tiny(search_factor=f).step(state, video[1:2], maps=True)[1].maps["window"][0, 2].item()
+        for f in (4.0, 5.0)
+    ]
     assert sides == [98, 123]  # ceil(sqrt(600) * factor)
 
 
-@pytest.mark.parametrize("box", [[-5.0, -5.0, 10.0, 10.0], [120.0, 90.0, 60.0, 60.0], [0.0, 0.0, 128.0, 96.0], [60.0, 40.0, 0.5, 0.5]])
+@pytest.mark.parametrize(
+    "box",
+    [
+        [-5.0, -5.0, 10.0, 10.0],
+        [120.0, 90.0, 60.0, 60.0],
+        [0.0, 0.0, 128.0, 96.0],
+        [60.0, 40.0, 0.5, 0.5],
+    ],
+)
 def test_boxes_at_the_border_and_frames_smaller_than_the_crop(box, video):
     for exact in (True, False):
         tracker = tiny(exact=exact)
@@ -251,7 +304,11 @@ def test_boxes_at_the_border_and_frames_smaller_than_the_crop(box, video):
 
 
 def test_bad_boxes_are_refused(video):
-    for box in ([500.0, 500.0, 10.0, 10.0], [float("nan"), 0.0, 10.0, 10.0], [10.0, 10.0, 0.0, 10.0]):
+    for box in (
+        [500.0, 500.0, 10.0, 10.0],
+        [float("nan"), 0.0, 10.0, 10.0],
+        [10.0, 10.0, 0.0, 10.0],
+    ):
         with pytest.raises(DataError):
             tiny().start(video[:1], torch.tensor([box]))
 
@@ -260,7 +317,15 @@ def test_bad_boxes_are_refused(video):
 
 
 def test_positive_tokens():
-    boxes = torch.tensor([[0.5, 0.5, 0.5, 0.25], [0.0, 0.0, 0.5, 0.5], [1.0, 1.0, 0.5, 0.5], [0.5, 0.5, 2.0, 2.0], [1.5, 0.5, 0.5, 0.5]])
+    boxes = torch.tensor(
+        [
+            [0.5, 0.5, 0.5, 0.25],
+            [0.0, 0.0, 0.5, 0.5],
+            [1.0, 1.0, 0.5, 0.5],
+            [0.5, 0.5, 2.0, 2.0],
+            [1.5, 0.5, 0.5, 0.5],
+        ]
+    )
     grid = positive_tokens(boxes, 8).unflatten(1, (8, 8))
     assert grid.sum((1, 2)).tolist() == [8, 4, 4, 64, 0]
     assert grid[0, 3:5, 2:6].all() and grid[1, :2, :2].all() and grid[2, 6:, 6:].all()
@@ -274,21 +339,31 @@ def test_losses_by_hand():
     logits = torch.zeros(1, 64, 2)
     logits[0, 18] = torch.tensor([2.0, 0.0])
     boxes = torch.full((1, 64, 4), 0.25)
-    truth = torch.tensor([[0.2, 0.2, 0.08, 0.08]])  # between corners: it has the next token, in row and column 2
+    # between corners: it has the next token, in row and column 2
+    truth = torch.tensor([[0.2, 0.2, 0.08, 0.08]])
     losses = tracker.losses(Answer(logits, boxes, {}), truth)
     log2, rest = torch.log(torch.tensor(2.0)), torch.log1p(torch.exp(torch.tensor(-2.0)))
-    assert losses["class"].item() == pytest.approx(((rest + 63 * 0.5 * log2) / (1 + 63 * 0.5)).item(), rel=1e-6)
+    assert losses["class"].item() == pytest.approx(
+        ((rest + 63 * 0.5 * log2) / (1 + 63 * 0.5)).item(), rel=1e-6
+    )
     assert losses["l1"].item() == pytest.approx(2 * 0.05 + 2 * 0.17)
-    assert losses["giou"].item() == pytest.approx(1 - 0.08**2 / 0.25**2, rel=1e-5)  # the true box lies in the other
-    assert losses["loss"].item() == pytest.approx(12 * losses["class"].item() + 7 * 0.44 + 5 * losses["giou"].item(), rel=1e-6)
+    # the true box lies in the other
+    assert losses["giou"].item() == pytest.approx(1 - 0.08**2 / 0.25**2, rel=1e-5)
+    assert losses["loss"].item() == pytest.approx(
+        12 * losses["class"].item() + 7 * 0.44 + 5 * losses["giou"].item(), rel=1e-6
+    )
     tenfold = replace(tracker.config, weights=(120.0, 70.0, 50.0))
     with patch.object(tracker, "config", tenfold):
-        assert tracker.losses(Answer(logits, boxes, {}), truth)["loss"].item() == pytest.approx(10 * losses["loss"].item())
+        assert tracker.losses(Answer(logits, boxes, {}), truth)["loss"].item() == pytest.approx(
+            10 * losses["loss"].item()
+        )
 
 
 def test_no_positive_token_in_a_batch():
     tracker = tiny(positives="wrapped")
-    sample = batch(tracker.config) | {"search_boxes": torch.tensor([[[0.0, 0.5, 0.5, 0.5]]]).expand(2, 1, 4)}
+    sample = batch(tracker.config) | {
+        "search_boxes": torch.tensor([[[0.0, 0.5, 0.5, 0.5]]]).expand(2, 1, 4)
+    }
     losses = tracker.loss(sample)
     losses["loss"].backward()
     assert losses["l1"] == losses["giou"] == 0 and torch.isfinite(losses["loss"])
@@ -296,7 +371,9 @@ def test_no_positive_token_in_a_batch():
 
 def test_drop_path_rises_block_by_block():
     blocks = [block for stage in tiny(drop_path=0.1).backbone.stages for block in stage.blocks]
-    assert [block.drop_path.rate for block in blocks] == pytest.approx([0, 0.02, 0.04, 0.06, 0.08, 0.1])
+    assert [block.drop_path.rate for block in blocks] == pytest.approx(
+        [0, 0.02, 0.04, 0.06, 0.08, 0.1]
+    )
 
 
 def test_it_learns(tmp_path):
@@ -307,11 +384,22 @@ def test_it_learns(tmp_path):
     tracker = SBT(SBTConfig.tiny())
     (stage,) = tracker.recipe("tiny")
     stage = dataclasses.replace(stage, steps=6, batch=4, warmup=1)
-    log = train(tracker, [stage], SynthDataset(SynthConfig(), seed=0, length=50), tmp_path, log_steps=2, progress=False, device="cpu")
+    log = train(
+        tracker,
+        [stage],
+        SynthDataset(SynthConfig(), seed=0, length=50),
+        tmp_path,
+        log_steps=2,
+        progress=False,
+        device="cpu",
+    )
     assert log[-1]["loss"] < log[0]["loss"]
     again = trackers.load(tmp_path / "tracker.safetensors")
     assert again.config == tracker.config and isinstance(again.config.cross[2], tuple)
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), tracker.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(again.state_dict().values(), tracker.state_dict().values(), strict=True)
+    )
 
 
 # ---- single images ----
@@ -331,7 +419,9 @@ LIKE_B0 = {"blocks": (2, 2, 2), "cross": ((), (), (2,)), "levels": (1,)}
 
 def test_the_classifier_is_a_pvt(pvt):
     classifier = Classifier(SBTConfig.light(**LIKE_B0), classes=7).eval()
-    classifier.load_state_dict({pretraining.pvt_name(key): value for key, value in pvt.state_dict().items()})
+    classifier.load_state_dict(
+        {pretraining.pvt_name(key): value for key, value in pvt.state_dict().items()}
+    )
     images = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
         assert torch.allclose(classifier(images), pvt(images), atol=1e-4, rtol=1e-4)
@@ -340,16 +430,31 @@ def test_the_classifier_is_a_pvt(pvt):
 def test_single_images_prepare_the_tracker(pvt):
     tracker = SBT(SBTConfig.light(**LIKE_B0))
     load_pretrained(tracker.backbone, pvt.state_dict())
-    state, theirs = tracker.backbone.state_dict(), {pretraining.pvt_name(k): v for k, v in pvt.state_dict().items()}
+    state, theirs = (
+        tracker.backbone.state_dict(),
+        {pretraining.pvt_name(k): v for k, v in pvt.state_dict().items()},
+    )
     assert all(torch.equal(value, theirs[key]) for key, value in state.items())
 
 
-@pytest.mark.parametrize("count, loaded", [(0, set()), (1, {"stages.0"}), (3, {"stages.0", "stages.1"}), (6, {"stages.0", "stages.1", "stages.2"})])
+@pytest.mark.parametrize(
+    "count, loaded",
+    [
+        (0, set()),
+        (1, {"stages.0"}),
+        (3, {"stages.0", "stages.1"}),
+        (6, {"stages.0", "stages.1", "stages.2"}),
+    ],
+)
 def test_the_first_blocks_alone(pvt, count, loaded):
     tracker = SBT(SBTConfig.light(**LIKE_B0))
     before = copy.deepcopy(tracker.backbone.state_dict())
     load_pretrained(tracker.backbone, pvt.state_dict(), count)
-    changed = {key for key, value in tracker.backbone.state_dict().items() if not torch.equal(value, before[key])}
+    changed = {
+        key
+        for key, value in tracker.backbone.state_dict().items()
+        if not torch.equal(value, before[key])
+    }
     assert {key[:8] for key in changed} == loaded
     assert sum(".fc1.weight" in key for key in changed) == count
     assert ("stages.2.norm.weight" in changed) == (count == 6)
@@ -380,7 +485,10 @@ def test_where_pretrained_weights_come_from(pvt):
         assert not tiny().load_pretrained()
         assert not SBT(SBTConfig.light(**LIKE_B0, position="none")).load_pretrained()
     assert asked == [("pvt_v2_b0", True)]
-    with patch.object(timm, "create_model", side_effect=OSError("no route to host")), pytest.raises(TrackkitError, match="no-pretrained"):
+    with (
+        patch.object(timm, "create_model", side_effect=OSError("no route to host")),
+        pytest.raises(TrackkitError, match="no-pretrained"),
+    ):
         pretraining.imagenet(SBTConfig.base())
 
 
@@ -410,7 +518,10 @@ def test_a_checkpoint_of_another_variant_says_which_fits():
     tracker = official.load("sbt-light", state)  # by our names too, and from half precision
     assert tracker.class_head.channel[0].weight.dtype == torch.float32
     with pytest.raises(CheckpointError, match="class_head"):
-        official.load("sbt-light", {key: value for key, value in state.items() if key != "class_head.channel.0.weight"})
+        official.load(
+            "sbt-light",
+            {key: value for key, value in state.items() if key != "class_head.channel.0.weight"},
+        )
     unused = {"backbone.norm1.weight": torch.ones(32), "backbone.norm2.bias": torch.ones(64)}
     official.load("sbt-light", state | unused)
 
@@ -454,7 +565,9 @@ def test_squares_and_back():
 def test_shifted_squares_do_not_join_opposite_borders():
     """A token sees what lies in its square of the plane, and nothing from the other side."""
     bias = shift_bias(torch.zeros(1, 8, 8, 1), 4, 2)
-    place = torch.stack(torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij"), -1)[None]
+    place = torch.stack(torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij"), -1)[
+        None
+    ]
     near = squares(place, 4, 2).flatten(1, 2)  # (n, 16, 2)
     apart = (near[:, :, None] - near[:, None]).abs().amax(-1)
     assert torch.equal(bias[:, 0] == 0, apart < 4) and bias.shape == (4, 1, 16, 16)
@@ -467,21 +580,32 @@ def test_shifted_squares_do_not_join_opposite_borders():
 
 
 def test_relative_positions():
-    """A bias depends on the offset between query and key alone, and with zeros for offsets nothing changes."""
+    """A bias depends on the offset between query and key alone, and with zeros for offsets nothing
+    changes.
+    """
     tracker = tiny(position="relative")
     block = tracker.backbone.stages[2].blocks[0]
     x = torch.randn(1, 16, 16, 64)
-    bias = block._bias(x, own=True)[0].unflatten(1, (16, 16)).unflatten(3, (8, 8))  # (heads, y, x, keys y, keys x)
-    assert torch.equal(bias[:, 6, 4, 3, 2], bias[:, 8, 8, 4, 4]) and torch.equal(bias[:, 2, 4, 3, 2], bias[:, 0, 2, 2, 1])
+    # (heads, y, x, keys y, keys x)
+    bias = block._bias(x, own=True)[0].unflatten(1, (16, 16)).unflatten(3, (8, 8))
+    assert torch.equal(bias[:, 6, 4, 3, 2], bias[:, 8, 8, 4, 4]) and torch.equal(
+        bias[:, 2, 4, 3, 2], bias[:, 0, 2, 2, 1]
+    )
     assert not torch.equal(bias[:, 6, 4, 3, 2], bias[:, 6, 5, 3, 2])
     assert block._bias(x, own=False) is None
     with torch.no_grad():
         block.offsets.zero_()
         plain = tiny(position="none").backbone.stages[2].blocks[0]
-        plain.load_state_dict({key: value for key, value in block.state_dict().items() if key != "offsets"})
+        plain.load_state_dict(
+            {key: value for key, value in block.state_dict().items() if key != "offsets"}
+        )
         assert torch.allclose(block(x)[0], plain(x)[0], atol=1e-5)
-    smaller = block._bias(torch.randn(1, 8, 8, 64), own=True)  # the template's offsets are among the search crop's
-    assert torch.equal(smaller[0].unflatten(1, (8, 8)).unflatten(3, (4, 4))[:, 2, 2, 1, 1], block.offsets[:, 15, 15])
+    # the template's offsets are among the search crop's
+    smaller = block._bias(torch.randn(1, 8, 8, 64), own=True)
+    assert torch.equal(
+        smaller[0].unflatten(1, (8, 8)).unflatten(3, (4, 4))[:, 2, 2, 1, 1],
+        block.offsets[:, 15, 15],
+    )
 
 
 def test_depthwise_correlation():
@@ -509,8 +633,10 @@ def test_correlation_aware_trackers(name, video, tmp_path):
     _, alone = tracker.step(take(state, [1]), video[2:])
     assert torch.allclose(alone.box, prediction.box[1:], atol=1e-3)
     blocks = tracker.backbone.stages[0].blocks, tracker.backbone.stages[2].blocks
-    assert calls(tracker, "absorb", blocks[0][0], lambda: tracker.step(later, video[:2])) == 1  # the search crops'
-    assert calls(tracker, "absorb", blocks[1][3], lambda: tracker.step(later, video[:2])) == 2  # both: both are compared
+    # the search crops'
+    assert calls(tracker, "absorb", blocks[0][0], lambda: tracker.step(later, video[:2])) == 1
+    # both: both are compared
+    assert calls(tracker, "absorb", blocks[1][3], lambda: tracker.step(later, video[:2])) == 2
     trackers.save(tracker, tmp_path / "t.safetensors")
     again = trackers.load(tmp_path / "t.safetensors")
     assert torch.allclose(again.step(state, video[1:])[1].box, prediction.box)
@@ -532,7 +658,12 @@ def test_correlation_aware_features_know_of_one_another(name):
 
 def test_correlation_aware_configs():
     config = SiamFCCAConfig()
-    assert (config.stride, config.feature_size(128), config.response_size(256), config.response_size(240)) == (8, 16, 17, 15)
+    assert (
+        config.stride,
+        config.feature_size(128),
+        config.response_size(256),
+        config.response_size(240),
+    ) == (8, 16, 17, 15)
     with pytest.raises(ValueError, match="multiples"):
         SiamFCCAConfig(search_size=255)
     with pytest.raises(ValueError, match="light, small"):

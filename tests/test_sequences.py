@@ -1,4 +1,7 @@
-"""Where frames come from: image files, folders, videos; and where files go: paths and atomic writes."""
+"""Where frames come from: image files, folders, videos; and where files go: paths and atomic
+writes.
+"""
+
 from __future__ import annotations
 
 import os
@@ -23,7 +26,11 @@ def scene(height: int = 60, width: int = 90, shift: int = 0) -> torch.Tensor:
     """A smooth picture (JPEG keeps it almost as it is) that moves with `shift`."""
     y, x = np.mgrid[:height, :width]
     x = x + 2 * shift
-    channels = [128 + 100 * np.sin(x / 9), 128 + 90 * np.cos(y / 7), 128 + 80 * np.sin((x + y) / 15)]
+    channels = [
+        128 + 100 * np.sin(x / 9),
+        128 + 90 * np.cos(y / 7),
+        128 + 80 * np.sin((x + y) / 15),
+    ]
     return torch.from_numpy(np.stack(channels, -1).round().astype(np.uint8)).permute(2, 0, 1)
 
 
@@ -36,7 +43,8 @@ def off(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a.float() - b.float()).abs().mean().item()
 
 
-# ---------------------------------------------------------------------------------------------- images
+# ----------------------------------------------------------------------------------------------
+# images
 
 
 def test_a_jpeg_is_read_as_pillow_reads_it_with_channels_innermost(tmp_path):
@@ -53,15 +61,20 @@ def test_a_part_is_cut_from_the_frame(tmp_path, suffix, reduce):
     file = tmp_path / f"a.{suffix}"
     Image.fromarray(array(scene())).save(file)
     left, top, right, bottom = part = (3, 2, 14, 13)
-    assert torch.equal(read_image(file, reduce, part), read_image(file, reduce)[:, top:bottom, left:right])
+    assert torch.equal(
+        read_image(file, reduce, part), read_image(file, reduce)[:, top:bottom, left:right]
+    )
 
 
-@pytest.mark.parametrize("box", [(20, 10, 40), (-30, -20, 70), (60, 40, 90), (200, 10, 16), (-99, 5, 8), (40, 0, 40)])
+@pytest.mark.parametrize(
+    "box", [(20, 10, 40), (-30, -20, 70), (60, 40, 90), (200, 10, 16), (-99, 5, 8), (40, 0, 40)]
+)
 @pytest.mark.parametrize("fill", [None, (9.0, 50.0, 200.0)])
 def test_a_crop_is_what_cut_makes_of_the_whole_frame(tmp_path, box, fill):
     Image.fromarray(array(scene())).save(tmp_path / "1.png")
     left, top, side = box
-    window = Windows(torch.tensor([left]), torch.tensor([top]), torch.tensor([side]), 90)  # too large to reduce
+    # too large to reduce
+    window = Windows(torch.tensor([left]), torch.tensor([top]), torch.tensor([side]), 90)
     fill = None if fill is None else torch.tensor(fill)
     sequence = FolderSequence(tmp_path)
     assert torch.equal(sequence.crop(0, window, fill), cut([sequence.frame(0)], window, fill)[0])
@@ -110,10 +123,15 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, mode, reduce):
 def test_grey_jpeg_becomes_rgb(tmp_path):
     Image.fromarray(array(scene())).convert("L").save(tmp_path / "a.jpg")
     frame = read_image(tmp_path / "a.jpg")
-    assert frame.shape == (3, 60, 90) and torch.equal(frame[0], frame[2]) and read_image(tmp_path / "a.jpg", 2).shape[0] == 3
+    assert (
+        frame.shape == (3, 60, 90)
+        and torch.equal(frame[0], frame[2])
+        and read_image(tmp_path / "a.jpg", 2).shape[0] == 3
+    )
 
 
-# --------------------------------------------------------------------------------------------- folders
+# ---------------------------------------------------------------------------------------------
+# folders
 
 
 def test_a_folder_is_read_in_natural_order(tmp_path):
@@ -122,7 +140,9 @@ def test_a_folder_is_read_in_natural_order(tmp_path):
     for stray in (".DS_Store", "._img1.png", "notes.txt", "meta_info.ini.bak2"):
         (tmp_path / stray).write_text("x")
     sequence = FolderSequence(tmp_path)
-    assert sequence.files == ["img1.png", "img2.png", "img10.png"] and sequence.name == tmp_path.name
+    assert (
+        sequence.files == ["img1.png", "img2.png", "img10.png"] and sequence.name == tmp_path.name
+    )
     assert torch.equal(sequence.frame(2), scene(shift=10)) and sequence.frame_size(0) == (90, 60)
     assert len(sequence.boxes_xywh) == 0 and not sequence.labelled and not sequence.visible.any()
     assert sequence.path(1) == tmp_path / "img2.png"
@@ -144,9 +164,22 @@ def test_frames_may_change_size_inside_a_sequence(tmp_path):
 
 
 def test_visible_needs_a_real_box():
-    boxes = torch.tensor([[5.0, 5, 9, 9], [-1, -1, -1, -1], [-9, 5, 9, 9], [-9, 5, 10, 9], [5, 5, 9, 9], [5, 5, 9, 9]])
+    boxes = torch.tensor(
+        [
+            [5.0, 5, 9, 9],
+            [-1, -1, -1, -1],
+            [-9, 5, 9, 9],
+            [-9, 5, 10, 9],
+            [5, 5, 9, 9],
+            [5, 5, 9, 9],
+        ]
+    )
     sequence = ArraySequence(
-        "a", [scene()] * 6, boxes, absent=torch.tensor([0, 0, 0, 0, 1, 0]), cover=torch.tensor([8, 8, 8, 1, 8, 0])
+        "a",
+        [scene()] * 6,
+        boxes,
+        absent=torch.tensor([0, 0, 0, 0, 1, 0]),
+        cover=torch.tensor([8, 8, 8, 1, 8, 0]),
     )
     assert sequence.visible.tolist() == [True, False, False, True, False, False]
     only_first = ArraySequence("b", [scene()] * 3, boxes[:1])
@@ -186,7 +219,8 @@ def test_open_sequence_takes_a_layout_folder_images_or_a_video(tmp_path):
     assert isinstance(video, VideoSequence) and len(video) == 4 and video.boxes_xywh.shape == (1, 4)
 
 
-# ---------------------------------------------------------------------------------------------- videos
+# ----------------------------------------------------------------------------------------------
+# videos
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
@@ -194,7 +228,11 @@ def test_a_video_gives_its_frames_in_any_order(tmp_path, suffix):
     frames = [scene(64, 96, shift) for shift in range(40)]
     file = write_video(tmp_path / f"v{suffix}", frames, fps=12.5)
     video = VideoSequence(file, torch.tensor([[1.0, 2, 3, 4]]))
-    assert (len(video), video.frame_size(3), video.name) == (40, (96, 64), "v") and video.fps == pytest.approx(12.5)
+    assert (len(video), video.frame_size(3), video.name) == (
+        40,
+        (96, 64),
+        "v",
+    ) and video.fps == pytest.approx(12.5)
     in_order = [video.frame(i) for i in range(40)]
     assert max(off(a, b) for a, b in zip(frames, in_order, strict=True)) < 4
     for i in (39, 0, 20, 20, 7, 8, 38, 3):
@@ -218,7 +256,13 @@ def test_the_rotation_of_a_phone_is_applied(tmp_path):
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
         stream.set_display_rotation(90)
         for _ in range(3):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(array(scene(64, 96))), format="rgb24")))
+            container.mux(
+                stream.encode(
+                    av.VideoFrame.from_ndarray(
+                        np.ascontiguousarray(array(scene(64, 96))), format="rgb24"
+                    )
+                )
+            )
         container.mux(stream.encode())
     video = VideoSequence(file)
     assert video.frame_size(0) == (64, 96)
@@ -236,7 +280,8 @@ def test_write_video_says_what_is_wrong_and_leaves_nothing(tmp_path):
     assert not list(tmp_path.glob("**/*v*"))
 
 
-# ----------------------------------------------------------------------------------------------- paths
+# -----------------------------------------------------------------------------------------------
+# paths
 
 
 def test_home_and_data_root(tmp_path, monkeypatch):
@@ -281,13 +326,22 @@ def test_atomic_write_replaces_all_or_nothing(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
-    for attempt in (lambda: paths.writable(tmp_path / "file" / "runs"), lambda: paths.writable(tmp_path / "file")):
+    for attempt in (
+        lambda: paths.writable(tmp_path / "file" / "runs"),
+        lambda: paths.writable(tmp_path / "file"),
+    ):
         with pytest.raises(DataError, match=r"cannot write .*file"):
             attempt()
-    with pytest.raises(DataError, match=r"file is a file where a folder is needed"), paths.atomic_write(tmp_path / "file" / "a"):
+    with (
+        pytest.raises(DataError, match=r"file is a file where a folder is needed"),
+        paths.atomic_write(tmp_path / "file" / "a"),
+    ):
         pass
     (tmp_path / "folder").mkdir()
-    with pytest.raises(DataError, match=r"cannot write .*folder"), paths.atomic_write(tmp_path / "folder"):
+    with (
+        pytest.raises(DataError, match=r"cannot write .*folder"),
+        paths.atomic_write(tmp_path / "folder"),
+    ):
         pass
 
     def refuse(*_, **__):
@@ -297,5 +351,8 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(paths.Path, "touch", refuse)
     with pytest.raises(DataError, match=r"cannot write .*Permission denied.*TRACKKIT_HOME"):
         paths.writable(tmp_path / "closed")
-    with pytest.raises(DataError, match="Permission denied"), paths.atomic_write(tmp_path / "closed" / "a"):
+    with (
+        pytest.raises(DataError, match="Permission denied"),
+        paths.atomic_write(tmp_path / "closed" / "a"),
+    ):
         pass

@@ -1,4 +1,5 @@
 """The set-up files say the same thing."""
+
 from __future__ import annotations
 
 import ast
@@ -29,7 +30,10 @@ def pins(text: str) -> dict[str, str]:
 
 LOCK = pins((ROOT / "requirements.lock").read_text())
 CONDA = pins((ROOT / "environment.yml").read_text())
-BOUNDS = dict(re.fullmatch(r"([\w-]+)>=([\d.]+)", d).groups() for d in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"])
+BOUNDS = dict(
+    re.fullmatch(r"([\w-]+)>=([\d.]+)", d).groups()
+    for d in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]
+)
 
 
 def test_conda_has_the_pins_of_the_lock():
@@ -46,7 +50,9 @@ def test_the_lock_is_plain_pins():
     text = (ROOT / "requirements.lock").read_text()
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert all(PIN.fullmatch(line) for line in lines), "no URLs, no options"
-    assert not any(line.startswith(("nvidia", "triton", "cuda")) for line in lines), "torch asks for these itself, on Linux"
+    assert not any(line.startswith(("nvidia", "triton", "cuda")) for line in lines), (
+        "torch asks for these itself, on Linux"
+    )
 
 
 def test_every_import_is_declared():
@@ -54,12 +60,24 @@ def test_every_import_is_declared():
     declared = {key(name) for name in BOUNDS}
     for path in (ROOT / "trackkit").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            modules = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             for module in modules:
                 top = module.split(".")[0]
                 standard = top in sys.stdlib_module_names or top == "trackkit"
                 # jupyterlab brings IPython, nbformat and nbclient
-                assert standard or key(names.get(top, top)) in declared | {"ipython", "nbformat", "nbclient", "nbconvert", "traitlets"}, f"{path}: {top}"
+                assert standard or key(names.get(top, top)) in declared | {
+                    "ipython",
+                    "nbformat",
+                    "nbclient",
+                    "nbconvert",
+                    "traitlets",
+                }, f"{path}: {top}"
 
 
 def test_versions_agree():

@@ -1,4 +1,7 @@
-"""STARK as a tracker: states, batches, templates, maps, geometry, odd input. Small networks that nobody has trained."""
+"""STARK as a tracker: states, batches, templates, maps, geometry, odd input. Small networks that
+nobody has trained.
+"""
+
 from __future__ import annotations
 
 import copy
@@ -37,7 +40,9 @@ def small(seed: int = 0, **changes) -> Stark:
 @pytest.fixture(scope="module")
 def videos():
     """Of several lengths; the third of another size, the last at the border of its frame."""
-    made = [SynthDataset(SynthConfig(frames=n), seed=1, length=4)[i] for i, n in enumerate((6, 3, 5))]
+    made = [
+        SynthDataset(SynthConfig(frames=n), seed=1, length=4)[i] for i, n in enumerate((6, 3, 5))
+    ]
     made[2] = SynthDataset(SynthConfig(frames=5, width=200, height=160), seed=2, length=1)[0]
     images = [made[0].frame(i) for i in range(4)]
     made.append(ArraySequence("border", images, torch.tensor([[-9.0, 190, 60, 45]]).repeat(4, 1)))
@@ -45,7 +50,9 @@ def videos():
 
 
 def firsts(videos) -> tuple[list[Tensor], Tensor]:
-    return [video.frame(0) for video in videos], torch.cat([video.boxes_xywh[:1] for video in videos])
+    return [video.frame(0) for video in videos], torch.cat(
+        [video.boxes_xywh[:1] for video in videos]
+    )
 
 
 def parts(state) -> list[Tensor]:
@@ -83,7 +90,9 @@ def test_state_is_explicit(kind, videos):
     for begin in (state, snapshot, state):
         boxes = []
         for i in range(2, 6):
-            begin, prediction = kind.step(begin, [video.frame(i)], maps=i == 3 and begin is not snapshot)
+            begin, prediction = kind.step(
+                begin, [video.frame(i)], maps=i == 3 and begin is not snapshot
+            )
             boxes += [prediction.box, prediction.score[:, None]]
         runs.append(torch.cat([b.flatten() for b in boxes]))
     assert all(torch.equal(a, b) for a, b in zip(parts(state), parts(snapshot), strict=True))
@@ -104,7 +113,10 @@ def test_predictions(kind, videos):
         width, height = video.frame_size(0)
         x, y, w, h = boxes.boxes_xywh[1:].T
         margin = kind.config.margin
-        assert boxes.boxes_xywh.dtype == torch.float64 and ((boxes.scores >= 0) & (boxes.scores <= 1)).all()
+        assert (
+            boxes.boxes_xywh.dtype == torch.float64
+            and ((boxes.scores >= 0) & (boxes.scores <= 1)).all()
+        )
         assert (torch.stack([w, h]) >= margin).all() and (torch.stack([x, y]) >= 0).all()
         assert (x <= width - margin).all() and (y <= height - margin).all()
 
@@ -120,7 +132,9 @@ def gap(scores: Tensor) -> float:
 
 
 def test_lock_step_equals_one_by_one(kind, videos):
-    """Padded and unpadded windows side by side, templates and questions renewed for some sequences only."""
+    """Padded and unpadded windows side by side, templates and questions renewed for some sequences
+    only.
+    """
     images = [[video.frame(i) for video in videos] for i in range(3)]
     tracker, state = copy.copy(kind), kind.start(*firsts(videos))
     first, _ = tracker.step(state, images[1])
@@ -165,7 +179,9 @@ def test_take_and_join(kind, videos):
 def test_a_template_is_encoded_once(kind, videos):
     """The backbone sees each template once and each frame once."""
     looks, video, z, x = [], videos[0], kind.config.template_size, kind.config.search_size
-    hook = kind.backbone.register_forward_pre_hook(lambda module, given: looks.append(given[0].shape[-1]))
+    hook = kind.backbone.register_forward_pre_hook(
+        lambda module, given: looks.append(given[0].shape[-1])
+    )
     state = kind.start([video.frame(0)], video.boxes_xywh[:1])
     assert looks == [z]
     for i in range(1, 5):
@@ -198,7 +214,9 @@ def test_the_template_is_renewed_at_the_interval_from_the_new_box(videos, interv
             assert after.dynamic is before.dynamic
         else:
             fresh = tracker.start([videos[0].frame(number)], prediction.box).template
-            assert all(torch.equal(a, b) for a, b in zip(parts(after.dynamic), parts(fresh), strict=True))
+            assert all(
+                torch.equal(a, b) for a, b in zip(parts(after.dynamic), parts(fresh), strict=True)
+            )
             assert not torch.equal(after.dynamic.features, before.dynamic.features)
 
 
@@ -215,13 +233,17 @@ def test_a_refused_update_waits_for_the_next_multiple(videos):
     if second == fourth:
         pytest.fail("two frames cannot be told apart; choose another seed")
     tracker = small(update_threshold=min(second, fourth))
-    renewed = [after.dynamic is not before.dynamic for before, after, _ in follow(tracker, videos[0], 6)]
+    renewed = [
+        after.dynamic is not before.dynamic for before, after, _ in follow(tracker, videos[0], 6)
+    ]
     assert sum(renewed) <= 1 and not renewed[0] and not renewed[2] and not renewed[4]
 
 
 def test_without_a_score_head_every_such_frame_is_taken(videos):
     tracker = small(score=False, update_threshold=1.0)
-    renewed = [after.dynamic is not before.dynamic for before, after, _ in follow(tracker, videos[0], 6)]
+    renewed = [
+        after.dynamic is not before.dynamic for before, after, _ in follow(tracker, videos[0], 6)
+    ]
     assert renewed == [False, True, False, True, False]
 
 
@@ -238,7 +260,10 @@ def test_sequences_that_are_not_due_keep_their_template(videos):
     state = replace(state, frame=torch.tensor([0, 1, 2, 3]))
     after, prediction = tracker.step(state, frames, maps=True)
     assert prediction.maps["updated"].tolist() == [False, True, False, True]
-    changed = [not torch.equal(a, b) for a, b in zip(after.dynamic.features, state.dynamic.features, strict=True)]
+    changed = [
+        not torch.equal(a, b)
+        for a, b in zip(after.dynamic.features, state.dynamic.features, strict=True)
+    ]
     assert changed == [False, True, False, True]
 
 
@@ -255,7 +280,9 @@ def test_maps_only_when_asked(kind, videos):
     cfg, maps = kind.config, loud.maps
     search, template = (cfg.search_size // 8) ** 2, (cfg.template_size // 8) ** 2
     tokens = search + template * (2 if cfg.dynamic else 1)
-    attention = {name: share for name, share in maps.items() if name.startswith(("encoder_", "decoder_"))}
+    attention = {
+        name: share for name, share in maps.items() if name.startswith(("encoder_", "decoder_"))
+    }
     assert {name: tuple(share.shape) for name, share in attention.items()} == {
         "encoder_0": (4, 2, tokens, tokens),
         "encoder_1": (4, 2, tokens, tokens),
@@ -269,8 +296,14 @@ def test_maps_only_when_asked(kind, videos):
     for name in ("top_left", "bottom_right"):
         assert maps[name].shape == (4, 1, cfg.search_size // 8, cfg.search_size // 8)
         assert torch.allclose(maps[name].flatten(1).sum(1), torch.ones(4), atol=1e-5)
-    assert maps["crop"].shape == (4, 3, cfg.search_size, cfg.search_size) and maps["window"].shape == (4, 3)
-    assert maps["memory"].shape == (4, tokens, cfg.width) and maps["similarity"].shape == (4, 1, search)
+    assert maps["crop"].shape == (4, 3, cfg.search_size, cfg.search_size) and maps[
+        "window"
+    ].shape == (4, 3)
+    assert maps["memory"].shape == (4, tokens, cfg.width) and maps["similarity"].shape == (
+        4,
+        1,
+        search,
+    )
 
 
 def test_the_box_is_the_mean_of_the_corner_maps(videos):
@@ -298,7 +331,13 @@ class Oracle(Stark):
 
     def forward(self, templates, search, query=None, maps=False):
         batch = len(search.ignore)
-        return Answer(self.told.expand(batch, 1, 4), torch.zeros(batch, 1), torch.zeros(batch, 1, 16), None, {})
+        return Answer(
+            self.told.expand(batch, 1, 4),
+            torch.zeros(batch, 1),
+            torch.zeros(batch, 1, 16),
+            None,
+            {},
+        )
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -312,7 +351,9 @@ def test_what_is_found_in_the_crop_is_found_in_the_frame(videos, exact):
     tracker.told = ((xywh_to_cxcywh(truth) - torch.tensor([left, top, 0, 0])) / side)[:, None]
     _, prediction = tracker.step(state, [frame])
     error = (prediction.box - truth).abs().max()
-    assert error < 1e-9 if exact else 0.01 < error <= 0.5, "the authors forget where the window was snapped to"
+    assert error < 1e-9 if exact else 0.01 < error <= 0.5, (
+        "the authors forget where the window was snapped to"
+    )
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -345,7 +386,11 @@ def test_odd_first_boxes(videos, box, exact):
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.mark.parametrize("box", [(10, 10, NAN, 5), (10, 10, 0, 5), (10, 10, -5, 5), (400, 10, 5, 5), (10, INF, 5, 5)], ids=str)
+@pytest.mark.parametrize(
+    "box",
+    [(10, 10, NAN, 5), (10, 10, 0, 5), (10, 10, -5, 5), (400, 10, 5, 5), (10, INF, 5, 5)],
+    ids=str,
+)
 def test_impossible_first_boxes(videos, box):
     with pytest.raises(DataError, match="sequence 1"):
         small().start([videos[0].frame(0)] * 2, torch.tensor([[10, 10, 5, 5], box]))
@@ -373,5 +418,7 @@ def test_a_frame_smaller_than_its_search_window():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_the_gpu_tracks_as_the_cpu_does(kind, videos, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    cpu, gpu = (dict(track_many(tracker, videos, batch=4)) for tracker in (kind, copy.deepcopy(kind).cuda()))
+    cpu, gpu = (
+        dict(track_many(tracker, videos, batch=4)) for tracker in (kind, copy.deepcopy(kind).cuda())
+    )
     assert max((cpu[i].boxes_xywh - gpu[i].boxes_xywh).abs().max() for i in cpu) < 0.05

@@ -1,4 +1,7 @@
-"""Deliberate mistakes in STARK: each must push the certificates of test_stark_parity above their tolerances."""
+"""Deliberate mistakes in STARK: each must push the certificates of test_stark_parity above their
+tolerances.
+"""
+
 from __future__ import annotations
 
 import copy
@@ -50,7 +53,9 @@ def mutant_positions_in_values(tracker, monkeypatch):
 
 def _other_positions(monkeypatch, change):
     plain = stark.sine_position
-    monkeypatch.setattr(stark, "sine_position", lambda outside, width: change(plain(outside, width)))
+    monkeypatch.setattr(
+        stark, "sine_position", lambda outside, width: change(plain(outside, width))
+    )
 
 
 def mutant_x_before_y(tracker, monkeypatch):
@@ -58,7 +63,9 @@ def mutant_x_before_y(tracker, monkeypatch):
 
 
 def mutant_sines_before_cosines(tracker, monkeypatch):
-    _other_positions(monkeypatch, lambda p: p.unflatten(-1, (2, -1, 2)).transpose(-1, -2).flatten(-3))
+    _other_positions(
+        monkeypatch, lambda p: p.unflatten(-1, (2, -1, 2)).transpose(-1, -2).flatten(-3)
+    )
 
 
 def mutant_turn_of_one(tracker, monkeypatch):
@@ -67,13 +74,17 @@ def mutant_turn_of_one(tracker, monkeypatch):
 
 def mutant_positions_despite_padding(tracker, monkeypatch):
     plain = stark.sine_position
-    monkeypatch.setattr(stark, "sine_position", lambda outside, width: plain(torch.zeros_like(outside), width))
+    monkeypatch.setattr(
+        stark, "sine_position", lambda outside, width: plain(torch.zeros_like(outside), width)
+    )
 
 
 def mutant_mask_of_any_pixel(tracker, monkeypatch):
     def any_pixel(images, mask):
         cells = F.max_pool2d(mask[:, None].float(), 16)[:, 0].bool()
-        return Stark.encode(tracker, images, cells.repeat_interleave(16, 1).repeat_interleave(16, 2))
+        return Stark.encode(
+            tracker, images, cells.repeat_interleave(16, 1).repeat_interleave(16, 2)
+        )
 
     tracker.encode = any_pixel
 
@@ -153,7 +164,10 @@ def mutant_columns_first(tracker, monkeypatch):
 
 
 def mutant_corners_swapped(tracker, monkeypatch):
-    tracker.box_head.top_left, tracker.box_head.bottom_right = tracker.box_head.bottom_right, tracker.box_head.top_left
+    tracker.box_head.top_left, tracker.box_head.bottom_right = (
+        tracker.box_head.bottom_right,
+        tracker.box_head.top_left,
+    )
 
 
 def mutant_corners_as_centre(tracker, monkeypatch):
@@ -179,7 +193,8 @@ def test_network_certificate_can_fail(mutate, monkeypatch):
     assert failed(mutant, S50)
 
 
-# weights that reach no output: the softmax of a single query is 1, and layer 0's queries have no content yet
+# weights that reach no output: the softmax of a single query is 1, and layer 0's queries have no
+# content yet
 MUTE = ("decoder.layers.0.self_attn.in_proj_weight", "num_batches_tracked")
 REPLACED = [key for key in S50["keys"] if not key.endswith(MUTE)][5::37]
 
@@ -199,7 +214,9 @@ def test_one_other_tensor_fails(key):
 
 def test_the_order_of_templates_shows_in_the_memory_alone():
     tracker = copy.copy(loaded("stark-st50"))
-    tracker.forward = lambda templates, *rest, **more: Stark.forward(tracker, templates[::-1], *rest, **more)
+    tracker.forward = lambda templates, *rest, **more: Stark.forward(
+        tracker, templates[::-1], *rest, **more
+    )
     errors = network_errors(tracker, ST50, ST50["outputs"])
     assert errors.pop("memory") > 1 and max(errors.values()) <= 1, errors
 
@@ -212,7 +229,9 @@ def test_a_missing_relu_in_the_score_head_fails():
 
 @pytest.mark.parametrize("mine", ["backbone.", "", ".cross_attn.", "query."])
 def test_a_forgotten_prefix_is_refused(mine, monkeypatch):
-    monkeypatch.setattr(official, "STARK", tuple(pair for pair in official.STARK if pair[1] != mine))
+    monkeypatch.setattr(
+        official, "STARK", tuple(pair for pair in official.STARK if pair[1] != mine)
+    )
     with pytest.raises(CheckpointError, match="missing"):
         official.load("stark-s50", {key: torch.empty(shape) for key, shape in S50["keys"].items()})
 
@@ -266,7 +285,9 @@ def mutant_centred_crop(tracker, monkeypatch):
 
 def mutant_window_to_the_left(tracker, monkeypatch):
     plain = Windows.around
-    monkeypatch.setattr(Windows, "around", lambda centre, side, size: plain(centre - 0.5, side, size))
+    monkeypatch.setattr(
+        Windows, "around", lambda centre, side, size: plain(centre - 0.5, side, size)
+    )
 
 
 def mutant_template_around_the_box_before(tracker, monkeypatch):
@@ -295,10 +316,16 @@ def mutant_logit_as_score(tracker, monkeypatch):
     monkeypatch.setattr(Tensor, "sigmoid", lambda logits: logits)
 
 
-TRACKING_MUTANTS = [value for name, value in dict(globals()).items() if name.startswith("mutant_") and value not in MUTANTS]
+TRACKING_MUTANTS = [
+    value
+    for name, value in dict(globals()).items()
+    if name.startswith("mutant_") and value not in MUTANTS
+]
 
 
-@pytest.mark.parametrize("mutate", TRACKING_MUTANTS, ids=lambda f: f.__name__.removeprefix("mutant_"))
+@pytest.mark.parametrize(
+    "mutate", TRACKING_MUTANTS, ids=lambda f: f.__name__.removeprefix("mutant_")
+)
 def test_tracking_certificate_sees_mistakes(mutate, monkeypatch):
     mutant = following("st50")
     mutate(mutant, monkeypatch)

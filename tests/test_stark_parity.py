@@ -2,6 +2,7 @@
 
 That these tests can fail is shown in test_stark_mutants.
 """
+
 from __future__ import annotations
 
 import copy
@@ -20,7 +21,13 @@ from torch import Tensor, nn
 
 from trackkit import checkpoints, official
 from trackkit.backbones import normalise
-from trackkit.boxes import clip_with_margin, cxcywh_to_xywh, cxcywh_to_xyxy, xywh_to_cxcywh, xywh_to_xyxy
+from trackkit.boxes import (
+    clip_with_margin,
+    cxcywh_to_xywh,
+    cxcywh_to_xyxy,
+    xywh_to_cxcywh,
+    xywh_to_xyxy,
+)
 from trackkit.crops import Windows, context_side, cut, outside
 from trackkit.losses import localisation
 from trackkit.profiling import parameters
@@ -35,7 +42,9 @@ ABLATIONS, TRACK, TRAIN = golden("stark_ablations"), golden("stark_track"), gold
 @lru_cache(maxsize=1)  # one network in memory at a time
 def loaded(name: str, tracking: bool = False) -> Stark:
     network = golden(name.replace("-", "_"))
-    return official.load(name, state_dict(network["keys"], TRACK["scale"] if tracking else network["scale"]))
+    return official.load(
+        name, state_dict(network["keys"], TRACK["scale"] if tracking else network["scale"])
+    )
 
 
 def padding(item: dict) -> Tensor:
@@ -43,7 +52,12 @@ def padding(item: dict) -> Tensor:
     mask = torch.zeros(item["shape"][0], *item["shape"][2:], dtype=torch.bool)
     for sample, (top, bottom, left, right) in zip(mask, item["pad_tblr"], strict=True):
         height, width = sample.shape
-        sample[:top], sample[height - bottom :], sample[:, :left], sample[:, width - right :] = True, True, True, True
+        sample[:top], sample[height - bottom :], sample[:, :left], sample[:, width - right :] = (
+            True,
+            True,
+            True,
+            True,
+        )
     return mask
 
 
@@ -61,7 +75,8 @@ def outputs(tracker: Stark, inputs: list[dict], case: int) -> dict[str, Tensor]:
     hook = tracker.backbone.register_forward_hook(lambda module, given, made: features.append(made))
     templates, search = encoded(tracker, inputs, case)
     hook.remove()
-    answer, loud = tracker(templates, search), tracker(templates, search, maps=True)  # fused kernels, and the plain ones
+    # fused kernels, and the plain ones
+    answer, loud = tracker(templates, search), tracker(templates, search, maps=True)
     top_left, bottom_right = answer.corners or (None, None)
     similarity = loud.maps.get("similarity")
     return {
@@ -88,8 +103,17 @@ def deviation(value: Tensor, expected: dict | list) -> float:
     assert list(value.shape) == expected["shape"]
     if "n_true" in expected:  # a mask
         first = [row.nonzero()[0].item() if row.any() else -1 for row in value]
-        return 0.0 if (value.sum(1).tolist(), first) == (expected["n_true"], expected["first_true"]) else math.inf
-    got = torch.cat([flat[expected["index"]], torch.stack([flat.mean(), flat.std(unbiased=False), flat.min(), flat.max()])])
+        return (
+            0.0
+            if (value.sum(1).tolist(), first) == (expected["n_true"], expected["first_true"])
+            else math.inf
+        )
+    got = torch.cat(
+        [
+            flat[expected["index"]],
+            torch.stack([flat.mean(), flat.std(unbiased=False), flat.min(), flat.max()]),
+        ]
+    )
     wanted = expected["value"] + [expected[moment] for moment in ("mean", "std", "min", "max")]
     return (got - torch.tensor(wanted, dtype=torch.float64)).abs().max().item()
 
@@ -98,7 +122,9 @@ def case_errors(tracker: Stark, gold: dict, case: str, wanted: dict) -> dict[str
     """Differences from the authors' network by output, in units of the tolerances."""
     got = outputs(tracker, gold["inputs"], int(case))
     names = [name for name in wanted if not name.endswith("_shape")]
-    errors = {name: deviation(got[name], wanted[name]) / gold["tolerance"].get(name, 1) for name in names}
+    errors = {
+        name: deviation(got[name], wanted[name]) / gold["tolerance"].get(name, 1) for name in names
+    }
     return {name: math.inf if math.isnan(error) else error for name, error in errors.items()}
 
 
@@ -108,7 +134,9 @@ def network_errors(tracker: Stark, gold: dict, cases: dict[str, dict]) -> dict[s
 
 
 def in_units(errors: dict[str, float], gold: dict, title: str) -> dict[str, tuple[float, float]]:
-    """Errors in units of the tolerances -> deviation and tolerance; the file has none for masks, which must be equal."""
+    """Errors in units of the tolerances -> deviation and tolerance; the file has none for masks,
+    which must be equal.
+    """
     found = {}
     for name, error in errors.items():
         tolerance = gold["tolerance"].get(name, 0)
@@ -118,7 +146,11 @@ def in_units(errors: dict[str, float], gold: dict, title: str) -> dict[str, tupl
 
 # ---- networks ----
 
-COUNTS = {"stark-s50": (28_095_554, 460), "stark-st50": (28_227_395, 466), "stark-st101": (47_167_299, 721)}
+COUNTS = {
+    "stark-s50": (28_095_554, 460),
+    "stark-st50": (28_227_395, 466),
+    "stark-st101": (47_167_299, 721),
+}
 
 
 @cache
@@ -140,12 +172,22 @@ CHANGES = {
 
 
 def ablated(variant: str, **more) -> Stark:
-    """The authors' network with one of their switches turned; the file has its entries as a difference to ST50's."""
+    """The authors' network with one of their switches turned; the file has its entries as a
+    difference to ST50's.
+    """
     about = ABLATIONS["variants"][variant]
-    keys = {k: v for k, v in {**ST50["keys"], **about["keys_beside_st50"]}.items() if k not in about["keys_not_in"]}
+    keys = {
+        k: v
+        for k, v in {**ST50["keys"], **about["keys_beside_st50"]}.items()
+        if k not in about["keys_not_in"]
+    }
     tracker = Stark(StarkConfig.st50(**{**CHANGES[variant], **more})).eval()
     weights = state_dict(keys, ABLATIONS["scale"])
-    checkpoints.load_strictly(tracker, {official.rename("stark-st50", key): value for key, value in weights.items()}, variant)
+    checkpoints.load_strictly(
+        tracker,
+        {official.rename("stark-st50", key): value for key, value in weights.items()},
+        variant,
+    )
     return tracker
 
 
@@ -189,12 +231,20 @@ def tracked(tracker: Stark, rows: list[dict]) -> Iterator[dict[str, float]]:
         if "score" in row:
             found["score"] = abs(prediction.score.item() - row["score"])
         renewed = state.dynamic is not given.dynamic
-        yield found | {"templates renewed at other times": 0.0 if renewed == row.get("template_updated", False) else 1.0}
+        yield found | {
+            "templates renewed at other times": 0.0
+            if renewed == row.get("template_updated", False)
+            else 1.0
+        }
 
 
 def tracking_errors(tracker: Stark, rows: list[dict]) -> Iterator[float]:
     """The same in units of the tolerances, one after the other."""
-    allowed = {"px": TRACK["tolerance"]["box_px"], "score": TRACK["tolerance"]["score"], "templates renewed at other times": 1e-9}
+    allowed = {
+        "px": TRACK["tolerance"]["box_px"],
+        "score": TRACK["tolerance"]["score"],
+        "templates renewed at other times": 1e-9,
+    }
     for found in tracked(tracker, rows):
         yield from (value / allowed[kind] for kind, value in found.items())
 
@@ -203,12 +253,17 @@ def tracking_errors(tracker: Stark, rows: list[dict]) -> Iterator[float]:
 def tracking() -> dict[str, float]:
     found = {}
     for variant, rows in TRACK["outputs"].items():
-        found |= {f"stark-{variant}, tracking, {kind}": value for kind, value in worst(*tracked(following(variant), rows)).items()}
+        found |= {
+            f"stark-{variant}, tracking, {kind}": value
+            for kind, value in worst(*tracked(following(variant), rows)).items()
+        }
     return found
 
 
 def crops() -> dict[str, float]:
-    """Differences of crops, in grey levels and normalised, of masks, of boxes in crops and of clipped boxes."""
+    """Differences of crops, in grey levels and normalised, of masks, of boxes in crops and of
+    clipped boxes.
+    """
     gold, frame, found = golden("stark_crop"), frame_of(golden("stark_crop")["frame"]), []
     for case in gold["crops"]:
         crop = cut([frame[:, :-1, :-1]], window_of(case), torch.zeros(3))
@@ -221,10 +276,18 @@ def crops() -> dict[str, float]:
         gt, extract = (torch.tensor([case[k]], dtype=torch.float64) for k in ("gt", "extract"))
         centre = xywh_to_cxcywh(extract)[:, :2]
         windows = Windows.around(centre, (context_side(extract) * 5).ceil(), 320)
-        found.append({"boxes in crops, gt_in_crop": away(cxcywh_to_xywh(gt_in_crop(gt, centre, windows))[0], case["gt_in_crop"])})
+        found.append(
+            {
+                "boxes in crops, gt_in_crop": away(
+                    cxcywh_to_xywh(gt_in_crop(gt, centre, windows))[0], case["gt_in_crop"]
+                )
+            }
+        )
     for case in gold["clip_box"]:
         size = torch.tensor([[case["W"], case["H"]]], dtype=torch.float64)
-        box = clip_with_margin(torch.tensor([case["box"]], dtype=torch.float64), size, case["margin"])
+        box = clip_with_margin(
+            torch.tensor([case["box"]], dtype=torch.float64), size, case["margin"]
+        )
         found.append({"clipped boxes, clip_box": away(box[0], case["out"])})
     masks = mask_errors(lambda w, width, height: outside(w, [(width - 1, height - 1)])[0])
     return worst(*found) | {"crops with another mask": masks}
@@ -241,19 +304,35 @@ def bare(config: StarkConfig) -> nn.Module:
 
 
 def losses() -> dict[str, float]:
-    """Of three batches: usual boxes, boxes inside out (whose GIoU term the authors drop), boxes beyond the crop; and of scores."""
+    """Of three batches: usual boxes, boxes inside out (whose GIoU term the authors drop), boxes
+    beyond the crop; and of scores.
+    """
     found = []
     for case in TRAIN["loss"]:
         boxes, truth = torch.tensor(case["pred_cxcywh"]), torch.tensor(case["gt_xywh"])
         answer = Answer(boxes[:, None], None, boxes, None, {})
-        got = Stark._losses(bare(StarkConfig.s50(exact=False)), answer, xywh_to_cxcywh(truth), torch.ones(len(boxes)), "box")
+        got = Stark._losses(
+            bare(StarkConfig.s50(exact=False)),
+            answer,
+            xywh_to_cxcywh(truth),
+            torch.ones(len(boxes)),
+            "box",
+        )
         wanted = {"l1": case["l1"], "giou": case["giou_loss"]}
-        found.append({"losses of boxes, loss": max(abs(got[name].item() - value) for name, value in wanted.items())})
+        found.append(
+            {
+                "losses of boxes, loss": max(
+                    abs(got[name].item() - value) for name, value in wanted.items()
+                )
+            }
+        )
         found.append({"losses of boxes, total": abs(got["loss"].item() - case["total"])})
     case = TRAIN["stage2_bce"]
     logits = torch.tensor(case["logits"])[:, None]
     answer = Answer(torch.zeros(4, 1, 4), logits, logits, None, {})
-    got = Stark._losses(bare(StarkConfig.st50()), answer, torch.zeros(4, 4), torch.tensor(case["labels"]), "score")["loss"]
+    got = Stark._losses(
+        bare(StarkConfig.st50()), answer, torch.zeros(4, 4), torch.tensor(case["labels"]), "score"
+    )["loss"]
     return worst(*found) | {"losses of scores, loss": abs(got.item() - case["value"])}
 
 
@@ -262,16 +341,26 @@ def test_exact_losses(case):
     """Where the authors drop the GIoU term of a whole batch for one box, the others' still counts."""
     boxes, truth = torch.tensor(case["pred_cxcywh"]), torch.tensor(case["gt_xywh"])
     answer = Answer(boxes[:, None], None, boxes, None, {})
-    found = Stark._losses(bare(StarkConfig.s50(exact=True)), answer, xywh_to_cxcywh(truth), torch.ones(len(boxes)), "box")
+    found = Stark._losses(
+        bare(StarkConfig.s50(exact=True)),
+        answer,
+        xywh_to_cxcywh(truth),
+        torch.ones(len(boxes)),
+        "box",
+    )
     assert found["l1"].item() == pytest.approx(case["l1"], abs=1e-6)
     if case["giou_loss"]:
         assert found["giou"].item() == pytest.approx(case["giou_loss"], abs=1e-6)
         assert found["loss"].item() == pytest.approx(case["total"], abs=1e-5)
     else:  # exactly, the good box counts and the bad one does not overlap
         good = TRAIN["loss"][0]
-        one, _ = localisation(cxcywh_to_xyxy(torch.tensor(good["pred_cxcywh"][:1])), xywh_to_xyxy(truth[:1]))
+        one, _ = localisation(
+            cxcywh_to_xyxy(torch.tensor(good["pred_cxcywh"][:1])), xywh_to_xyxy(truth[:1])
+        )
         assert found["giou"].item() >= (one.item() + 1) / 2
-        assert found["loss"].item() == pytest.approx(2 * found["giou"].item() + 5 * case["l1"], abs=1e-5)
+        assert found["loss"].item() == pytest.approx(
+            2 * found["giou"].item() + 5 * case["l1"], abs=1e-5
+        )
 
 
 @cache
@@ -283,17 +372,32 @@ def gradients(variant: str) -> dict[str, float]:
     tracker.eval()
     try:
         answer = tracker(*encoded(tracker, inputs, 0))
-        losses = tracker._losses(answer, xywh_to_cxcywh(torch.tensor([gold["gt_xywh"]])), torch.ones(1), "box")
+        losses = tracker._losses(
+            answer, xywh_to_cxcywh(torch.tensor([gold["gt_xywh"]])), torch.ones(1), "box"
+        )
         losses["loss"].backward()
-        norms = {name: p.grad.norm().item() for name, p in tracker.named_parameters() if p.grad is not None}
-        pairs = [(norms[official.rename(f"stark-{variant}", key)], norm) for key, norm in gold["grad_norm"].items()]
+        norms = {
+            name: p.grad.norm().item()
+            for name, p in tracker.named_parameters()
+            if p.grad is not None
+        }
+        pairs = [
+            (norms[official.rename(f"stark-{variant}", key)], norm)
+            for key, norm in gold["grad_norm"].items()
+        ]
         pairs.append((math.hypot(*norms.values()), gold["total_grad_norm"]))
-        without = tuple(official.rename(f"stark-{variant}", f"{key}.") for key in gold["params_without_grad"])
+        without = tuple(
+            official.rename(f"stark-{variant}", f"{key}.") for key in gold["params_without_grad"]
+        )
         names = {name for name, _ in tracker.named_parameters()}
         assert {name for name in names if name.startswith(without)} == names - set(norms)
         return {
-            f"stark-{variant}, loss (relative)": max(abs(losses[name].item() / gold[name] - 1) for name in ("loss", "giou", "l1")),
-            f"stark-{variant}, norms of gradients (relative)": max(abs(got / norm - 1) for got, norm in pairs),
+            f"stark-{variant}, loss (relative)": max(
+                abs(losses[name].item() / gold[name] - 1) for name in ("loss", "giou", "l1")
+            ),
+            f"stark-{variant}, norms of gradients (relative)": max(
+                abs(got / norm - 1) for got, norm in pairs
+            ),
         }
     finally:
         tracker.zero_grad(set_to_none=True)
@@ -304,7 +408,9 @@ def jitter() -> float:
     """Largest difference of a box that is jittered for a search crop, px."""
     found = []
     for case in TRAIN["jitter"]:
-        box, normal, uniform = (torch.tensor(case[k], dtype=torch.float64) for k in ("box", "normal", "uniform"))
+        box, normal, uniform = (
+            torch.tensor(case[k], dtype=torch.float64) for k in ("box", "normal", "uniform")
+        )
         found.append(away(jitter_box(box, 0.5, 4.5, normal, uniform), case["search_jittered"]))
     return max(found)
 
@@ -318,16 +424,34 @@ def deviations() -> dict[str, tuple[float, float, str]]:
     found, training = {}, losses() | {"jittered boxes, px": jitter()}
     for name in COUNTS:
         file = name.replace("-", "_")
-        found |= {what: (*entry, file) for what, entry in in_units(network(name), golden(file), f"{name}, ").items()}
+        found |= {
+            what: (*entry, file)
+            for what, entry in in_units(network(name), golden(file), f"{name}, ").items()
+        }
         if name.removeprefix("stark-") in TRAIN["gradients"]:
             training |= gradients(name.removeprefix("stark-"))
     ablations = in_units(ablated_networks(), ABLATIONS, "seven switches of stark-st50, ")
     found |= {what: (*entry, "stark_ablations") for what, entry in ablations.items()}
-    allowed = {"px": TRACK["tolerance"]["box_px"], "score": TRACK["tolerance"]["score"], "other times": 0}
+    allowed = {
+        "px": TRACK["tolerance"]["box_px"],
+        "score": TRACK["tolerance"]["score"],
+        "other times": 0,
+    }
     found |= certified(tracking(), allowed, "stark_track")
-    found |= certified(crops(), golden("stark_crop")["tolerance"] | {"crops of another sum": 0, "crops with another mask": 0}, "stark_crop")
+    found |= certified(
+        crops(),
+        golden("stark_crop")["tolerance"]
+        | {"crops of another sum": 0, "crops with another mask": 0},
+        "stark_crop",
+    )
     # only for gradients the file has a tolerance
-    allowed = {"loss": 1e-6, "total": 1e-5, "loss (relative)": 1e-5, "gradients (relative)": 1e-3, "px": 2e-5}
+    allowed = {
+        "loss": 1e-6,
+        "total": 1e-5,
+        "loss (relative)": 1e-5,
+        "gradients (relative)": 1e-3,
+        "px": 2e-5,
+    }
     return found | certified(training, allowed, "stark_train")
 
 
@@ -356,10 +480,16 @@ def test_optimisers(variant):
             for group in optimizer.param_groups
         ]
         wanted = TRAIN["optimizer"][f"stage{number}"]
-        assert groups == sorted(wanted, key=lambda group: group["lr"] != groups[0]["lr"]), stage.name
+        assert groups == sorted(wanted, key=lambda group: group["lr"] != groups[0]["lr"]), (
+            stage.name
+        )
         assert isinstance(optimizer, torch.optim.AdamW) and stage.clip == 0.1
         epoch = 60_000 // 128
         drop = TRAIN["optimizer"][f"stage{number}_step_size"] * epoch
         assert stage.rate(0) == stage.rate(drop - 1) == 1e-4
-        assert stage.rate(drop) == stage.rate(stage.steps - 1) == pytest.approx(1e-4 * TRAIN["optimizer"][f"stage{number}_gamma"])
+        assert (
+            stage.rate(drop)
+            == stage.rate(stage.steps - 1)
+            == pytest.approx(1e-4 * TRAIN["optimizer"][f"stage{number}_gamma"])
+        )
         assert stage.steps == {1: 500, 2: 50}[number] * epoch

@@ -1,4 +1,5 @@
 """STARK's crops and samples: the authors' numbers, and what must hold for every sample."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -57,7 +58,9 @@ def window_of(case: dict) -> Windows:
 
 
 def flat_video(count: int = 24, width: int = 160, height: int = 120, **labels) -> ArraySequence:
-    """Frame i is one grey, 2 * i + 100, so that a crop tells its frame. The target stands in the middle, 40 x 30."""
+    """Frame i is one grey, 2 * i + 100, so that a crop tells its frame. The target stands in the
+    middle, 40 x 30.
+    """
     images = [torch.full((3, height, width), 2 * i + 100, dtype=torch.uint8) for i in range(count)]
     boxes = torch.tensor([[width / 2 - 20, height / 2 - 15, 40, 30]]).expand(count, 4)
     return ArraySequence("flat", images, boxes.clone(), **labels)
@@ -74,7 +77,8 @@ def square_video(count: int = 24) -> ArraySequence:
     return ArraySequence("square", images, torch.tensor(boxes))
 
 
-# ------------------------------------------------------------------------------------- the authors' numbers
+# ------------------------------------------------------------------------------------- the authors'
+# numbers
 
 
 def mask_errors(make_mask) -> int:
@@ -84,7 +88,9 @@ def mask_errors(make_mask) -> int:
         mask = make_mask(window_of(case), width, height)
         cells = mask[::16, ::16]
         found = [mask.sum(), cells.sum(), cells.sum(1).tolist(), cells.sum(0).tolist()]
-        errors += found != [case[k] for k in ("mask_true", "mask16_true", "mask16_rows", "mask16_cols")]
+        errors += found != [
+            case[k] for k in ("mask_true", "mask16_true", "mask16_rows", "mask16_cols")
+        ]
     return errors
 
 
@@ -131,21 +137,36 @@ def test_box_in_a_crop_is_the_authors():
 def test_jitter_is_the_authors():
     for case in TRAIN["jitter"]:
         box = torch.tensor(case["box"], dtype=torch.float64)
-        normal, uniform = (torch.tensor(case[k], dtype=torch.float64) for k in ("normal", "uniform"))
+        normal, uniform = (
+            torch.tensor(case[k], dtype=torch.float64) for k in ("normal", "uniform")
+        )
         found = jitter_box(box, 0.5, 4.5, normal, uniform)
-        torch.testing.assert_close(found, torch.tensor(case["search_jittered"]).double(), rtol=0, atol=2e-5)
+        torch.testing.assert_close(
+            found, torch.tensor(case["search_jittered"]).double(), rtol=0, atol=2e-5
+        )
         assert torch.equal(jitter_box(box, 0.0, 0.0, normal, uniform), box)
         mixed_up = jitter_box(box, 0.5, 4.5, normal.flip(0), uniform)
         assert (mixed_up - found).abs().max() > 1
 
 
 def test_grey_levels_are_those_of_opencv():
-    colours = [[255, 0, 0], [0, 255, 0], [0, 0, 255], [10, 200, 33], [255, 255, 255], [77, 3, 250], [1, 2, 3], [128, 127, 129]]
+    colours = [
+        [255, 0, 0],
+        [0, 255, 0],
+        [0, 0, 255],
+        [10, 200, 33],
+        [255, 255, 255],
+        [77, 3, 250],
+        [1, 2, 3],
+        [128, 127, 129],
+    ]
     crop = torch.tensor(colours, dtype=torch.uint8).T[:, None]
-    assert grey_levels(crop).flatten().tolist() == [76, 150, 29, 124, 255, 53, 2, 128]  # cv2.cvtColor, RGB2GRAY
+    # cv2.cvtColor, RGB2GRAY
+    assert grey_levels(crop).flatten().tolist() == [76, 150, 29, 124, 255, 53, 2, 128]
 
 
-# -------------------------------------------------------------------------------------------------- windows
+# --------------------------------------------------------------------------------------------------
+# windows
 
 
 @settings(max_examples=60, deadline=None)
@@ -159,11 +180,16 @@ def test_the_two_rules_for_the_box_differ_by_half_a_pixel_and_by_rounding(box, s
     box = torch.tensor([box], dtype=torch.float64)
     spec = CropSpec(size, 5.0, shift_px=shift, jitter_size=0.5, jitter_centre=4.5)
     window, exact = choose_window(box, spec, np.random.default_rng(seed))
-    same, theirs = choose_window(box, dataclasses.replace(spec, exact=False), np.random.default_rng(seed))
+    same, theirs = choose_window(
+        box, dataclasses.replace(spec, exact=False), np.random.default_rng(seed)
+    )
     assert all(torch.equal(getattr(window, k), getattr(same, k)) for k in ("left", "top", "side"))
-    torch.testing.assert_close(exact.double(), (xywh_to_cxcywh(window.to_crop(box)) / size)[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        exact.double(), (xywh_to_cxcywh(window.to_crop(box)) / size)[0], rtol=1e-6, atol=1e-6
+    )
     difference = (theirs - exact).double() * size
-    snapping = 0.5 * window.scale.item()  # of their window: half a frame pixel, also in a frame of reduced size
+    # of their window: half a frame pixel, also in a frame of reduced size
+    snapping = 0.5 * window.scale.item()
     assert (difference[:2] + 0.5).abs().max() <= snapping + 0.01 + 1e-5 * exact.abs().max() * size
     torch.testing.assert_close(theirs[2:], exact[2:], rtol=1e-5, atol=1e-6)
 
@@ -175,18 +201,25 @@ def test_side_is_rounded_up_around_the_jittered_box():
         window, _ = choose_window(box, TINY.search, rng)
         draws = np.random.default_rng(seed)
         draws.random(3)  # zoom and shift
-        normal, uniform = torch.from_numpy(draws.standard_normal(2)), torch.from_numpy(draws.random(2))
+        normal, uniform = (
+            torch.from_numpy(draws.standard_normal(2)),
+            torch.from_numpy(draws.random(2)),
+        )
         around = jitter_box(box, 0.5, 4.5, normal, uniform)
         side = math.ceil(5 * math.sqrt(around[0, 2] * around[0, 3]))
-        if side < 2 * TINY.search.size:  # beyond, the window may move to the grid of a reduced frame
+        # beyond, the window may move to the grid of a reduced frame
+        if side < 2 * TINY.search.size:
             assert window.side.item() == side
             assert window.left.item() == round(float(around[0, 0] + around[0, 2] / 2) - side / 2)
             assert window.top.item() == round(float(around[0, 1] + around[0, 3] / 2) - side / 2)
-    theirs, _ = choose_window(box, dataclasses.replace(TINY.template, exact=False), np.random.default_rng(0))
+    theirs, _ = choose_window(
+        box, dataclasses.replace(TINY.template, exact=False), np.random.default_rng(0)
+    )
     assert theirs.side.item() == math.ceil(2 * math.sqrt(600))
 
 
-# --------------------------------------------------------------------------------------------------- frames
+# ---------------------------------------------------------------------------------------------------
+# frames
 
 
 def frequencies(spec: SampleSpec, usable: list[int], length: int, draws: int = 8000) -> Counter:
@@ -248,7 +281,12 @@ def test_causal_and_trident_keep_their_sides(usable, more, searches, max_gap, se
     found = choose_frames(causal, usable, np.random.default_rng(seed), length)
     assert len(found) == 1 + searches and set(found) <= set(usable)
     assert (found[1:] > found[0]).all() and (np.diff(found) >= 0).all()
-    found = choose_frames(dataclasses.replace(TINY, templates=3, max_gap=max_gap), usable, np.random.default_rng(seed), length)
+    found = choose_frames(
+        dataclasses.replace(TINY, templates=3, max_gap=max_gap),
+        usable,
+        np.random.default_rng(seed),
+        length,
+    )
     first, dynamic, search = found[0], found[1:3], found[3]
     assert {first, search} <= set(usable)
     assert (dynamic >= 0).all() and (dynamic < length).all()
@@ -265,7 +303,9 @@ def test_a_dynamic_template_needs_a_box_but_no_visible_target():
     video.boxes_xywh[8:10] = float("nan")
     video.boxes_xywh[10, 0] = float("inf")
     video.boxes_xywh[11, 2] = -5
-    samples = Samples([video], dataclasses.replace(TINY, flip=0, grey=0, brightness=0, max_gap=24), 0, 240)
+    samples = Samples(
+        [video], dataclasses.replace(TINY, flip=0, grey=0, brightness=0, max_gap=24), 0, 240
+    )
     second = Counter((int(samples[i]["templates"][1, 0, 32, 32]) - 99) // 2 for i in range(240))
     assert not second.keys() & set(range(8, 12)) and set(range(12, 16)) <= second.keys()
     first = {(int(samples[i]["templates"][0, 0, 32, 32]) - 99) // 2 for i in range(50)}
@@ -285,7 +325,8 @@ def test_orders_say_what_they_cannot_do():
         CropSpec(64, 2.0, jitter_size=-0.5)
 
 
-# -------------------------------------------------------------------------------------------------- samples
+# --------------------------------------------------------------------------------------------------
+# samples
 
 
 def test_what_a_sample_holds():
@@ -309,7 +350,10 @@ def test_stark_samples_do_not_depend_on_workers_or_interruption():
     sequences = [flat_video(absent=absent), square_video(), flat_video()]
     samples = Samples(sequences, dataclasses.replace(TINY, negatives=0.5), 0, 24)
     whole = list(batches(samples, 4, 0, 6))
-    for others, expected in ((batches(samples, 4, 0, 6, workers=2), whole), (batches(samples, 4, 4, 6), whole[4:])):
+    for others, expected in (
+        (batches(samples, 4, 0, 6, workers=2), whole),
+        (batches(samples, 4, 4, 6), whole[4:]),
+    ):
         for a, b in zip(others, expected, strict=True):
             assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -322,24 +366,36 @@ def test_boxes_and_masks_stay_on_their_pixels(flip, each):
         sample = samples[i]
         for what in ("template", "search"):
             crops = sample["templates" if what == "template" else "searches"]
-            for crop, box, mask in zip(crops, sample[f"{what}_boxes"], sample[f"{what}_masks"], strict=True):
+            for crop, box, mask in zip(
+                crops, sample[f"{what}_boxes"], sample[f"{what}_masks"], strict=True
+            ):
                 grey, size = crop[0].int(), crop.shape[-1]
-                # a crop of a frame that was decoded at a smaller size blends with the padding a little farther
+                # a crop of a frame that was decoded at a smaller size blends with the padding a
+                # little farther
                 assert (grey[~mask] >= 50).all(), "padding lies under the mask"
                 x, y, w, h = (cxcywh_to_xywh(box) * size).tolist()
                 slack = 1 + w / 30  # a crop pixel and a frame pixel
                 at = torch.arange(size) + 0.5
-                near = [(at > lo - slack) & (at < hi + slack) for lo, hi in ((y, y + h), (x, x + w))]
-                deep = [(at > lo + slack) & (at < hi - slack) for lo, hi in ((y, y + h), (x, x + w))]
-                assert not (grey > 250)[~(near[0][:, None] & near[1])].any(), "white only in the box"
-                assert (grey > 250)[deep[0][:, None] & deep[1] & ~mask].all(), "and everywhere in it, but for padding"
+                near = [
+                    (at > lo - slack) & (at < hi + slack) for lo, hi in ((y, y + h), (x, x + w))
+                ]
+                deep = [
+                    (at > lo + slack) & (at < hi - slack) for lo, hi in ((y, y + h), (x, x + w))
+                ]
+                assert not (grey > 250)[~(near[0][:, None] & near[1])].any(), (
+                    "white only in the box"
+                )
+                assert (grey > 250)[deep[0][:, None] & deep[1] & ~mask].all(), (
+                    "and everywhere in it, but for padding"
+                )
                 checked += int((deep[0][:, None] & deep[1] & ~mask).any())
     assert checked > 35, "of 48 crops"
 
 
 def test_mirrored_twice_is_not_mirrored():
     never, twice, once = (
-        Samples([square_video()], dataclasses.replace(TINY, flip=a, flip_each=b), 0, 8) for a, b in ((0, 0), (1, 1), (1, 0))
+        Samples([square_video()], dataclasses.replace(TINY, flip=a, flip_each=b), 0, 8)
+        for a, b in ((0, 0), (1, 1), (1, 0))
     )
     for i in range(8):
         a, b, c = never[i], twice[i], once[i]
@@ -356,15 +412,22 @@ def test_each_crop_is_mirrored_by_itself():
     for image in video.images:
         image[:, :, 80:] = 250  # the right half is light
     samples = Samples([video], dataclasses.replace(TINY, flip=0, grey=0, brightness=0), 0, 200)
-    light_left = [tuple(bool(crop[0, 32, 8] > 200) for crop in samples[i]["templates"]) for i in range(200)]
-    assert all(35 <= count <= 65 for count in Counter(light_left).values()) and len(set(light_left)) == 4
+    light_left = [
+        tuple(bool(crop[0, 32, 8] > 200) for crop in samples[i]["templates"]) for i in range(200)
+    ]
+    assert (
+        all(35 <= count <= 65 for count in Counter(light_left).values())
+        and len(set(light_left)) == 4
+    )
 
 
 def test_fill_and_masks_of_the_authors_frames():
     """The last row and column of a frame are masked when the authors' rule is asked for."""
     video = flat_video(width=64, height=64)
     video.boxes_xywh[:] = torch.tensor([16.0, 16, 32, 32])  # the window is the frame
-    spec = dataclasses.replace(PAIR, template=CropSpec(64, 2.0, fill=7), search=CropSpec(64, 3.0, fill=7), masks=True)
+    spec = dataclasses.replace(
+        PAIR, template=CropSpec(64, 2.0, fill=7), search=CropSpec(64, 3.0, fill=7), masks=True
+    )
     sample = Samples([video], spec, 0, 1)[0]
     assert not sample["template_masks"].any() and sample["search_masks"].any()
     assert (sample["searches"][0, :, 0] == 7).all()
@@ -373,7 +436,8 @@ def test_fill_and_masks_of_the_authors_frames():
     assert mask[-1].all() and mask[:, -1].all() and not mask[:-1, :-1].any()
 
 
-# ------------------------------------------------------------------------------------------------ negatives
+# ------------------------------------------------------------------------------------------------
+# negatives
 
 
 def shades(crops: torch.Tensor) -> list[int]:
@@ -381,7 +445,9 @@ def shades(crops: torch.Tensor) -> list[int]:
     return [(int(crop.amax()) - 99) // 2 for crop in crops]
 
 
-PLAIN = dataclasses.replace(TINY, flip=0, flip_each=0, grey=0, brightness=0, order="forward", max_gap=30)
+PLAIN = dataclasses.replace(
+    TINY, flip=0, flip_each=0, grey=0, brightness=0, order="forward", max_gap=30
+)
 
 
 def test_negatives_are_frames_without_the_target():
@@ -390,7 +456,9 @@ def test_negatives_are_frames_without_the_target():
     cover = torch.full((24,), 8)
     cover[17] = 0
     search = CropSpec(128, 4.0, fill=0)
-    spec = dataclasses.replace(PLAIN, negatives=0.5, searches=2, search=search, rule=FrameRule(min_area=1))
+    spec = dataclasses.replace(
+        PLAIN, negatives=0.5, searches=2, search=search, rule=FrameRule(min_area=1)
+    )
     samples = Samples([flat_video(absent=absent, cover=cover)], spec, 0, 160)
     labels, seen = [], set()
     for i in range(160):
@@ -402,9 +470,14 @@ def test_negatives_are_frames_without_the_target():
             assert not {3, 11, 17} & set(shades(sample["searches"]))
         else:
             seen |= set(shades(sample["searches"]))
-            # the middle of a 160 x 120 frame, an eighth of each side: 70, 52, 20, 15; a window of ~69 px around it
-            torch.testing.assert_close(sample["search_boxes"][:, 2] * 69, torch.full((2,), 20.0), rtol=0.02, atol=0)
-            torch.testing.assert_close(sample["search_boxes"][:, 3] * 69, torch.full((2,), 15.0), rtol=0.02, atol=0)
+            # the middle of a 160 x 120 frame, an eighth of each side: 70, 52, 20, 15; a window of
+            # ~69 px around it
+            torch.testing.assert_close(
+                sample["search_boxes"][:, 2] * 69, torch.full((2,), 20.0), rtol=0.02, atol=0
+            )
+            torch.testing.assert_close(
+                sample["search_boxes"][:, 3] * 69, torch.full((2,), 15.0), rtol=0.02, atol=0
+            )
     assert seen == {3, 11, 17}
     assert 0.38 < np.mean(labels) < 0.62
 
@@ -412,11 +485,18 @@ def test_negatives_are_frames_without_the_target():
 def test_a_target_that_is_not_there_is_looked_for_in_the_middle():
     video = flat_video(absent=torch.arange(24) == 4)
     video.images[4][:, 52:67, 70:90] = 255
-    sample = Samples([video], dataclasses.replace(PLAIN, negatives=1.0, search=CropSpec(64, 4.0)), 0, 1)[0]
+    sample = Samples(
+        [video], dataclasses.replace(PLAIN, negatives=1.0, search=CropSpec(64, 4.0)), 0, 1
+    )[0]
     x, y, w, h = (cxcywh_to_xywh(sample["search_boxes"][0]) * 64).tolist()
     white = sample["searches"][0, 0] > 180
     rows, columns = white.any(1).nonzero(), white.any(0).nonzero()
-    found = [columns.min().item(), rows.min().item(), columns.max().item() + 1, rows.max().item() + 1]
+    found = [
+        columns.min().item(),
+        rows.min().item(),
+        columns.max().item() + 1,
+        rows.max().item() + 1,
+    ]
     assert found == pytest.approx([x, y, x + w, y + h], abs=1)
 
 
@@ -425,8 +505,14 @@ def test_negatives_of_ever_visible_targets_come_from_other_sequences():
     for image in other.images:
         image += 50
     other.boxes_xywh[:] = torch.tensor([40.0, 30, 60, 50])
-    other.boxes_xywh[5, 2] = 0  # no box to crop around; and a frame without the target, of this sequence
-    samples = Samples([one, other], dataclasses.replace(PLAIN, negatives=1.0, search=CropSpec(128, 4.0, fill=0)), 0, 160)
+    # no box to crop around; and a frame without the target, of this sequence
+    other.boxes_xywh[5, 2] = 0
+    samples = Samples(
+        [one, other],
+        dataclasses.replace(PLAIN, negatives=1.0, search=CropSpec(128, 4.0, fill=0)),
+        0,
+        160,
+    )
     of_one = Counter()
     for i in range(160):
         sample = samples[i]
@@ -435,11 +521,15 @@ def test_negatives_of_ever_visible_targets_come_from_other_sequences():
         aspect = (sample["search_boxes"][0, 2] / sample["search_boxes"][0, 3]).item()
         if shades(sample["templates"])[0] < 25:
             of_one[search] += 1
-            assert aspect == pytest.approx(60 / 50 if search >= 25 else 40 / 30, rel=1e-3), "the box of that frame"
+            assert aspect == pytest.approx(60 / 50 if search >= 25 else 40 / 30, rel=1e-3), (
+                "the box of that frame"
+            )
         else:
             assert search == 30 and aspect == pytest.approx(20 / 15, rel=1e-3)
     assert 30 not in of_one and len(of_one) > 25
-    assert 0.3 < sum(count for shade, count in of_one.items() if shade < 25) / of_one.total() < 0.7, "by chance the same"
+    assert (
+        0.3 < sum(count for shade, count in of_one.items() if shade < 25) / of_one.total() < 0.7
+    ), "by chance the same"
 
 
 def test_a_spec_without_negatives_has_no_labels_and_one_with_them_only():
@@ -448,7 +538,8 @@ def test_a_spec_without_negatives_has_no_labels_and_one_with_them_only():
     assert all(always[i]["labels"].tolist() == [1.0] for i in range(5))
 
 
-# ------------------------------------------------------------------------------------------------ rejection
+# ------------------------------------------------------------------------------------------------
+# rejection
 
 
 def test_crops_that_show_nothing_are_drawn_again():
@@ -459,7 +550,9 @@ def test_crops_that_show_nothing_are_drawn_again():
         sample = samples[i]
         assert not sample["search_masks"][:, ::16, ::16].flatten(1).all(1).any()
         assert sample["searches"].any()
-    assert not all(wild[i]["searches"].any() for i in range(60)), "without the rule there are such crops"
+    assert not all(wild[i]["searches"].any() for i in range(60)), (
+        "without the rule there are such crops"
+    )
 
 
 def test_data_without_one_good_crop_end_with_an_error():

@@ -1,4 +1,7 @@
-"""STARK from nothing: the aids of a short training, weights to start from, and the weights that come with trackkit."""
+"""STARK from nothing: the aids of a short training, weights to start from, and the weights that
+come with trackkit.
+"""
+
 from __future__ import annotations
 
 import urllib.error
@@ -23,7 +26,9 @@ from trackkit.training import shortened
 
 @given(st.floats(0, 1), st.floats(0, 1))
 def test_the_place_itself_is_the_best_answer(x, y):
-    """At the minimum the gradient is 0: the softmax is the shared target, whose expectation is the place."""
+    """At the minimum the gradient is 0: the softmax is the shared target, whose expectation is the
+    place.
+    """
     place = torch.tensor([[x, y]])
     logits = torch.zeros(1, 12, 12, requires_grad=True)
     place_cross_entropy(logits, place).backward()
@@ -34,7 +39,10 @@ def test_the_place_itself_is_the_best_answer(x, y):
 
 def test_a_place_outside_of_the_crop_counts_as_its_border():
     logits = torch.randn(2, 1, 12, 12, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(place_cross_entropy(logits, torch.full((2, 1, 2), 1.7)), place_cross_entropy(logits, torch.ones(2, 1, 2)))
+    assert torch.equal(
+        place_cross_entropy(logits, torch.full((2, 1, 2), 1.7)),
+        place_cross_entropy(logits, torch.ones(2, 1, 2)),
+    )
 
 
 def test_attention_starts_as_a_lookup():
@@ -45,7 +53,8 @@ def test_attention_starts_as_a_lookup():
         assert torch.equal(queries, keys)
         tokens = torch.nn.functional.layer_norm(torch.randn(1, 5, width), (width,))
         _, share = layer.self_attn(tokens, tokens, tokens, weights=True)
-        assert (share.mean(1)[0].argmax(1) == torch.arange(5)).all()  # each token looks at itself most
+        # each token looks at itself most
+        assert (share.mean(1)[0].argmax(1) == torch.arange(5)).all()
     for layer in tracker.decoder.layers:
         seen = torch.randn(1, 1, width).expand(1, 3, width)
         assert torch.allclose(layer.cross_attn(seen, seen, seen)[0], seen, atol=1e-5)
@@ -55,7 +64,10 @@ def test_attention_starts_as_a_lookup():
 def test_shortened_stages_keep_their_proportions():
     body, score = shortened(Stark(StarkConfig.tiny()).recipe("laptop"), 500)
     assert (body.steps, score.steps, body.warmup, score.warmup) == (500, 50, 8, 8)
-    assert [stage.steps for stage in shortened(Stark(StarkConfig.tiny()).recipe("laptop"), 1)] == [1, 1]
+    assert [stage.steps for stage in shortened(Stark(StarkConfig.tiny()).recipe("laptop"), 1)] == [
+        1,
+        1,
+    ]
 
 
 def test_weights_to_start_from(monkeypatch):
@@ -71,16 +83,23 @@ def test_weights_to_start_from(monkeypatch):
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr(type(weights), "get_state_dict", offline)
-    with pytest.raises(TrackkitError, match=r"resnet50-\w+\.pth there, or start from random weights: --no-pretrained"):
+    with pytest.raises(
+        TrackkitError,
+        match=r"resnet50-\w+\.pth there, or start from random weights: --no-pretrained",
+    ):
         tracker.load_pretrained()
 
 
 def test_weights_that_come_with_trackkit():
-    """They follow a turning target through an embedded sequence, and renew the dynamic template on the way."""
+    """They follow a turning target through an embedded sequence, and renew the dynamic template on
+    the way.
+    """
     tracker = load(SAMPLES / "weights" / "stark-tiny.safetensors")
     assert tracker.config == StarkConfig.tiny()
     dataset = GOT10k(SAMPLES, "val")
-    sequence = next(dataset[i] for i in range(len(dataset)) if dataset[i].name == "synth_val_rotation")
+    sequence = next(
+        dataset[i] for i in range(len(dataset)) if dataset[i].name == "synth_val_rotation"
+    )
     assert average_overlap(sequence_overlaps(sequence, track(tracker, sequence).boxes_xywh)) > 0.7
     state, renewed = tracker.start([sequence.frame(0)], sequence.boxes_xywh[:1]), []
     for i in range(1, 21):

@@ -1,4 +1,7 @@
-"""STARK in training and on disk: stages, losses, ablations, questions, files, settings. Small untrained networks."""
+"""STARK in training and on disk: stages, losses, ablations, questions, files, settings. Small
+untrained networks.
+"""
+
 from __future__ import annotations
 
 import copy
@@ -35,18 +38,31 @@ DATA = SynthDataset(SynthConfig(), seed=0, length=50)
 
 
 def stages(tracker: Stark, steps: int, batch: int = 2) -> list:
-    return [replace(stage.resized(steps), batch=batch, warmup=0) for stage in tracker.recipe("tiny")]
+    return [
+        replace(stage.resized(steps), batch=batch, warmup=0) for stage in tracker.recipe("tiny")
+    ]
 
 
 def trained(tracker: Stark, out, steps: int, **options) -> list[dict]:
-    return train(tracker, stages(tracker, steps), DATA, out, progress=False, device="cpu", log_steps=1, **options)
+    return train(
+        tracker,
+        stages(tracker, steps),
+        DATA,
+        out,
+        progress=False,
+        device="cpu",
+        log_steps=1,
+        **options,
+    )
 
 
 def test_the_score_stage_changes_the_score_head_alone(tmp_path):
     """Bit for bit, norms' statistics included, although dropout is at work."""
     tracker = small(dropout=0.1)
     before = copy.deepcopy(tracker.state_dict())
-    log = train(tracker, stages(tracker, 3)[1:], DATA, tmp_path, progress=False, device="cpu", log_steps=1)
+    log = train(
+        tracker, stages(tracker, 3)[1:], DATA, tmp_path, progress=False, device="cpu", log_steps=1
+    )
     after = tracker.state_dict()
     changed = {key for key, value in before.items() if not torch.equal(value, after[key])}
     assert changed == {key for key in before if key.startswith("score_head.")}
@@ -59,11 +75,15 @@ def test_the_localisation_stage_leaves_the_score_head(tmp_path):
     train(tracker, stages(tracker, 2)[:1], DATA, tmp_path, progress=False, device="cpu")
     same = {key for key, value in tracker.state_dict().items() if torch.equal(value, before[key])}
     mute = "decoder.layers.0.self_attn.in_proj"  # with one query its queries and keys have no say
-    assert {key for key in same if not key.startswith(mute)} == {key for key in before if key.startswith("score_head.")}
+    assert {key for key in same if not key.startswith(mute)} == {
+        key for key in before if key.startswith("score_head.")
+    }
 
 
 TABLES_OF_STARK = [table for table in TABLES.values() if table.tracker == "stark-tiny"]
-ROWS = {f"{table.name}: {row.label}": row.changes for table in TABLES_OF_STARK for row in table.rows}
+ROWS = {
+    f"{table.name}: {row.label}": row.changes for table in TABLES_OF_STARK for row in table.rows
+}
 
 
 @pytest.mark.parametrize("changes", ROWS.values(), ids=ROWS)
@@ -72,12 +92,19 @@ def test_every_row_of_the_ablation_tables_trains_and_tracks(changes, videos, tmp
     log = trained(tracker, tmp_path / "run", 2)
     cfg = tracker.config
     at_once = not cfg.score or cfg.joint or cfg.matching == "hungarian"
-    assert [line["stage"] for line in log] == ["localisation"] * 2 + ([] if at_once else ["score"] * 2)
+    assert [line["stage"] for line in log] == ["localisation"] * 2 + (
+        [] if at_once else ["score"] * 2
+    )
     assert all(0 < line["loss"] < 50 for line in log)
     again = trackers.load(tmp_path / "run" / "tracker.safetensors")
     assert again.config == tracker.config
-    runs = [[found.boxes_xywh for _, found in track_many(which, videos[:2], batch=2)] for which in (tracker, again)]
-    assert [len(boxes) for boxes in runs[0]] == [3, 6] and all(torch.isfinite(boxes).all() for boxes in runs[0])
+    runs = [
+        [found.boxes_xywh for _, found in track_many(which, videos[:2], batch=2)]
+        for which in (tracker, again)
+    ]
+    assert [len(boxes) for boxes in runs[0]] == [3, 6] and all(
+        torch.isfinite(boxes).all() for boxes in runs[0]
+    )
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
@@ -107,21 +134,32 @@ def test_loss_is_the_sum_of_its_parts(from_scratch):
     box, score, joint = ({name: loss.item() for name, loss in losses.items()} for losses in kinds)
     assert set(box) == {"loss", "giou", "l1"} | ({"corner"} if from_scratch else set())
     assert set(joint) == set(box) | {"score"}
-    assert box["loss"] == pytest.approx(2 * box["giou"] + 5 * box["l1"] + box.get("corner", 0), rel=1e-5)
+    assert box["loss"] == pytest.approx(
+        2 * box["giou"] + 5 * box["l1"] + box.get("corner", 0), rel=1e-5
+    )
     assert joint["score"] == pytest.approx(score["loss"], rel=1e-5)
     assert joint["loss"] == pytest.approx(box["loss"] + score["loss"], rel=1e-5)
 
 
 def test_negatives_have_no_box():
-    """In joint training boxes are learned from the samples that show the target, and none from a batch without."""
+    """In joint training boxes are learned from the samples that show the target, and none from a
+    batch without.
+    """
     tracker = small(joint=True)
     batch = batch_of(tracker)
     batch["labels"] = torch.tensor([[1.0], [0.0], [1.0]]).expand(batch["search_boxes"].shape[:2])
     kept = {key: value[[0, 2]] for key, value in batch.items()}
-    assert tracker.loss(batch, "joint")["l1"].item() == pytest.approx(tracker.loss(kept, "joint")["l1"].item(), rel=1e-4)
+    assert tracker.loss(batch, "joint")["l1"].item() == pytest.approx(
+        tracker.loss(kept, "joint")["l1"].item(), rel=1e-4
+    )
     losses = tracker.loss({**batch, "labels": torch.zeros_like(batch["labels"])}, "joint")
-    assert set(losses) == set(tracker.loss(kept, "joint")), "or processes that log together would wait for each other"
-    assert losses["giou"] == losses["l1"] == losses["corner"] == 0 and losses["loss"] == losses["score"] > 0
+    assert set(losses) == set(tracker.loss(kept, "joint")), (
+        "or processes that log together would wait for each other"
+    )
+    assert (
+        losses["giou"] == losses["l1"] == losses["corner"] == 0
+        and losses["loss"] == losses["score"] > 0
+    )
     losses["loss"].backward()
     assert all(torch.isfinite(p.grad).all() for p in tracker.parameters() if p.grad is not None)
     assert (tracker.box_head.top_left[-1].weight.grad == 0).all()
@@ -133,10 +171,14 @@ def test_targets_beyond_the_crop_are_cut_off():
     batch["search_boxes"][:] = torch.tensor([0.9, 0.5, 0.4, 0.2])
     cut = copy.deepcopy(batch)
     cut["search_boxes"][:] = torch.tensor([0.85, 0.5, 0.3, 0.2])
-    assert tracker.loss(batch)["loss"].item() == pytest.approx(tracker.loss(cut)["loss"].item(), rel=1e-5)
+    assert tracker.loss(batch)["loss"].item() == pytest.approx(
+        tracker.loss(cut)["loss"].item(), rel=1e-5
+    )
 
 
-@pytest.mark.parametrize(("kind", "templates", "searches"), [("S", 1, 1), ("ST", 2, 1), ("updated query", 1, 2)])
+@pytest.mark.parametrize(
+    ("kind", "templates", "searches"), [("S", 1, 1), ("ST", 2, 1), ("updated query", 1, 2)]
+)
 def test_samples_are_as_many_crops_as_the_network_reads(kind, templates, searches):
     paper = batch_of(small(**KINDS[kind], from_scratch=False))
     assert paper["templates"].shape[1] == paper["template_masks"].shape[1] == templates
@@ -149,8 +191,16 @@ def test_several_searches_of_a_sample_are_several_samples():
     tracker = small()
     batch = batch_of(tracker)
     count = batch["searches"].shape[1]
-    apart = {key: value.repeat_interleave(count, 0) for key, value in batch.items() if key.startswith("template")}
-    apart |= {key: value.flatten(0, 1)[:, None] for key, value in batch.items() if key.startswith("search")}
+    apart = {
+        key: value.repeat_interleave(count, 0)
+        for key, value in batch.items()
+        if key.startswith("template")
+    }
+    apart |= {
+        key: value.flatten(0, 1)[:, None]
+        for key, value in batch.items()
+        if key.startswith("search")
+    }
     together, single = tracker.loss(batch), tracker.loss(apart)
     assert count > 1 and apart["searches"].shape[:2] == (3 * count, 1)
     for name, loss in together.items():
@@ -190,15 +240,24 @@ def test_hungarian_matching_teaches_the_best_query_alone():
     near, far = [0.52, 0.5, 0.2, 0.2], [0.8, 0.8, 0.1, 0.1]
     found = answers([[near, far], [far, [0.1, 0.1, 0.2, 0.3]]], [[0.0, 5.0], [0.0, 0.0]])
     losses = tracker._losses(found, truth, torch.ones(2), "box")
-    matched, corners = cxcywh_to_xyxy(torch.tensor([near, [0.1, 0.1, 0.2, 0.3]])), cxcywh_to_xyxy(truth).clamp(0, 1)
-    wanted = F.binary_cross_entropy_with_logits(found.logits, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    matched, corners = (
+        cxcywh_to_xyxy(torch.tensor([near, [0.1, 0.1, 0.2, 0.3]])),
+        cxcywh_to_xyxy(truth).clamp(0, 1),
+    )
+    wanted = F.binary_cross_entropy_with_logits(
+        found.logits, torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    )
     assert losses["l1"].item() == pytest.approx((matched - corners).abs().mean().item(), abs=1e-6)
-    assert losses["giou"].item() == pytest.approx(1 - giou(matched, corners).mean().item(), abs=1e-6)
+    assert losses["giou"].item() == pytest.approx(
+        1 - giou(matched, corners).mean().item(), abs=1e-6
+    )
     assert losses["score"].item() == pytest.approx(wanted.item(), abs=1e-6)
     even = answers([[near, near]], [[0.0, 1.0]])
     losses = tracker._losses(even, truth[:1], torch.ones(1), "box")
     wanted = F.binary_cross_entropy_with_logits(even.logits, torch.tensor([[0.0, 1.0]]))
-    assert losses["score"].item() == pytest.approx(wanted.item(), abs=1e-6), "of two equal boxes the more confident one"
+    assert losses["score"].item() == pytest.approx(wanted.item(), abs=1e-6), (
+        "of two equal boxes the more confident one"
+    )
 
 
 def test_a_confident_answer_is_the_next_question(videos):
@@ -215,8 +274,12 @@ def test_templates_that_ask_do_not_meet_the_search_before(videos):
     tracker = small(query="template")
     state = tracker.start(*firsts(videos[:1]))
     changed = replace(state, template=tracker.start(*firsts(videos[2:3])).template)
-    (_, one), (_, other) = (tracker.step(which, [videos[0].frame(1)], maps=True) for which in (state, changed))
-    assert torch.equal(one.maps["memory"], other.maps["memory"]) and not torch.equal(one.box, other.box)
+    (_, one), (_, other) = (
+        tracker.step(which, [videos[0].frame(1)], maps=True) for which in (state, changed)
+    )
+    assert torch.equal(one.maps["memory"], other.maps["memory"]) and not torch.equal(
+        one.box, other.box
+    )
     assert one.maps["decoder_0"].shape == (1, 2, 32, 64)
     assert one.maps["encoder_template_0"].shape == (1, 2, 32, 32)
 
@@ -224,7 +287,11 @@ def test_templates_that_ask_do_not_meet_the_search_before(videos):
 # ---- files and settings ----
 
 
-@pytest.mark.parametrize("changes", [{}, KINDS["S"], {"position": "learned"}, {"head": "mlp"}, {"pre_norm": False}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, KINDS["S"], {"position": "learned"}, {"head": "mlp"}, {"pre_norm": False}],
+    ids=str,
+)
 def test_a_saved_tracker_is_the_same(changes, videos, tmp_path):
     tracker = small(**changes)
     trackers.save(tracker, tmp_path / "stark.safetensors")
@@ -260,8 +327,16 @@ def test_impossible_configs(changes, message):
 
 
 def test_named_variants():
-    s50, st50, st101, tiny = StarkConfig.s50(), StarkConfig.st50(), StarkConfig.st101(), StarkConfig.tiny()
-    assert replace(st50, dynamic=False, score=False) == s50 and replace(st50, backbone="resnet101") == st101
+    s50, st50, st101, tiny = (
+        StarkConfig.s50(),
+        StarkConfig.st50(),
+        StarkConfig.st101(),
+        StarkConfig.tiny(),
+    )
+    assert (
+        replace(st50, dynamic=False, score=False) == s50
+        and replace(st50, backbone="resnet101") == st101
+    )
     assert (tiny.backbone, tiny.exact, tiny.dynamic, tiny.score) == ("tiny", True, True, True)
     assert StarkConfig.st50(update_interval=25).update_interval == 25
 
@@ -269,7 +344,10 @@ def test_named_variants():
 def authors(name: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """A checkpoint under the authors' names, of random numbers; counts are integers."""
     torch.manual_seed(1)
-    return {key: torch.rand(shape).to(dtype if shape else torch.long) for key, shape in golden(name)["keys"].items()}
+    return {
+        key: torch.rand(shape).to(dtype if shape else torch.long)
+        for key, shape in golden(name)["keys"].items()
+    }
 
 
 def test_a_checkpoint_in_half_precision():
@@ -283,7 +361,10 @@ def test_a_checkpoint_of_another_variant(monkeypatch):
     weights = authors("stark_s50")
     stark = {name: make for name, make in official.TRACKERS.items() if name.startswith("stark")}
     monkeypatch.setattr(official, "TRACKERS", stark)  # to compare with: quicker than all
-    with pytest.raises(CheckpointError, match=r"stark-st50 does not fit .*missing: score_head.*; it fits stark-s50$"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"stark-st50 does not fit .*missing: score_head.*; it fits stark-s50$",
+    ):
         official.load("stark-st50", weights)
     cut = {key: value for key, value in weights.items() if key != "bottleneck.bias"}
     with pytest.raises(CheckpointError, match=r"missing: bottleneck.bias$"):

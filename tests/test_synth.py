@@ -1,4 +1,5 @@
 """Procedural video: the same everywhere, labels that are true, dials that do what they say."""
+
 from __future__ import annotations
 
 import hashlib
@@ -26,7 +27,17 @@ from trackkit.synth import (
 )
 
 # GOT-10k's levels of the visible share
-LEVELS = [(0, 0), (0, 0.15), (0.15, 0.3), (0.3, 0.45), (0.45, 0.6), (0.6, 0.75), (0.75, 0.9), (0.9, 1), (1, 1)]
+LEVELS = [
+    (0, 0),
+    (0, 0.15),
+    (0.15, 0.3),
+    (0.3, 0.45),
+    (0.45, 0.6),
+    (0.6, 0.75),
+    (0.75, 0.9),
+    (0.9, 1),
+    (1, 1),
+]
 SMALL = {"width": 160, "height": 120, "frames": 16}
 
 
@@ -56,7 +67,9 @@ def test_pixels_and_labels_are_the_same_on_every_machine():
             sequence = SynthSequence(config, 7, number)
             crc = zlib.crc32(sequence.frame(5).numpy().tobytes())
             crc = zlib.crc32(sequence.crop(9, window(20, 10, 90, 64)).numpy().tobytes(), crc)
-            crc = zlib.crc32(sequence.boxes_xywh.numpy().tobytes() + sequence.cover.numpy().tobytes(), crc)
+            crc = zlib.crc32(
+                sequence.boxes_xywh.numpy().tobytes() + sequence.cover.numpy().tobytes(), crc
+            )
             sums.append(crc)
     assert sums == CHECKSUMS
 
@@ -77,21 +90,32 @@ def test_a_sequence_depends_on_its_number_alone():
         several[100]
 
 
-@pytest.mark.parametrize("attributes", [(), ("deformation",), ("articulation", "deformation"), ("rotation", "aspect")])
+@pytest.mark.parametrize(
+    "attributes", [(), ("deformation",), ("articulation", "deformation"), ("rotation", "aspect")]
+)
 def test_boxes_are_tight(attributes):
     for number in range(5):
         scene = SynthSequence(SynthConfig.only(*attributes, **SMALL), 5, number).scene
         for t in (0, 8, 15):
             if not scene.cut[t]:
                 box = scene.outline_xywh[t]
-                assert np.abs(mask_box(scene.target_mask(t) >= 128) - [*box[:2], *(box[:2] + box[2:])]).max() < 1.25
-                assert np.array_equal(scene.boxes_xywh[t], box) or np.allclose(scene.boxes_xywh[t], box, atol=1e-9)
+                assert (
+                    np.abs(
+                        mask_box(scene.target_mask(t) >= 128) - [*box[:2], *(box[:2] + box[2:])]
+                    ).max()
+                    < 1.25
+                )
+                assert np.array_equal(scene.boxes_xywh[t], box) or np.allclose(
+                    scene.boxes_xywh[t], box, atol=1e-9
+                )
 
 
 def test_cover_is_the_visible_share_of_the_area():
     seen = set()
     for number in range(10):
-        config = SynthConfig.only("occlusion", "motion", *(["articulation"] if number % 2 else []), **SMALL)
+        config = SynthConfig.only(
+            "occlusion", "motion", *(["articulation"] if number % 2 else []), **SMALL
+        )
         scene = SynthSequence(config, 6, number).scene
         for t in range(0, 16, 3):
             if scene.cut[t]:
@@ -126,7 +150,10 @@ def test_dials_off_is_a_still_picture():
 
 @pytest.mark.parametrize("name", ATTRIBUTES)
 def test_every_dial_is_labelled_and_changes_the_video(name):
-    off, on = (SynthSequence(c, 4, 0) for c in (SynthConfig.still(**SMALL), SynthConfig.only(name, **SMALL)))
+    off, on = (
+        SynthSequence(c, 4, 0)
+        for c in (SynthConfig.still(**SMALL), SynthConfig.only(name, **SMALL))
+    )
     assert on.attributes == (name,)
     assert on.scene.strengths == dict.fromkeys(ATTRIBUTES, 0.0) | {name: 1.0}
     assert any(not torch.equal(off.frame(t), on.frame(t)) for t in (0, 9, 15))
@@ -140,7 +167,12 @@ def test_a_window_shows_what_the_frame_shows():
         config = SynthConfig(noise=0.0, **SMALL)
         sequence = SynthSequence(config, 8, number)
         frame = sequence.frame(6)
-        for where in (window(0, 0, 120, 120), window(30, 15, 64, 64), window(40, 20, 60, 90), window(10, 0, 120, 60)):
+        for where in (
+            window(0, 0, 120, 120),
+            window(30, 15, 64, 64),
+            window(40, 20, 60, 90),
+            window(10, 0, 120, 60),
+        ):
             drawn, taken = sequence.crop(6, where).float(), cut([frame], where)[0].float()
             assert (drawn - taken).abs().mean() < (0.1 if where.size == where.side else 6)
         assert torch.equal(sequence.crop(6, window(0, 0, 120, 120)), frame[:, :, :120])
@@ -208,11 +240,16 @@ def test_the_embedded_set_is_complete_and_untouched():
     for split, keys in EMBEDDED.items():
         names = (SAMPLES_ROOT / split / "list.txt").read_text().split()
         assert names == [f"synth_{split}_{key}" for key in keys]
-        present = {path.relative_to(SAMPLES_ROOT).as_posix() for path in (SAMPLES_ROOT / split).rglob("*.*")}
+        present = {
+            path.relative_to(SAMPLES_ROOT).as_posix()
+            for path in (SAMPLES_ROOT / split).rglob("*.*")
+        }
         assert present == {name for _, name in lines if name.startswith(split)}
 
 
-@pytest.mark.parametrize(("split", "key"), [("train", "002"), ("val", "occlusion"), ("test", "turn")])
+@pytest.mark.parametrize(
+    ("split", "key"), [("train", "002"), ("val", "occlusion"), ("test", "turn")]
+)
 def test_the_embedded_set_can_be_made_again(tmp_path, split, key):
     sequence = sample(split, key)
     write_dataset(tmp_path, split, [sequence], SAMPLE_QUALITY)
@@ -229,11 +266,16 @@ def test_every_sample_starts_in_full_view_and_shows_what_it_says():
             assert sequence.cover[0] == 8, sequence.name
             if attributes:
                 assert set(attributes) <= set(sequence.attributes)
-    assert (sample("val", "occlusion").cover < 4).any() and sample("val", "out_of_view").absent.any()
+    assert (sample("val", "occlusion").cover < 4).any() and sample(
+        "val", "out_of_view"
+    ).absent.any()
 
 
 def test_make_samples_makes_all_splits(tmp_path, monkeypatch):
-    monkeypatch.setattr("trackkit.synth.EMBEDDED", {split: dict(list(keys.items())[:1]) for split, keys in EMBEDDED.items()})
+    monkeypatch.setattr(
+        "trackkit.synth.EMBEDDED",
+        {split: dict(list(keys.items())[:1]) for split, keys in EMBEDDED.items()},
+    )
     monkeypatch.setattr("trackkit.synth.SAMPLE_FRAMES", 2)
     root = make_samples(tmp_path / "data")
     assert {p.name for p in root.iterdir()} == {"train", "val", "test", "SHA256SUMS"}

@@ -1,4 +1,7 @@
-"""The tracking loop: lock-step batches, explicit state, the face for a loop of one's own, bad input."""
+"""The tracking loop: lock-step batches, explicit state, the face for a loop of one's own, bad
+input.
+"""
+
 from __future__ import annotations
 
 import copy
@@ -32,7 +35,11 @@ def videos():
 @pytest.fixture(params=NAMES)
 def tracker(request):
     # trained weights: peaks that stand out, so that rounding does not choose between two of them
-    return load(SAMPLES / "weights" / "siamfc-tiny.safetensors") if request.param == "siamfc-tiny" else create(request.param)
+    return (
+        load(SAMPLES / "weights" / "siamfc-tiny.safetensors")
+        if request.param == "siamfc-tiny"
+        else create(request.param)
+    )
 
 
 def test_lock_step_equals_one_by_one(tracker, videos):
@@ -48,7 +55,9 @@ def test_lock_step_equals_one_by_one(tracker, videos):
 
 
 def test_state_is_explicit(tracker, videos):
-    """A snapshot taken at any frame continues to the same boxes, and `step` changes nothing it was given."""
+    """A snapshot taken at any frame continues to the same boxes, and `step` changes nothing it was
+    given.
+    """
     video = videos[3]
     state = tracker.start([video.frame(0)], video.boxes_xywh[:1])
     state, _ = tracker.step(state, [video.frame(1)])
@@ -64,7 +73,10 @@ def test_state_is_explicit(tracker, videos):
 
 
 def test_take_and_join(tracker, videos):
-    both = tracker.start([videos[0].frame(0), videos[3].frame(0)], torch.cat([videos[0].boxes_xywh[:1], videos[3].boxes_xywh[:1]]))
+    both = tracker.start(
+        [videos[0].frame(0), videos[3].frame(0)],
+        torch.cat([videos[0].boxes_xywh[:1], videos[3].boxes_xywh[:1]]),
+    )
     swapped = join(take(both, [1]), take(both, [0]))
     _, a = tracker.step(both, [videos[0].frame(1), videos[3].frame(1)])
     _, b = tracker.step(swapped, [videos[3].frame(1), videos[0].frame(1)])
@@ -77,7 +89,12 @@ def test_maps_only_when_asked(videos):
     _, quiet = tracker.step(state, [videos[0].frame(1)])
     _, loud = tracker.step(state, [videos[0].frame(1)], maps=True)
     assert quiet.maps is None and torch.equal(quiet.box, loud.box)
-    assert loud.maps["crop"].shape == (1, 3, 3, 127, 127) and loud.maps["raw"].shape == (1, 3, 17, 17)
+    assert loud.maps["crop"].shape == (1, 3, 3, 127, 127) and loud.maps["raw"].shape == (
+        1,
+        3,
+        17,
+        17,
+    )
     assert loud.maps["blended"].shape == (1, 272, 272)
 
 
@@ -106,7 +123,10 @@ def test_bad_first_box(tracker, videos, box, message):
         Online(tracker).init(videos[0].frame(0), box)
 
 
-@pytest.mark.parametrize("box", [(100, 100, 1, 1), (-5, -5, 12, 12), (0, 0, 320, 240), (310, 230, 60, 60), (50, 50, 300, 2)])
+@pytest.mark.parametrize(
+    "box",
+    [(100, 100, 1, 1), (-5, -5, 12, 12), (0, 0, 320, 240), (310, 230, 60, 60), (50, 50, 300, 2)],
+)
 def test_odd_first_boxes_are_followed(tracker, videos, box):
     online = Online(tracker)
     online.init(videos[0].frame(0), box)
@@ -147,11 +167,15 @@ def test_siamfc_follows_what_it_saw_with_random_weights():
         boxes.append([50.0 + 4 * i, 60.0 + i, 40.0, 40.0])
     online = Online(create("siamfc-tiny"))
     online.init(frames[0], boxes[0])
-    overlaps = [float(iou(torch.tensor(online.update(f)), torch.tensor(b))) for f, b in zip(frames[1:], boxes[1:], strict=True)]
+    overlaps = [
+        float(iou(torch.tensor(online.update(f)), torch.tensor(b)))
+        for f, b in zip(frames[1:], boxes[1:], strict=True)
+    ]
     assert min(overlaps) > 0.6
 
 
-# ---- every tracker: batches whose sequences end at different times, frames and boxes as they come ----
+# ---- every tracker: batches whose sequences end at different times, frames and boxes as they come
+# ----
 
 WEIGHTS = SAMPLES / "weights"
 OFTEN = {  # so that a few frames are enough for what happens every so many
@@ -166,7 +190,10 @@ OTHERS = {
 }
 
 
-@pytest.fixture(scope="module", params=["stay", "ncc", *(name for name in TRACKERS if name.endswith("-tiny")), *OTHERS])
+@pytest.fixture(
+    scope="module",
+    params=["stay", "ncc", *(name for name in TRACKERS if name.endswith("-tiny")), *OTHERS],
+)
 def any_tracker(request):
     torch.manual_seed(0)
     name, file = request.param, WEIGHTS / f"{request.param}.safetensors"
@@ -175,7 +202,8 @@ def any_tracker(request):
         made = type(made)(replace(made.config, **OFTEN[name]))
     if file.exists():
         made.load_state_dict(load(file).state_dict())
-    if name == "ustam-tiny":  # its first weights are so small that boxes hardly depend on the templates
+    # its first weights are so small that boxes hardly depend on the templates
+    if name == "ustam-tiny":
         for key, weight in made.named_parameters():
             if weight.ndim > 1 and key.startswith(("blocks.", "box_head.")):
                 weight.data.mul_(10 if weight.ndim == 2 else 1.7)
@@ -193,7 +221,9 @@ def endings():
 
 
 def test_sequences_that_end_at_different_times(any_tracker, endings):
-    """Together each gives what it gives alone; others take the place of the first that ends, so targets differ in age."""
+    """Together each gives what it gives alone; others take the place of the first that ends, so
+    targets differ in age.
+    """
     together = dict(track_many(any_tracker, endings, batch=3))
     assert sorted(together) == [0, 1, 2, 3, 4]
     for video, found in zip(endings, (together[i] for i in range(5)), strict=True):
@@ -206,8 +236,12 @@ def test_sequences_that_end_at_different_times(any_tracker, endings):
 
 @pytest.mark.parametrize("any_tracker", ["stark-tiny", "dastm-tiny", "ustam-tiny"], indirect=True)
 def test_that_test_can_fail(any_tracker, endings, monkeypatch):
-    """Trackers that renew all templates of a batch when one is due, or count all by the oldest, are found out."""
-    mine = {"Stark": "_renewed", "Ustam": "_renewed", "DASTM": "_memorise"}[type(any_tracker).__name__]
+    """Trackers that renew all templates of a batch when one is due, or count all by the oldest, are
+    found out.
+    """
+    mine = {"Stark": "_renewed", "Ustam": "_renewed", "DASTM": "_memorise"}[
+        type(any_tracker).__name__
+    ]
     genuine = getattr(type(any_tracker), mine)
 
     def renewed(self, kept, frames, boxes, due):
@@ -237,20 +271,35 @@ def test_states_change_places(any_tracker, endings):
 
 
 def noise(height: int, width: int) -> torch.Tensor:
-    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(height + width))
+    return torch.randint(
+        0,
+        256,
+        (3, height, width),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(height + width),
+    )
 
 
 ODD = [  # frame height and width; box
-    ((15, 20), (3, 4, 6, 5)), ((1, 40), (10, 0, 5, 1)), ((40, 1), (0, 10, 1, 5)), ((1, 1), (0, 0, 1, 1)),  # smaller than the crop
-    ((15, 20), (17, 12, 6, 6)), ((15, 20), (-3, -4, 6, 6)), ((60, 80), (79.5, 59.5, 30, 30)),  # partly outside
-    ((15, 20), (-50, -50, 200, 200)), ((60, 80), (20, 20, 4e3, 4e3)), ((60, 80), (-999, 10, 1000, 1)),  # larger than the frame
+    # smaller than the crop
+    ((15, 20), (3, 4, 6, 5)), ((1, 40), (10, 0, 5, 1)), ((40, 1), (0, 10, 1, 5)), ((1, 1), (0, 0, 1, 1)),
+    # partly outside
+    ((15, 20), (17, 12, 6, 6)), ((15, 20), (-3, -4, 6, 6)), ((60, 80), (79.5, 59.5, 30, 30)),
+    # larger than the frame
+    ((15, 20), (-50, -50, 200, 200)), ((60, 80), (20, 20, 4e3, 4e3)), ((60, 80), (-999, 10, 1000, 1)),
     ((60, 80), (10, 10, 0.01, 0.01)), ((60, 80), (10, 10, 1e-9, 1e-9)), ((60, 80), (0, 0, 80, 60)),
 ]  # fmt: skip
 
 
 def test_odd_frames_and_boxes(any_tracker):
-    """All at once, then frames of another size: boxes and scores are numbers, and boxes have an area."""
-    frames, boxes, made = [noise(*size) for size, _ in ODD], torch.tensor([box for _, box in ODD], dtype=torch.float64), [any_tracker]
+    """All at once, then frames of another size: boxes and scores are numbers, and boxes have an
+    area.
+    """
+    frames, boxes, made = (
+        [noise(*size) for size, _ in ODD],
+        torch.tensor([box for _, box in ODD], dtype=torch.float64),
+        [any_tracker],
+    )
     if hasattr(any_tracker.config, "exact"):  # and as the authors' code cuts crops
         made.append(type(any_tracker)(replace(any_tracker.config, exact=False)).eval())
     for tracker in made:
@@ -268,31 +317,39 @@ NAN, INF = float("nan"), float("inf")
 IMPOSSIBLE = [
     ((NAN, 1, 5, 5), "not finite"), ((1, 1, NAN, 5), "not finite"), ((1, INF, 5, 5), "not finite"), ((1, 1, 5, INF), "not finite"),
     ((10, 10, 0, 5), "no area"), ((10, 10, 5, 0), "no area"), ((10, 10, -4, 5), "no area"), ((0, 0, 0, 0), "no area"),
-    ((20, 5, 8, 8), "outside its 20x15 frame"), ((5, 15, 8, 8), "outside its"), ((-8, 5, 8, 8), "outside its"), ((5, -80, 8, 8), "outside its"),
+    ((20, 5, 8, 8), "outside its 20x15 "
+    "frame"), ((5, 15, 8, 8), "outside its"), ((-8, 5, 8, 8), "outside its"), ((5, -80, 8, 8), "outside its"),
 ]  # fmt: skip
 
 
 def test_impossible_boxes(any_tracker):
     for box, says in IMPOSSIBLE:
         with pytest.raises(DataError, match=f"first box of sequence 1: box 0 .*{says}"):
-            any_tracker.start([noise(15, 20)] * 2, torch.tensor([(3, 4, 6, 5), box], dtype=torch.float64))
+            any_tracker.start(
+                [noise(15, 20)] * 2, torch.tensor([(3, 4, 6, 5), box], dtype=torch.float64)
+            )
 
 
 def test_frames_that_are_none(any_tracker):
     good, box = noise(15, 20), torch.tensor([[3.0, 4, 6, 5]])
     state = any_tracker.start([good], box)
     for frame, says in (
-        (good[:1], r"got torch.uint8 \(1, 15, 20\); repeat a grey image"), (good[0], "repeat a grey image"),
-        (torch.cat([good, good[:1]]), r"got torch.uint8 \(4, 15, 20\); drop the alpha"), (good.permute(1, 2, 0), "put the colours first"),
-        (good.float(), "got torch.float32 .*to\\(torch.uint8\\)"), (good.double() / 255, "float64"), (good.int(), "int32"), (good[:, :0], "no pixels"),
-        (good.permute(1, 2, 0).numpy(), "got a ndarray; torch.from_numpy"), (None, "got a NoneType"), (good[None], r"\(1, 3, 15, 20\)"),
+        (good[:1], r"got torch.uint8 \(1, 15, 20\); repeat a grey "
+        r"image"), (good[0], "repeat a grey image"),
+        (torch.cat([good, good[:1]]), r"got torch.uint8 \(4, 15, 20\); drop the "
+        r"alpha"), (good.permute(1, 2, 0), "put the colours first"),
+        (good.float(), "got torch.float32 "
+        ".*to\\(torch.uint8\\)"), (good.double() / 255, "float64"), (good.int(), "int32"), (good[:, :0], "no pixels"),
+        (good.permute(1, 2, 0).numpy(), "got a ndarray; "
+        "torch.from_numpy"), (None, "got a NoneType"), (good[None], r"\(1, 3, 15, 20\)"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=f"a frame must be uint8 .*{says}"):
             any_tracker.start([frame], box)
         if not isinstance(any_tracker, StayTracker):  # it does not look
             with pytest.raises(DataError, match=f"a frame must be uint8 .*{says}"):
                 any_tracker.step(state, [frame])
-    for shown in (good[:1].expand(3, -1, -1), torch.cat([good, good[:1]])[:3]):  # what the errors say to do
+    # what the errors say to do
+    for shown in (good[:1].expand(3, -1, -1), torch.cat([good, good[:1]])[:3]):
         any_tracker.step(state, [shown])
 
 
@@ -311,11 +368,14 @@ def test_as_many_frames_as_targets(any_tracker):
         any_tracker.start([good, good], boxes[:, :3])
     with pytest.raises(DataError):
         any_tracker.start([good], boxes[0])
-    assert any_tracker.step(state, torch.stack([good, good]))[1].box.shape == (2, 4)  # a batch of equal frames is as good as a list
+    # a batch of equal frames is as good as a list
+    assert any_tracker.step(state, torch.stack([good, good]))[1].box.shape == (2, 4)
 
 
 def test_a_network_that_answers_nan(any_tracker):
-    """An error in the very frame, and no box that is none: SiamFC alone would go on in some direction."""
+    """An error in the very frame, and no box that is none: SiamFC alone would go on in some
+    direction.
+    """
     broken = copy.deepcopy(any_tracker)
     if not list(broken.parameters()):
         pytest.skip("there is no network")
@@ -329,7 +389,13 @@ def test_a_network_that_answers_nan(any_tracker):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_finds_the_same_boxes(videos):
-    on_cpu, on_gpu = (load(SAMPLES / "weights" / "siamfc-tiny.safetensors").to(device) for device in ("cpu", "cuda"))
-    expected, found = dict(track_many(on_cpu, videos, batch=3)), dict(track_many(on_gpu, videos, batch=3))
+    on_cpu, on_gpu = (
+        load(SAMPLES / "weights" / "siamfc-tiny.safetensors").to(device)
+        for device in ("cpu", "cuda")
+    )
+    expected, found = (
+        dict(track_many(on_cpu, videos, batch=3)),
+        dict(track_many(on_gpu, videos, batch=3)),
+    )
     for index in expected:
         assert (expected[index].boxes_xywh - found[index].boxes_xywh).abs().max() < 0.1

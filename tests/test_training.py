@@ -1,4 +1,5 @@
 """The training loop: exact resume after SIGKILL, atomic files, stages, optimiser, errors."""
+
 from __future__ import annotations
 
 import copy
@@ -25,16 +26,37 @@ from trackkit.training import Stage, _optimizer, freeze, read_log, train
 
 
 def small_run(out: Path, steps: int = 6, second: int = 0, **options) -> SiamFC:
-    """A run of a few steps and, with `second`, of a second stage: AdamW for two layers, their biases at a tenth of the rate."""
+    """A run of a few steps and, with `second`, of a second stage: AdamW for two layers, their
+    biases at a tenth of the rate.
+    """
     torch.manual_seed(0)
     tracker = SiamFC(SiamFCConfig.tiny())
     first = dataclasses.replace(tracker.recipe("tiny")[0], steps=steps, batch=2, momentum=0.9)
     stages = [first]
     if second:
-        layers = {"trainable": ("backbone.conv4.*", "backbone.conv5.*"), "rates": (("*.bias", 0.1),)}
-        stages.append(dataclasses.replace(first, name="last layers", steps=second, momentum=None, lr_end=None, drops=(2,), **layers))
+        layers = {
+            "trainable": ("backbone.conv4.*", "backbone.conv5.*"),
+            "rates": (("*.bias", 0.1),),
+        }
+        stages.append(
+            dataclasses.replace(
+                first,
+                name="last layers",
+                steps=second,
+                momentum=None,
+                lr_end=None,
+                drops=(2,),
+                **layers,
+            )
+        )
     data = options.pop("data", None) or SynthDataset(SynthConfig(frames=8), seed=0, length=50)
-    train(tracker, stages, data, out, **({"progress": False, "log_steps": 2, "device": "cpu"} | options))
+    train(
+        tracker,
+        stages,
+        data,
+        out,
+        **({"progress": False, "log_steps": 2, "device": "cpu"} | options),
+    )
     return tracker
 
 
@@ -54,8 +76,14 @@ def test_run_leaves_log_state_and_tracker(whole):
     assert [line["step"] for line in log] == [2, 4, 6]
     assert all(0 < line["loss"] < 10 and line["samples_per_second"] > 0 for line in log)
     assert same_weights(trackers.load(out / "tracker.safetensors"), tracker)
-    assert same_weights(trackers.load(out / "state.safetensors"), tracker), "a state loads as a tracker"
-    assert sorted(p.name for p in out.iterdir()) == ["log.jsonl", "state.safetensors", "tracker.safetensors"]
+    assert same_weights(trackers.load(out / "state.safetensors"), tracker), (
+        "a state loads as a tracker"
+    )
+    assert sorted(p.name for p in out.iterdir()) == [
+        "log.jsonl",
+        "state.safetensors",
+        "tracker.safetensors",
+    ]
 
 
 def test_same_seed_same_weights_other_seed_other_weights(whole, tmp_path):
@@ -80,12 +108,19 @@ def two_stages(tmp_path_factory):
     return small_run(tmp_path_factory.mktemp("two"), steps=3, second=3)
 
 
-# Each saved state replaces two files, the log and then the state; the run is killed just before replacement N.
+# Each saved state replaces two files, the log and then the state; the run is killed just before
+# replacement N.
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is a signal of unix")
 @pytest.mark.parametrize(
     ("replacement", "steps_done"),
     [(1, 0), (4, 1), (5, 2), (7, 3), (10, 4)],
-    ids=["before anything", "new log, old state", "between steps", "between stages", "in the second stage"],
+    ids=[
+        "before anything",
+        "new log, old state",
+        "between steps",
+        "between stages",
+        "in the second stage",
+    ],
 )
 def test_killed_run_resumes_to_the_same_weights(two_stages, tmp_path, replacement, steps_done):
     code = f"""
@@ -105,17 +140,25 @@ small_run(Path(sys.argv[1]), steps=3, second=3, save_seconds=0)
 """
     root = Path(__file__).parent.parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])}
-    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, stderr=subprocess.DEVNULL)
+    killed = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], env=environment, stderr=subprocess.DEVNULL
+    )
     assert killed.returncode == -signal.SIGKILL
     state = tmp_path / "state.safetensors"
     assert (checkpoints.read(state)[1]["step"] if state.exists() else 0) == steps_done
     assert same_weights(small_run(tmp_path, steps=3, second=3), two_stages)
     assert [line["step"] for line in read_log(tmp_path)] == [2, 3, 4, 6]
-    assert {p.name for p in tmp_path.glob("*")} == {"log.jsonl", "state.safetensors", "tracker.safetensors"}
+    assert {p.name for p in tmp_path.glob("*")} == {
+        "log.jsonl",
+        "state.safetensors",
+        "tracker.safetensors",
+    }
 
 
 def test_several_processes_train_one_tracker(tmp_path):
-    """Two processes share each batch, keep equal weights and write one log; one process goes on from their state."""
+    """Two processes share each batch, keep equal weights and write one log; one process goes on
+    from their state.
+    """
     code = """
 import sys, torch
 from pathlib import Path
@@ -126,24 +169,43 @@ torch.save([p.detach() for p in tracker.parameters()], f"{sys.argv[1]}/rank{torc
 """
     root = Path(__file__).parent.parent
     (tmp_path / "job.py").write_text(code)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]), "ACCELERATE_USE_CPU": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "job.py"), str(tmp_path)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]),
+        "ACCELERATE_USE_CPU": "1",
+    }
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(tmp_path / "job.py"),
+        str(tmp_path),
+    ]
     subprocess.run(launch, env=environment, check=True, capture_output=True)
     first, second = (torch.load(tmp_path / f"rank{r}.pt") for r in (0, 1))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert [line["step"] for line in read_log(tmp_path)] == [2, 3, 4, 5]
-    assert all(torch.equal(a, b) for a, b in zip(small_run(tmp_path, steps=3, second=2).parameters(), first, strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(small_run(tmp_path, steps=3, second=2).parameters(), first, strict=True)
+    )
 
 
 def test_log_lines_are_means_of_the_steps_since_the_last_line(tmp_path):
-    """Also where a stage ends between two lines: with a line for each step their means must be the same."""
+    """Also where a stage ends between two lines: with a line for each step their means must be the
+    same.
+    """
     small_run(tmp_path / "each", steps=3, second=4, log_steps=1)
     small_run(tmp_path / "some", steps=3, second=4, log_steps=2)
     each = {line["step"]: line["loss"] for line in read_log(tmp_path / "each")}
     some = {line["step"]: line["loss"] for line in read_log(tmp_path / "some")}
     assert list(some) == [2, 3, 4, 6, 7]
     for step, before in ((2, 0), (3, 2), (4, 3), (6, 4), (7, 6)):
-        assert some[step] == pytest.approx(sum(each[i] for i in range(before + 1, step + 1)) / (step - before), abs=2e-6)
+        assert some[step] == pytest.approx(
+            sum(each[i] for i in range(before + 1, step + 1)) / (step - before), abs=2e-6
+        )
 
 
 def test_another_run_in_the_folder_is_refused(whole):
@@ -152,7 +214,9 @@ def test_another_run_in_the_folder_is_refused(whole):
     with pytest.raises(CheckpointError, match="seed"):
         small_run(whole[1], seed=5)
     with pytest.raises(CheckpointError, match="other data"):
-        small_run(whole[1], data=SynthDataset(SynthConfig.only("blur", frames=8), seed=0, length=50))
+        small_run(
+            whole[1], data=SynthDataset(SynthConfig.only("blur", frames=8), seed=0, length=50)
+        )
 
 
 def test_state_files_are_as_readable_as_any_other(whole):
@@ -181,7 +245,9 @@ def test_nan_loss_stops_and_keeps_the_last_state(tmp_path, monkeypatch):
 def test_frozen_parts_stay(two_stages, tmp_path):
     first = small_run(tmp_path / "one", steps=3, second=0).state_dict()
     for key, value in two_stages.state_dict().items():
-        assert torch.equal(value, first[key]) == (not key.startswith(("backbone.conv4", "backbone.conv5"))), key
+        assert torch.equal(value, first[key]) == (
+            not key.startswith(("backbone.conv4", "backbone.conv5"))
+        ), key
     assert all(p.requires_grad for p in two_stages.parameters()) and not two_stages.training
 
 
@@ -211,8 +277,13 @@ def test_half_a_cosine_in_one_stage_and_in_two():
     spec = SiamFC(SiamFCConfig.tiny()).samples()
     shared = {"batch": 1, "sample": spec, "lr": 0.08, "lr_end": 1e-6}
     whole = Stage("s", steps=200, cosine=(-1 / 19, 1.0), warmup=10, **shared)
-    first, second = (Stage("s", steps=100, cosine=part, **shared) for part in ((-1 / 19, 9 / 19), (9 / 19, 1.0)))
-    parts = [*map(dataclasses.replace(first, warmup=10).rate, range(100)), *map(second.rate, range(100))]
+    first, second = (
+        Stage("s", steps=100, cosine=part, **shared) for part in ((-1 / 19, 9 / 19), (9 / 19, 1.0))
+    )
+    parts = [
+        *map(dataclasses.replace(first, warmup=10).rate, range(100)),
+        *map(second.rate, range(100)),
+    ]
     assert [whole.rate(i) for i in range(200)] == pytest.approx(parts)
     optimiser = torch.optim.SGD([torch.zeros(1)], lr=0.08)
     theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 190, eta_min=1e-6)
@@ -225,10 +296,18 @@ def test_half_a_cosine_in_one_stage_and_in_two():
 
 def test_rate_by_steps_constant_and_resized():
     spec = SiamFC(SiamFCConfig.tiny()).samples()
-    assert {Stage("s", steps=100, batch=1, sample=spec, lr=0.5).rate(i) for i in range(100)} == {0.5}
+    assert {Stage("s", steps=100, batch=1, sample=spec, lr=0.5).rate(i) for i in range(100)} == {
+        0.5
+    }
     stage = Stage("s", steps=100, batch=1, sample=spec, lr=1.0, drops=(60, 80), warmup=2)
-    assert [stage.rate(i) for i in (0, 1, 59, 60, 79, 80, 99)] == pytest.approx([0.5, 1, 1, 0.1, 0.1, 0.01, 0.01])
-    assert stage.resized(10).drops == (6, 8) and stage.resized(1).drops == (1, 1) and stage.resized(100) == stage
+    assert [stage.rate(i) for i in (0, 1, 59, 60, 79, 80, 99)] == pytest.approx(
+        [0.5, 1, 1, 0.1, 0.1, 0.01, 0.01]
+    )
+    assert (
+        stage.resized(10).drops == (6, 8)
+        and stage.resized(1).drops == (1, 1)
+        and stage.resized(100) == stage
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,12 +327,16 @@ class Toy(Tracker):
         self.head = nn.Sequential(nn.Dropout(config.dropout), nn.Linear(8, 4))
 
     def loss(self, batch, kind=""):
-        features = self.backbone.layer2(self.backbone.layer1(batch["searches"].float().flatten(1) / 255).relu())
+        features = self.backbone.layer2(
+            self.backbone.layer1(batch["searches"].float().flatten(1) / 255).relu()
+        )
         return {"loss": (self.head(features) - batch["search_boxes"][:, 0]).square().mean()}
 
 
 def stark_stage(steps: int = 6) -> Stage:
-    """The numbers of STARK's first stage, the rate falling after four fifths, as after 400 of 500 epochs."""
+    """The numbers of STARK's first stage, the rate falling after four fifths, as after 400 of 500
+    epochs.
+    """
     return Stage(
         "localisation", steps=steps, batch=2, sample=Toy.spec, lr=1e-4, drops=(steps * 4 // 5,), rates=(("backbone.*", 0.1),),
         weight_decay=1e-4, clip=0.1, trainable=("backbone.layer2.*", "head.*"),
@@ -262,25 +345,39 @@ def stark_stage(steps: int = 6) -> Stage:
 
 def test_stark_optimiser_has_the_numbers_of_the_authors():
     numbers, stage, toy = golden("stark_train")["optimizer"], stark_stage(), Toy()
-    groups = {len(group["params"]): group for group in _optimizer(dataclasses.replace(stage, trainable=("*",)), toy).param_groups}
+    groups = {
+        len(group["params"]): group
+        for group in _optimizer(dataclasses.replace(stage, trainable=("*",)), toy).param_groups
+    }
     for expected, tensors in zip(numbers["stage1"], (2, 4), strict=True):
         group = groups[tensors]  # of the head, of the backbone
-        assert group["lr"] == pytest.approx(expected["lr"]) and list(group["betas"]) == expected["betas"]
+        assert (
+            group["lr"] == pytest.approx(expected["lr"])
+            and list(group["betas"]) == expected["betas"]
+        )
         assert group["weight_decay"] == expected["weight_decay"] and group["eps"] == expected["eps"]
     for kind, epochs in (("stage1", 500), ("stage2", 50)):
         size, gamma = numbers[f"{kind}_step_size"], numbers[f"{kind}_gamma"]
         by_epoch = dataclasses.replace(stage, steps=epochs, drops=(size,))
-        assert [by_epoch.rate(i) for i in range(epochs)] == pytest.approx([1e-4 * gamma ** (i // size) for i in range(epochs)])
+        assert [by_epoch.rate(i) for i in range(epochs)] == pytest.approx(
+            [1e-4 * gamma ** (i // size) for i in range(epochs)]
+        )
 
 
 def test_training_with_groups_and_drops_is_torchs_own(tmp_path):
-    """The loop's weights are those of a plain loop with the authors' two groups, StepLR and clipping."""
+    """The loop's weights are those of a plain loop with the authors' two groups, StepLR and
+    clipping.
+    """
     torch.manual_seed(0)
     toy, data, stage = Toy(), SynthDataset(SynthConfig(frames=8), seed=0, length=50), stark_stage()
     plain = copy.deepcopy(toy).train()
     train(toy, [stage], data, tmp_path, progress=False, device="cpu")
     parameters = [*plain.backbone.layer2.parameters(), *plain.head.parameters()]
-    optimizer = torch.optim.AdamW([{"params": parameters[:2], "lr": 1e-5}, {"params": parameters[2:]}], lr=1e-4, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(
+        [{"params": parameters[:2], "lr": 1e-5}, {"params": parameters[2:]}],
+        lr=1e-4,
+        weight_decay=1e-4,
+    )
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 4, 0.1)
     plain.backbone.layer1.requires_grad_(False)
     for step, batch in enumerate(batches(Samples(data, stage.sample, 0, 12), 2, 0, 6)):
@@ -298,7 +395,9 @@ def test_dropout_groups_and_drops_resume_exactly(tmp_path, monkeypatch):
     def toy_run(out):
         torch.manual_seed(0)
         data = SynthDataset(SynthConfig(frames=8), seed=0, length=50)
-        train(toy := Toy(), [stark_stage()], data, out, progress=False, device="cpu", save_seconds=0)
+        train(
+            toy := Toy(), [stark_stage()], data, out, progress=False, device="cpu", save_seconds=0
+        )
         return toy
 
     whole, honest, calls = toy_run(tmp_path / "whole"), Toy.loss, iter(range(100))
@@ -326,8 +425,14 @@ def test_first_matching_rate_counts():
 
 def test_a_pattern_without_match_is_told_before_the_first_stage(tmp_path):
     data = SynthDataset(SynthConfig(frames=8), seed=0, length=50)
-    frozen = ({"rates": (("backbone.layer1.*", 0.1),)}, r"Toy that stage later trains matches 'backbone.layer1")
-    for wrong, message in (({"trainable": ("neck.*",)}, r"no parameter of Toy matches 'neck"), frozen):
+    frozen = (
+        {"rates": (("backbone.layer1.*", 0.1),)},
+        r"Toy that stage later trains matches 'backbone.layer1",
+    )
+    for wrong, message in (
+        ({"trainable": ("neck.*",)}, r"no parameter of Toy matches 'neck"),
+        frozen,
+    ):
         stages = [stark_stage(), dataclasses.replace(stark_stage(), name="later", **wrong)]
         with pytest.raises(TrackkitError, match=message):
             train(Toy(), stages, data, tmp_path / "run", progress=False)
@@ -341,7 +446,10 @@ def test_pickle_is_never_executed(tmp_path):
         def __reduce__(self):
             return (proof.write_text, ("boo",))
 
-    for name, kwargs in (("zip.safetensors", {}), ("old.safetensors", {"_use_new_zipfile_serialization": False})):
+    for name, kwargs in (
+        ("zip.safetensors", {}),
+        ("old.safetensors", {"_use_new_zipfile_serialization": False}),
+    ):
         torch.save({"net": Trap()}, tmp_path / name, **kwargs)
         with pytest.raises(CheckpointError, match="pickle"):
             trackers.load(tmp_path / name)
@@ -370,7 +478,9 @@ def test_checkpoint_errors(whole, tmp_path):
     checkpoints.write(bad, tensors, {**about, "tracker": "Oracle"})
     with pytest.raises(CheckpointError, match="'Oracle'"):
         trackers.load(bad)
-    checkpoints.write(bad, tensors, {**about, "config": {**about["config"], "channels": [8, 8, 8, 8, 8]}})
+    checkpoints.write(
+        bad, tensors, {**about, "config": {**about["config"], "channels": [8, 8, 8, 8, 8]}}
+    )
     with pytest.raises(CheckpointError, match=r"another size: backbone.conv1.0.weight"):
         trackers.load(bad)
     checkpoints.write(bad, tensors, {**about, "config": {**about["config"], "future": 1}})
@@ -393,7 +503,10 @@ def test_write_is_all_or_nothing(whole, tmp_path, monkeypatch):
 
 def test_log_lines_are_json(whole):
     lines = (whole[1] / "log.jsonl").read_text().splitlines()
-    assert all(set(json.loads(line)) == {"stage", "step", "lr", "loss", "samples_per_second"} for line in lines)
+    assert all(
+        set(json.loads(line)) == {"stage", "step", "lr", "loss", "samples_per_second"}
+        for line in lines
+    )
 
 
 @pytest.mark.gpu
@@ -401,4 +514,6 @@ def test_log_lines_are_json(whole):
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_trains_on_a_gpu(tmp_path, precision):
     tracker = small_run(tmp_path, second=3, device="cuda", precision=precision)
-    assert tracker.device.type == "cuda" and all(torch.isfinite(p).all() for p in tracker.parameters())
+    assert tracker.device.type == "cuda" and all(
+        torch.isfinite(p).all() for p in tracker.parameters()
+    )

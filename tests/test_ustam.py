@@ -1,4 +1,5 @@
 """USTAM and MixViT: state, patches that can be switched off, templates, training, bad input."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -25,11 +26,16 @@ SHORT = {"update_interval": 2, "align": "warp"}
 
 def noise(count: int, height: int = 160, width: int = 240, seed: int = 0) -> list[torch.Tensor]:
     rng = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, 256, (3, height, width), generator=rng, dtype=torch.uint8) for _ in range(count)]
+    return [
+        torch.randint(0, 256, (3, height, width), generator=rng, dtype=torch.uint8)
+        for _ in range(count)
+    ]
 
 
 def tiny(seed: int = 0, **changes) -> Ustam:
-    """Random weights, but boxes with an area, a spatial layer that does something and attention that is not flat."""
+    """Random weights, but boxes with an area, a spatial layer that does something and attention
+    that is not flat.
+    """
     torch.manual_seed(seed)
     tracker = Ustam(UstamConfig.tiny(**changes)).eval()
     for name, parameter in tracker.named_parameters():
@@ -38,7 +44,9 @@ def tiny(seed: int = 0, **changes) -> Ustam:
         elif name.endswith("qkv.weight"):
             torch.nn.init.normal_(parameter, std=0.2)
     for tower in (tracker.box_head.top_left, tracker.box_head.bottom_right):
-        torch.nn.init.normal_((tower.conv5 if tracker.config.head == "pyramid" else tower[-1]).weight, std=4.0)
+        torch.nn.init.normal_(
+            (tower.conv5 if tracker.config.head == "pyramid" else tower[-1]).weight, std=4.0
+        )
     return tracker
 
 
@@ -59,7 +67,9 @@ def test_without_its_patches_it_is_mixvit_bit_for_bit():
     plain.start_from(both.state_dict())
     off = Ustam(replace(both.config, temporal=False)).eval()
     off.start_from(plain.state_dict())
-    assert not off.spatial_attention.fc.weight.any() and not off.spatial_attention.fc.bias.any(), "the zero start"
+    assert not off.spatial_attention.fc.weight.any() and not off.spatial_attention.fc.bias.any(), (
+        "the zero start"
+    )
     expected = run(plain, frames)
     assert all(torch.equal(a, b) for a, b in zip(run(off, frames), expected, strict=True))
     start = Ustam(both.config).eval()
@@ -72,7 +82,12 @@ def test_without_its_patches_it_is_mixvit_bit_for_bit():
 
 @pytest.mark.parametrize(
     ("changes", "maps"),
-    [({}, 2), ({"temporal": False}, 1), ({"spatial": False}, 2), ({"spatial": False, "temporal": False}, 0)],
+    [
+        ({}, 2),
+        ({"temporal": False}, 1),
+        ({"spatial": False}, 2),
+        ({"spatial": False, "temporal": False}, 0),
+    ],
     ids=str,
 )
 def test_only_the_blocks_that_need_a_map_make_one(changes, maps):
@@ -80,7 +95,9 @@ def test_only_the_blocks_that_need_a_map_make_one(changes, maps):
     state = tracker.start(frames[:1], BOX)
     with (
         patch.object(ustam, "attention_map", side_effect=ustam.attention_map) as explicit,
-        patch.object(F, "scaled_dot_product_attention", side_effect=F.scaled_dot_product_attention) as fused,
+        patch.object(
+            F, "scaled_dot_product_attention", side_effect=F.scaled_dot_product_attention
+        ) as fused,
         patch.object(tracker, "remember", side_effect=AssertionError("templates are encoded once")),
     ):
         tracker.step(state, frames[1:])
@@ -91,14 +108,23 @@ def test_maps_do_not_change_anything():
     tracker, frames = tiny(), noise(3)
     state, _ = tracker.step(tracker.start(frames[:1], BOX), frames[1:2])
     silent, loud = tracker.step(state, frames[2:])[1], tracker.step(state, frames[2:], maps=True)[1]
-    assert silent.maps is None and torch.equal(silent.box, loud.box) and torch.equal(silent.score, loud.score)
+    assert (
+        silent.maps is None
+        and torch.equal(silent.box, loud.box)
+        and torch.equal(silent.score, loud.score)
+    )
     maps, n, known = loud.maps, 144, 72
     for i in range(4):
         assert maps[f"attention_{i}"].shape == (1, 4, n, known + n)
         torch.testing.assert_close(maps[f"attention_{i}"].sum(-1), torch.ones(1, 4, n))
-    torch.testing.assert_close(maps["temporal"], maps["attention_0"][..., known:] * (1 + maps["carried"]))
+    torch.testing.assert_close(
+        maps["temporal"], maps["attention_0"][..., known:] * (1 + maps["carried"])
+    )
     share = maps["attention_3"][..., known:]
-    torch.testing.assert_close(maps["enhanced"], share + tracker.spatial_attention.fc(relative(share, "column").softmax(-1)))
+    torch.testing.assert_close(
+        maps["enhanced"],
+        share + tracker.spatial_attention.fc(relative(share, "column").softmax(-1)),
+    )
     assert maps["top_left"].shape == maps["bottom_right"].shape == (1, 48, 48)
     assert maps["top_left"].sum().item() == pytest.approx(1, abs=1e-4)
     assert maps["crop"].shape == (1, 3, 96, 96)
@@ -114,9 +140,13 @@ def test_what_is_subtracted_everywhere_does_not_matter():
     torch.testing.assert_close(column(share), row(share), atol=1e-6, rtol=0)
     assert not torch.allclose(relative(share, "column"), relative(share, "row"), atol=1e-4)
     means = share.mean(2)  # over the queries, of what each key receives
-    torch.testing.assert_close(share - relative(share, "column"), means.amax(-1)[..., None, None].expand_as(share))
+    torch.testing.assert_close(
+        share - relative(share, "column"), means.amax(-1)[..., None, None].expand_as(share)
+    )
     column.residual = "relative"
-    torch.testing.assert_close(share + column(share), relative(share, "column") + column.fc(share.softmax(-1)))
+    torch.testing.assert_close(
+        share + column(share), relative(share, "column") + column.fc(share.softmax(-1))
+    )
 
 
 @pytest.mark.parametrize("changes", [{"carried": "relative"}, {"carried": "relative", "spatial": False}, {"residual": "relative"},
@@ -143,13 +173,20 @@ def test_a_map_of_the_same_window_stays():
 
 
 def test_a_map_moves_with_its_window():
-    """The window goes two cells right and one down: what was at cell (y, x) is now at (y - 1, x - 2)."""
+    """The window goes two cells right and one down: what was at cell (y, x) is now at (y - 1, x -
+    2).
+    """
     grid = 6
     maps = torch.rand(1, 2, grid**2, grid**2)
     out = warped(maps, windows((0, 0, 60)), windows((20, 10, 60))).view(2, *[grid] * 4)
     old = maps.view(2, *[grid] * 4)
     torch.testing.assert_close(out[:, :5, :4, :5, :4], old[:, 1:, 2:, 1:, 2:])
-    assert not out[:, 5].any() and not out[:, :, 4:].any() and not out[:, :, :, 5].any() and not out[..., 4:].any()
+    assert (
+        not out[:, 5].any()
+        and not out[:, :, 4:].any()
+        and not out[:, :, :, 5].any()
+        and not out[..., 4:].any()
+    )
 
 
 def test_warping_is_the_matrix_of_the_definition():
@@ -162,14 +199,22 @@ def test_warping_is_the_matrix_of_the_definition():
             y = (now[1] + (row + 0.5) * now[2] / grid - before[1]) * grid / before[2] - 0.5
             for a in range(grid):
                 for b in range(grid):
-                    matrix[row * grid + column, a * grid + b] = max(0, 1 - abs(y - a)) * max(0, 1 - abs(x - b))
-    torch.testing.assert_close(warped(maps, windows(before), windows(now))[0, 0], matrix @ maps[0, 0] @ matrix.T)
+                    matrix[row * grid + column, a * grid + b] = max(0, 1 - abs(y - a)) * max(
+                        0, 1 - abs(x - b)
+                    )
+    torch.testing.assert_close(
+        warped(maps, windows(before), windows(now))[0, 0], matrix @ maps[0, 0] @ matrix.T
+    )
 
 
 def test_cells_are_those_of_the_crops():
     """The middle of a cell lies where `Windows` says."""
-    before, now = Windows(*torch.tensor([[10], [20], [40]]), 96), Windows(*torch.tensor([[14], [17], [50]]), 96)
-    cell = torch.tensor([[3.5 * 8, 5.5 * 8, 0, 0]], dtype=torch.float64)  # middle of column 3, row 5 of `now`
+    before, now = (
+        Windows(*torch.tensor([[10], [20], [40]]), 96),
+        Windows(*torch.tensor([[14], [17], [50]]), 96),
+    )
+    # middle of column 3, row 5 of `now`
+    cell = torch.tensor([[3.5 * 8, 5.5 * 8, 0, 0]], dtype=torch.float64)
     x, y = (before.to_crop(now.to_frame(cell))[0, :2] / 8 - 0.5).tolist()
     maps = torch.zeros(1, 1, 144, 144)
     maps[0, 0, int(y) * 12 + int(x), :] = 1
@@ -183,7 +228,9 @@ def test_cells_are_those_of_the_crops():
 def test_a_batch_is_its_sequences():
     tracker = tiny(**SHORT)
     videos = [noise(6, 160, 240, 1), noise(6, 120, 300, 2), noise(6, 200, 200, 3)]
-    boxes = torch.tensor([[100.0, 60, 40, 30], [10, 20, 60, 50], [150, 150, 70, 60]], dtype=torch.float64)
+    boxes = torch.tensor(
+        [[100.0, 60, 40, 30], [10, 20, 60, 50], [150, 150, 70, 60]], dtype=torch.float64
+    )
     alone = [run(tracker, video, box[None]) for video, box in zip(videos, boxes, strict=True)]
     state = tracker.start([video[0] for video in videos], boxes)
     for i in range(1, 6):
@@ -199,7 +246,8 @@ def test_sequences_join_and_leave_at_different_times():
     for frame in a[1:4]:
         state, _ = tracker.step(state, [frame])
     both = join(state, tracker.start(b[:1], BOX))
-    for i in range(3):  # one has its template renewed in its 4th and 6th frame, the other in its 2nd
+    # one has its template renewed in its 4th and 6th frame, the other in its 2nd
+    for i in range(3):
         both, prediction = tracker.step(both, [a[4 + i], b[1 + i]])
         torch.testing.assert_close(prediction.box[0], alone[0][3 + i][0], atol=1e-3, rtol=0)
         torch.testing.assert_close(prediction.box[1], alone[1][i][0], atol=1e-3, rtol=0)
@@ -214,7 +262,10 @@ def test_a_state_can_be_continued_again():
     before = state.memory.keys.clone(), state.carried.clone(), state.box.clone()
     first, second = tracker.step(state, frames[2:3])[1], tracker.step(state, frames[2:3])[1]
     assert torch.equal(first.box, second.box)
-    assert all(torch.equal(a, b) for a, b in zip(before, (state.memory.keys, state.carried, state.box), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(before, (state.memory.keys, state.carried, state.box), strict=True)
+    )
 
 
 def test_the_second_template_is_renewed_when_due():
@@ -222,7 +273,8 @@ def test_the_second_template_is_renewed_when_due():
     state = tracker.start(frames[:1] * 2, BOX.repeat(2, 1))
     memory, updated = [state.memory], []
     for i, frame in enumerate(frames[1:]):
-        state = replace(state, frame=state.frame + torch.tensor([0, 1])) if i == 0 else state  # the second is one ahead
+        # the second is one ahead
+        state = replace(state, frame=state.frame + torch.tensor([0, 1])) if i == 0 else state
         state, prediction = tracker.step(state, [frame] * 2, maps=True)
         memory.append(state.memory)
         updated.append(prediction.maps["updated"].tolist())
@@ -241,7 +293,10 @@ def test_exchanged_templates_change_nothing():
     tokens = [tracker.tokens(torch.randn(1, 3, 48, 48), tracker.position_t) for _ in range(2)]
     search = tracker.tokens(torch.randn(1, 3, 96, 96), tracker.position_s)
     with torch.no_grad():
-        one, other = (tracker(tracker.remember(torch.cat(pair, 1))[0], search) for pair in (tokens, tokens[::-1]))
+        one, other = (
+            tracker(tracker.remember(torch.cat(pair, 1))[0], search)
+            for pair in (tokens, tokens[::-1])
+        )
     torch.testing.assert_close(one.boxes, other.boxes, atol=1e-5, rtol=0)
 
 
@@ -270,8 +325,20 @@ def batch(tracker: Ustam, count: int = 2, seed: int = 0) -> dict[str, torch.Tens
 
 def test_samples():
     clips, single = batch(tiny()), batch(tiny(temporal=False, templates=1))
-    assert clips["templates"].shape == (2, 2, 3, 48, 48) and clips["searches"].shape == (2, 2, 3, 96, 96)
-    assert single["templates"].shape == (2, 1, 3, 48, 48) and single["searches"].shape == (2, 1, 3, 96, 96)
+    assert clips["templates"].shape == (2, 2, 3, 48, 48) and clips["searches"].shape == (
+        2,
+        2,
+        3,
+        96,
+        96,
+    )
+    assert single["templates"].shape == (2, 1, 3, 48, 48) and single["searches"].shape == (
+        2,
+        1,
+        3,
+        96,
+        96,
+    )
     assert tiny().samples().flip_each == 0, "a map of a mirrored crop would tell the wrong places"
 
 
@@ -331,23 +398,42 @@ def test_training_reduces_the_loss(kind):
 
 def test_recipes():
     with torch.device("meta"):
-        base, large, mixvit = (Ustam(c) for c in (UstamConfig.ustam_b288(), UstamConfig.ustam_l384(), UstamConfig.mixvit_l384()))
+        base, large, mixvit = (
+            Ustam(c)
+            for c in (UstamConfig.ustam_b288(), UstamConfig.ustam_l384(), UstamConfig.mixvit_l384())
+        )
     (paper,), (code,) = base.recipe("paper"), base.recipe("paper", "code")
     rates = [paper.rate(epoch * paper.steps // 500) for epoch in (0, 399, 400, 499)]
-    assert rates == pytest.approx([1e-4, 1e-4, 1e-5, 1e-5]) and paper.loss == "giou" and paper.weight_decay == 1e-4
-    assert code.rate(0) == 4e-4 and dict(code.rates) == {"embed.*": 0.1, "blocks.*": 0.1} and code.loss == "ciou"
+    assert (
+        rates == pytest.approx([1e-4, 1e-4, 1e-5, 1e-5])
+        and paper.loss == "giou"
+        and paper.weight_decay == 1e-4
+    )
+    assert (
+        code.rate(0) == 4e-4
+        and dict(code.rates) == {"embed.*": 0.1, "blocks.*": 0.1}
+        and code.loss == "ciou"
+    )
     assert code.steps * code.batch == pytest.approx(500 * 60_000, rel=0.01) and code.clip == 0.1
     (theirs,) = mixvit.recipe("paper")
     assert (theirs.loss, theirs.batch, theirs.sample.searches) == ("ciou", 288, 1)
     freeze(mixvit, theirs.trainable)
-    frozen = {name.split(".")[1] if name.startswith("blocks") else name.split(".")[0] for name, p in mixvit.named_parameters() if not p.requires_grad}
+    frozen = {
+        name.split(".")[1] if name.startswith("blocks") else name.split(".")[0]
+        for name, p in mixvit.named_parameters()
+        if not p.requires_grad
+    }
     assert frozen == {"embed", *map(str, range(6))}
     for tracker in (base, large, tiny()):
         for preset in ("paper", "code"):
             for scale in ("tiny", "laptop", "gpu", "paper"):
                 for stage in tracker.recipe(scale, preset):
                     freeze(tracker, stage.trainable)
-                    assert {name.split(".")[0] for name, p in tracker.named_parameters() if p.requires_grad} >= {"blocks", "box_head", "spatial_attention"}
+                    assert {
+                        name.split(".")[0]
+                        for name, p in tracker.named_parameters()
+                        if p.requires_grad
+                    } >= {"blocks", "box_head", "spatial_attention"}
     with pytest.raises(TrackkitError, match="paper and code"):
         base.recipe("paper", "mine")
 
@@ -360,10 +446,20 @@ def test_saved_weights_come_back(tmp_path):
     save(tracker, tmp_path / "tracker.safetensors")
     again = load(tmp_path / "tracker.safetensors")
     assert again.config == tracker.config
-    assert all(torch.equal(a, b) for a, b in zip(run(tracker, frames), run(again, frames), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(run(tracker, frames), run(again, frames), strict=True)
+    )
 
 
-VIT = {"stem": "patch", "template_size": 32, "search_size": 64, "width": 192, "heads": 3, "hidden": 768, "depth": 12}
+VIT = {
+    "stem": "patch",
+    "template_size": 32,
+    "search_size": 64,
+    "width": 192,
+    "heads": 3,
+    "hidden": 768,
+    "depth": 12,
+}
 
 
 def test_pretrained_transformer():
@@ -379,7 +475,9 @@ def test_pretrained_transformer():
     assert torch.equal(tracker.embed.weight, vit.patch_embed.proj.weight)
     assert torch.equal(tracker.box_head.top_left.conv1[0].weight, head)
     assert torch.equal(tracker.position_s, sincos_position(4, 192))
-    weights = {key: value for key, value in vit.state_dict().items() if key != "blocks.3.mlp.fc1.bias"}
+    weights = {
+        key: value for key, value in vit.state_dict().items() if key != "blocks.3.mlp.fc1.bias"
+    }
     with pytest.raises(CheckpointError, match=r"missing: blocks\.3\.mlp\.fc1\.bias"):
         tracker.start_from(weights)
     assert not Ustam(UstamConfig.tiny()).load_pretrained()
@@ -394,10 +492,16 @@ def official_entries(**shapes) -> dict[str, torch.Tensor]:
 def test_checkpoints_of_others_are_refused():
     few = {name: TRACKERS[name] for name in ("mixvit-b288", "ustam-b288", "siamfc")}
     with patch.object(official, "create", _empty), patch.object(official, "TRACKERS", few):
-        with pytest.raises(CheckpointError, match=r"missing: spatial_attention\.fc\.weight.*it fits mixvit-b288"):
+        with pytest.raises(
+            CheckpointError, match=r"missing: spatial_attention\.fc\.weight.*it fits mixvit-b288"
+        ):
             official.load("ustam-b288", official_entries())
-        with pytest.raises(CheckpointError, match=r"position_s is \(1, 576, 768\), needs \(1, 324, 768\)"):
-            official.load("mixvit-b288", official_entries(**{"backbone.pos_embed_s": [1, 576, 768]}))
+        with pytest.raises(
+            CheckpointError, match=r"position_s is \(1, 576, 768\), needs \(1, 324, 768\)"
+        ):
+            official.load(
+                "mixvit-b288", official_entries(**{"backbone.pos_embed_s": [1, 576, 768]})
+            )
         with pytest.raises(CheckpointError, match="not expected: neck"):
             official.load("mixvit-b288", official_entries(**{"neck.weight": [3]}))
 
@@ -408,11 +512,22 @@ def _empty(name: str) -> Ustam:
 
 
 def test_second_stage_checkpoints_are_understood():
-    """They have a score branch, which the first stage's tracker does not use; inherited entries may be missing."""
-    entries = official_entries(**{"score_branch.score_token": [1, 1, 768], "score_branch.score_head.layers.0.weight": [768, 768]})
+    """They have a score branch, which the first stage's tracker does not use; inherited entries may
+    be missing.
+    """
+    entries = official_entries(
+        **{
+            "score_branch.score_token": [1, 1, 768],
+            "score_branch.score_head.layers.0.weight": [768, 768],
+        }
+    )
     names = set(official._names("mixvit-b288", entries))
     assert names == set(_empty("mixvit-b288").state_dict())
-    entries = {key: value for key, value in entries.items() if not key.startswith(("backbone.head", "backbone.cls", "score"))}
+    entries = {
+        key: value
+        for key, value in entries.items()
+        if not key.startswith(("backbone.head", "backbone.cls", "score"))
+    }
     assert set(official._names("mixvit-b288", entries)) == names
 
 
@@ -447,7 +562,9 @@ def test_impossible_configs(changes, message):
 )  # fmt: skip
 @pytest.mark.parametrize("exact", [True, False])
 def test_odd_but_possible_input(size, box, exact):
-    for found in run(tiny(exact=exact, **SHORT), noise(4, *size), torch.tensor([box], dtype=torch.float64)):
+    for found in run(
+        tiny(exact=exact, **SHORT), noise(4, *size), torch.tensor([box], dtype=torch.float64)
+    ):
         assert torch.isfinite(found).all() and (found[:, 2:] >= 4 - 1e-9).all()
         assert (found[:, :2] <= torch.tensor([size[1], size[0]])).all()
 

@@ -1,5 +1,7 @@
-"""MixViT against the authors' code, USTAM against the definition in its spec: networks, tracking, losses, costs. And that
-these tests can fail."""
+"""MixViT against the authors' code, USTAM against the definition in its spec: networks, tracking,
+losses, costs. And that these tests can fail.
+"""
+
 from __future__ import annotations
 
 import copy
@@ -25,12 +27,24 @@ from trackkit.trackers.ustam import Memory, Ustam, UstamConfig
 
 MIXVIT, USTAM, UNITS = golden("mixvit_b_288"), golden("ustam_b_288"), golden("mixformer_units")
 
-# The files give no tolerances. The spec does, 4 times the noise between float32 and float64 or more; attention maps are small.
-ALLOWED = {"features": 5e-5, "corner logits": 5e-5, "boxes": 1e-5, "boxes, px": 0.01, "maps": 1e-6, "losses": 1e-6, "tables": 1e-6, "px": 1e-3}
+# The files give no tolerances. The spec does, 4 times the noise between float32 and float64 or
+# more; attention maps are small.
+ALLOWED = {
+    "features": 5e-5,
+    "corner logits": 5e-5,
+    "boxes": 1e-5,
+    "boxes, px": 0.01,
+    "maps": 1e-6,
+    "losses": 1e-6,
+    "tables": 1e-6,
+    "px": 1e-3,
+}
 
 
 def position_table(grid: int, width: int) -> Tensor:
-    """The authors' table of positions, cell by cell: it is in their checkpoints, but drawing it would not do."""
+    """The authors' table of positions, cell by cell: it is in their checkpoints, but drawing it
+    would not do.
+    """
 
     def axis(place: int) -> list[float]:
         angles = [place / 10_000 ** (2 * k / (width // 2)) for k in range(width // 4)]
@@ -44,14 +58,19 @@ def position_table(grid: int, width: int) -> Tensor:
 def checkpoint() -> dict[str, Tensor]:
     """USTAM's, which is MixViT's and the spatial layer."""
     keys = {**MIXVIT["keys"], **USTAM["keys_beside_mixvit"]}
-    tables = {"backbone.pos_embed_s": position_table(18, 768), "backbone.pos_embed_t": position_table(8, 768)}
+    tables = {
+        "backbone.pos_embed_s": position_table(18, 768),
+        "backbone.pos_embed_t": position_table(8, 768),
+    }
     drawn = {key: shape for key, shape in keys.items() if key not in tables}
     return {**state_dict(drawn, {**MIXVIT["scale"], **USTAM["scale_beside_mixvit"]}), **tables}
 
 
 @lru_cache
 def mixvit() -> Ustam:
-    return official.load("mixvit-b288", {key: value for key, value in checkpoint().items() if key in MIXVIT["keys"]})
+    return official.load(
+        "mixvit-b288", {key: value for key, value in checkpoint().items() if key in MIXVIT["keys"]}
+    )
 
 
 @lru_cache
@@ -69,13 +88,20 @@ def variant(tracker: Ustam, **changes) -> Ustam:
 
 
 def deviation(value: Tensor, expected: dict) -> float:
-    """Largest difference from the numbers that a golden file keeps of a tensor; infinite for another shape."""
+    """Largest difference from the numbers that a golden file keeps of a tensor; infinite for
+    another shape.
+    """
     if list(value.shape) != expected["shape"]:
         return math.inf
     flat = value.detach().double().flatten()
     if "index" not in expected:
         return (flat - torch.tensor(expected["value"], dtype=torch.float64)).abs().max().item()
-    got = torch.cat([flat[expected["index"]], torch.stack([flat.mean(), flat.std(unbiased=False), flat.min(), flat.max()])])
+    got = torch.cat(
+        [
+            flat[expected["index"]],
+            torch.stack([flat.mean(), flat.std(unbiased=False), flat.min(), flat.max()]),
+        ]
+    )
     wanted = expected["value"] + [expected[moment] for moment in ("mean", "std", "min", "max")]
     return (got - torch.tensor(wanted, dtype=torch.float64)).abs().max().item()
 
@@ -96,12 +122,20 @@ def grids(tokens: Tensor, *counts: int) -> list[Tensor]:
 
 @torch.no_grad()
 def mixvit_outputs(tracker: Ustam, case: dict) -> tuple[dict[str, Tensor], tuple]:
-    """What the golden file keeps, by its names; and memory, search tokens before the last block and after it."""
-    z = [tracker.tokens(image(**case[role]), tracker.position_t) for role in ("template", "online_template")]
+    """What the golden file keeps, by its names; and memory, search tokens before the last block and
+    after it.
+    """
+    z = [
+        tracker.tokens(image(**case[role]), tracker.position_t)
+        for role in ("template", "online_template")
+    ]
     x = tracker.tokens(image(**case["search"]), tracker.position_s)
-    through: dict[int, list[Tensor]] = {0: [], 5: [], 10: []}  # tokens after these blocks: templates, then search
+    # tokens after these blocks: templates, then search
+    through: dict[int, list[Tensor]] = {0: [], 5: [], 10: []}
     hooks = [
-        tracker.blocks[i + 1].norm1.register_forward_hook(lambda module, given, made, i=i: through[i].append(given[0]))
+        tracker.blocks[i + 1].norm1.register_forward_hook(
+            lambda module, given, made, i=i: through[i].append(given[0])
+        )
         for i in through
     ]
     memory, templates = tracker.remember(torch.cat(z, 1))
@@ -132,12 +166,17 @@ def head_outputs(tracker: Ustam, tokens: Tensor) -> dict[str, Tensor]:
 
 
 def compared(got: dict[str, Tensor], expected: dict, title: str = "") -> dict[str, float]:
-    return {f"{title}{name}": deviation(value, expected[name.split(": ")[0]]) for name, value in got.items()}
+    return {
+        f"{title}{name}": deviation(value, expected[name.split(": ")[0]])
+        for name, value in got.items()
+    }
 
 
 @lru_cache
 def mixvit_run() -> tuple[dict[str, float], tuple[Memory, Tensor, Tensor]]:
-    """Deviations over both cases; of the first: memory, search tokens before the last block and after it."""
+    """Deviations over both cases; of the first: memory, search tokens before the last block and
+    after it.
+    """
     errors: dict[str, float] = {}
     for case in MIXVIT["inputs"]:
         got, inside = mixvit_outputs(mixvit(), case)
@@ -154,12 +193,17 @@ def test_mixvit_network():
     errors, _ = mixvit_run()
     assert worst(errors) <= 1, errors
     assert len(mixvit().state_dict()) == len(MIXVIT["keys"]) - 6, "all but the six unused ones"
-    assert {block.norm1.eps for block in mixvit().blocks} == {1e-6}, "too small a difference to be seen in outputs"
+    assert {block.norm1.eps for block in mixvit().blocks} == {1e-6}, (
+        "too small a difference to be seen in outputs"
+    )
 
 
 def test_position_tables():
     assert worst(table_errors()) <= 1, table_errors()
-    for name, buffer in (("pos_embed_s", mixvit().position_s), ("pos_embed_t", mixvit().position_t)):
+    for name, buffer in (
+        ("pos_embed_s", mixvit().position_s),
+        ("pos_embed_t", mixvit().position_t),
+    ):
         assert deviation(buffer, MIXVIT["constants"][name]) <= ALLOWED["tables"]
     assert worst({"x: tables": deviation(sincos_position(18, 768).unflatten(1, (18, 18)).transpose(1, 2).flatten(1, 2)[0],
                                          UNITS["sincos"]["grid18_dim768"])}) > 1, "rows and columns exchanged"  # fmt: skip
@@ -167,9 +211,13 @@ def test_position_tables():
 
 def table_errors() -> dict[str, float]:
     small = torch.tensor(UNITS["sincos"]["grid3_dim8"])
-    errors = {"positions, 3 x 3 cells: tables": (sincos_position(3, 8)[0] - small).abs().max().item()}
+    errors = {
+        "positions, 3 x 3 cells: tables": (sincos_position(3, 8)[0] - small).abs().max().item()
+    }
     for grid, width in ((8, 768), (18, 768), (24, 1024)):
-        error = deviation(sincos_position(grid, width)[0], UNITS["sincos"][f"grid{grid}_dim{width}"])
+        error = deviation(
+            sincos_position(grid, width)[0], UNITS["sincos"][f"grid{grid}_dim{width}"]
+        )
         errors[f"positions, {grid} x {grid} cells: tables"] = error
     for name, unit in (("soft_argmax", "units.corner"), ("soft_argmax_18", "units.corner18")):
         gold = UNITS[name]
@@ -193,11 +241,19 @@ def mutant_entry(tracker):
 
 def mutant_order(tracker):
     split = VitAttention.split
-    return patch.object(tracker.blocks[-1].attn, "split", lambda x: [split(tracker.blocks[-1].attn, x)[i] for i in (1, 0, 2)])
+    return patch.object(
+        tracker.blocks[-1].attn,
+        "split",
+        lambda x: [split(tracker.blocks[-1].attn, x)[i] for i in (1, 0, 2)],
+    )
 
 
 def mutant_scale(tracker):
-    return patch.object(ustam.F, "scaled_dot_product_attention", lambda q, k, v: ustam.attention_map(q * 1.01, k) @ v)
+    return patch.object(
+        ustam.F,
+        "scaled_dot_product_attention",
+        lambda q, k, v: ustam.attention_map(q * 1.01, k) @ v,
+    )
 
 
 @pytest.mark.parametrize("mutate", [mutant_gelu, mutant_entry, mutant_order, mutant_scale])
@@ -206,7 +262,10 @@ def test_block_certificate_can_fail(mutate):
     """In the last of twelve blocks alone."""
     tracker, (_, (memory, before, _)) = mixvit(), mixvit_run()
     expected = MIXVIT["outputs"]["case0"]
-    assert worst(compared(head_outputs(tracker, last_block(tracker, before, memory).tokens), expected)) <= 1
+    assert (
+        worst(compared(head_outputs(tracker, last_block(tracker, before, memory).tokens), expected))
+        <= 1
+    )
     with mutate(tracker):
         tokens = last_block(tracker, before, memory).tokens
     logits = compared(head_outputs(tracker, tokens), expected)
@@ -216,13 +275,21 @@ def test_block_certificate_can_fail(mutate):
 @torch.no_grad()
 def test_templates_that_do_not_meet_are_noticed():
     tracker, case = mixvit(), MIXVIT["inputs"][0]
-    parts = [tracker.remember(tracker.tokens(image(**case[role]), tracker.position_t)) for role in ("template", "online_template")]
+    parts = [
+        tracker.remember(tracker.tokens(image(**case[role]), tracker.position_t))
+        for role in ("template", "online_template")
+    ]
     tokens = torch.cat([tokens for _, tokens in parts], 1)
-    assert deviation(grids(tokens, 64, 64)[0], MIXVIT["outputs"]["case0"]["template_feat"]) > 100 * ALLOWED["features"]
+    assert (
+        deviation(grids(tokens, 64, 64)[0], MIXVIT["outputs"]["case0"]["template_feat"])
+        > 100 * ALLOWED["features"]
+    )
 
 
 def mutant_bilinear(head):
-    return patch.object(heads, "_doubled", lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"))
+    return patch.object(
+        heads, "_doubled", lambda x: F.interpolate(x, scale_factor=2, mode="bilinear")
+    )
 
 
 def mutant_norm_epsilon(head):
@@ -234,7 +301,9 @@ def mutant_without_a_resolution(head):
 
 
 def mutant_middle_of_cells(head):
-    return patch.object(ustam, "soft_argmax", lambda logits: soft_argmax(logits) + 0.5 / logits.shape[-1])
+    return patch.object(
+        ustam, "soft_argmax", lambda logits: soft_argmax(logits) + 0.5 / logits.shape[-1]
+    )
 
 
 class _Zero(nn.Module):
@@ -242,7 +311,10 @@ class _Zero(nn.Module):
         return torch.zeros_like(x)
 
 
-@pytest.mark.parametrize("mutate", [mutant_bilinear, mutant_norm_epsilon, mutant_without_a_resolution, mutant_middle_of_cells])
+@pytest.mark.parametrize(
+    "mutate",
+    [mutant_bilinear, mutant_norm_epsilon, mutant_without_a_resolution, mutant_middle_of_cells],
+)
 def test_head_certificate_can_fail(mutate):
     tracker, (_, (_, _, tokens)) = mixvit(), mixvit_run()
     expected = MIXVIT["outputs"]["case0"]
@@ -270,7 +342,10 @@ def tracking_run() -> tuple[dict[str, float], list[ustam.UstamState]]:
     for image_, expected in zip(others, gold["boxes_xywh_after_each_frame"], strict=True):
         state, prediction = tracker.step(states[-1], [image_])
         states.append(state)
-        error = max(error, (prediction.box[0] - torch.tensor(expected, dtype=torch.float64)).abs().max().item())
+        error = max(
+            error,
+            (prediction.box[0] - torch.tensor(expected, dtype=torch.float64)).abs().max().item(),
+        )
     return {"MixViT-B288, tracking with template updates: boxes, px": error}, states
 
 
@@ -288,7 +363,9 @@ def test_the_second_template_counts():
     _, states = tracking_run()
     stale = replace(states[2], memory=states[0].memory)
     assert tracking_error({}, 2, stale) > ALLOWED["boxes, px"]
-    assert states[1].memory is states[0].memory and states[3].memory is states[2].memory, "made when due, and kept"
+    assert states[1].memory is states[0].memory and states[3].memory is states[2].memory, (
+        "made when due, and kept"
+    )
 
 
 def tracking_error(changes: dict, number: int, state: ustam.UstamState) -> float:
@@ -324,12 +401,20 @@ def last_block(tracker: Ustam, tokens: Tensor, memory: Memory, maps: bool = Fals
 @torch.no_grad()
 def inputs() -> tuple[Memory, list[Tensor]]:
     tracker = loaded()
-    z = [tracker.tokens(image(**USTAM["inputs"][role]), tracker.position_t) for role in ("template", "online_template")]
-    searches = [tracker.tokens(image(**item), tracker.position_s) for item in USTAM["inputs"]["search_sequence"]]
+    z = [
+        tracker.tokens(image(**USTAM["inputs"][role]), tracker.position_t)
+        for role in ("template", "online_template")
+    ]
+    searches = [
+        tracker.tokens(image(**item), tracker.position_s)
+        for item in USTAM["inputs"]["search_sequence"]
+    ]
     return tracker.remember(torch.cat(z, 1))[0], searches
 
 
-def ustam_errors(answer: ustam.Answer, attention_map: Tensor, variant_: str, number: int) -> dict[str, float]:
+def ustam_errors(
+    answer: ustam.Answer, attention_map: Tensor, variant_: str, number: int
+) -> dict[str, float]:
     boxes, corners = answer.boxes, answer.corners
     got = {
         "search_feat: features": grids(answer.tokens, 324)[0],
@@ -344,14 +429,24 @@ def ustam_errors(answer: ustam.Answer, attention_map: Tensor, variant_: str, num
 @lru_cache
 @torch.no_grad()
 def plain_run() -> tuple[list[dict[str, float]], list[Tensor], ustam.Answer]:
-    """Neither module: deviations in each frame, the tokens that come to the last block, the first answer."""
+    """Neither module: deviations in each frame, the tokens that come to the last block, the first
+    answer.
+    """
     (memory, searches), tracker = inputs(), variant(loaded(), spatial=False, temporal=False)
     tokens: list[Tensor] = []
-    hook = tracker.blocks[-1].norm1.register_forward_hook(lambda module, given, made: tokens.append(given[0]))
+    hook = tracker.blocks[-1].norm1.register_forward_hook(
+        lambda module, given, made: tokens.append(given[0])
+    )
     answers = [tracker(memory, search) for search in searches]
     hook.remove()
-    maps = [last_block(tracker, x, memory, maps=True).maps["attention_1"][..., -324:] for x in tokens]
-    return [ustam_errors(a, m, "none", i) for i, (a, m) in enumerate(zip(answers, maps, strict=True))], tokens, answers[0]
+    maps = [
+        last_block(tracker, x, memory, maps=True).maps["attention_1"][..., -324:] for x in tokens
+    ]
+    return (
+        [ustam_errors(a, m, "none", i) for i, (a, m) in enumerate(zip(answers, maps, strict=True))],
+        tokens,
+        answers[0],
+    )
 
 
 @lru_cache
@@ -373,8 +468,14 @@ TEMPORAL = {
 @lru_cache
 @torch.no_grad()
 def temporal_run(name: str) -> tuple[list[dict[str, float]], Tensor]:
-    """Deviations in each frame of a run, and the map after its first; the first frame, without a map, needs the last block only."""
-    (memory, searches), (_, tokens, _), tracker = inputs(), plain_run(), variant(loaded(), **TEMPORAL[name])
+    """Deviations in each frame of a run, and the map after its first; the first frame, without a
+    map, needs the last block only.
+    """
+    (memory, searches), (_, tokens, _), tracker = (
+        inputs(),
+        plain_run(),
+        variant(loaded(), **TEMPORAL[name]),
+    )
     answer = last_block(tracker, tokens[0], memory)
     errors, first = [ustam_errors(answer, answer.carried, name, 0)], answer.carried
     for i in (1, 2):
@@ -398,9 +499,15 @@ def test_zero_start_is_mixvit_bit_for_bit():
     (memory, searches), (*_, mixed), tracker = inputs(), plain_run(), variant(loaded())
     tracker.spatial_attention = ustam.SpatialAttention(324, "map", "column")
     ours = tracker(memory, searches[0], torch.zeros(1, 12, 324, 324))
-    for a, b in zip((ours.boxes, ours.tokens, *ours.corners), (mixed.boxes, mixed.tokens, *mixed.corners), strict=True):
+    for a, b in zip(
+        (ours.boxes, ours.tokens, *ours.corners),
+        (mixed.boxes, mixed.tokens, *mixed.corners),
+        strict=True,
+    ):
         assert torch.equal(a, b)
-    assert torch.allclose(ours.carried.sum(-1), ours.carried.sum(-1).clamp(0, 1)), "a share of the attention"
+    assert torch.allclose(ours.carried.sum(-1), ours.carried.sum(-1).clamp(0, 1)), (
+        "a share of the attention"
+    )
 
 
 def spatial_mutants():
@@ -432,7 +539,9 @@ def test_spatial_certificate_can_fail(name):
     assert worst({k: v for k, v in errors.items() if "attention_map" not in k}) > 1
 
 
-@pytest.mark.parametrize("changes", [{"mean": "row"}, {"residual": "map"}, {"carried": "relative"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"mean": "row"}, {"residual": "map"}, {"carried": "relative"}], ids=str
+)
 @torch.no_grad()
 def test_alternatives_are_others(changes):
     (memory, _), (_, tokens, _) = inputs(), plain_run()
@@ -469,7 +578,9 @@ def loss_errors() -> dict[str, float]:
             errors["L1 loss: losses"] = abs(l1 - gold["l1"])
         else:
             each = 1 - ciou(boxes, truth)
-            errors["ciou of each box: losses"] = (each - torch.tensor(gold["per_box"])).abs().max().item()
+            errors["ciou of each box: losses"] = (
+                (each - torch.tensor(gold["per_box"])).abs().max().item()
+            )
     return errors
 
 
@@ -485,7 +596,9 @@ COSTS = {
     "ustam-l384": "USTAM-L/384",
 }
 OTHERS = {
-    "MixViT-B/288 one template (does not fit)": UstamConfig.mixvit_b288(templates=1, update_interval=0),
+    "MixViT-B/288 one template (does not fit)": UstamConfig.mixvit_b288(
+        templates=1, update_interval=0
+    ),
     "MixViT-B/288 plain corner head (does not fit)": UstamConfig.mixvit_b288(head="corner"),
     "MixViT-L/384 plain corner head (does not fit)": UstamConfig.mixvit_l384(head="corner"),
     "MixViT-B/384 (templates 128)": UstamConfig.ustam_b384(spatial=False),
@@ -501,7 +614,10 @@ def test_costs(name):
     if "paper" not in gold:
         assert profile["paper"] == {}
         return
-    assert profile["paper"] == {"parameters": round(gold["paper"]["params_M"] * 1e6), "macs": round(gold["paper"]["MACs_G"] * 1e9)}
+    assert profile["paper"] == {
+        "parameters": round(gold["paper"]["params_M"] * 1e6),
+        "macs": round(gold["paper"]["MACs_G"] * 1e9),
+    }
     for what, unit in (("parameters", 1e5), ("macs", 1e8)):  # cut off after one decimal
         assert profile["paper"][what] == profile[what] // unit * unit
 
@@ -511,16 +627,30 @@ def test_costs_of_what_the_paper_does_not_mean(name):
     with torch.device("meta"):
         profile = Ustam(OTHERS[name]).profile()
     gold = UNITS["macs"][name]
-    assert (profile["parameters"], profile["macs"], profile["paper"]) == (gold["params_called_layers"], gold["thop"], {})
+    assert (profile["parameters"], profile["macs"], profile["paper"]) == (
+        gold["params_called_layers"],
+        gold["thop"],
+        {},
+    )
 
 
 def test_table_4():
-    """The rows that have no name: temporal attention costs nothing, and what is counted is what is printed."""
+    """The rows that have no name: temporal attention costs nothing, and what is counted is what is
+    printed.
+    """
     for spatial, temporal in ((True, False), (False, True)):
         with torch.device("meta"):
             profile = Ustam(UstamConfig.ustam_b288(spatial=spatial, temporal=temporal)).profile()
-        assert profile["macs"] // 1e8 / 10 == profile["paper"]["macs"] / 1e9 == (43.6 if spatial else 43.2)
-        assert profile["parameters"] // 1e5 / 10 == profile["paper"]["parameters"] / 1e6 == (97.2 if spatial else 97.1)
+        assert (
+            profile["macs"] // 1e8 / 10
+            == profile["paper"]["macs"] / 1e9
+            == (43.6 if spatial else 43.2)
+        )
+        assert (
+            profile["parameters"] // 1e5 / 10
+            == profile["paper"]["parameters"] / 1e6
+            == (97.2 if spatial else 97.1)
+        )
 
 
 @lru_cache

@@ -1,4 +1,5 @@
 """`python -m trackkit` is the command line."""
+
 import sys
 
 from trackkit.cli import main

@@ -1,11 +1,14 @@
-"""The ablation tables of the papers as runnable rows: train each row with several seeds, compare it with its base.
+"""The ablation tables of the papers as runnable rows: train each row with several seeds, compare it
+with its base.
 
     result = run(TABLES["stark-table6"], seeds=3)
     print(result.text())
 
-A run is stored under what it is made of (config, stages, seed, data, version), not under its table: tables share runs, an
-interrupted table continues, more seeds add to those that are there. One command at a time may use a folder.
+A run is stored under what it is made of (config, stages, seed, data, version), not under its table:
+tables share runs, an interrupted table continues, more seeds add to those that are there. One
+command at a time may use a folder.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -51,7 +54,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A paper's table: what its figures are, and the (tiny) tracker that is changed. The first row is the base."""
+    """A paper's table: what its figures are, and the (tiny) tracker that is changed. The first row
+    is the base.
+    """
 
     name: str
     source: str
@@ -59,16 +64,26 @@ class Table:
     tracker: str
     rows: tuple[Row, ...]
 
-    def build(self, row: Row, scale: str, steps: int | None = None, batch: int | None = None, seed: int = 0) -> tuple[Tracker, list[Stage]]:
-        """A row's tracker with the random weights of a seed, and its stages at `scale`, or shortened to `steps` and
-        with another `batch`.
+    def build(
+        self,
+        row: Row,
+        scale: str,
+        steps: int | None = None,
+        batch: int | None = None,
+        seed: int = 0,
+    ) -> tuple[Tracker, list[Stage]]:
+        """A row's tracker with the random weights of a seed, and its stages at `scale`, or
+        shortened to `steps` and with another `batch`.
 
         Raises TrackkitError for changes that are no fields of the config.
         """
         chosen = create(self.tracker)
         fields = [f.name for f in dataclasses.fields(chosen.config)] if chosen.config else []
         if odd := [key for key in row.changes if key not in fields]:
-            raise TrackkitError(f"{self.name}, {row.label}: {self.tracker} has no {', '.join(odd)}, only {', '.join(fields)}")
+            raise TrackkitError(
+                f"{self.name}, {row.label}: {self.tracker} has no {', '.join(odd)}, only "
+                f"{', '.join(fields)}"
+            )
         torch.manual_seed(seed)  # here, as in `trackkit train`
         tracker = type(chosen)(dataclasses.replace(chosen.config, **row.changes))
         stages = tracker.recipe(scale)
@@ -96,15 +111,27 @@ _TABLE1 = (
     Row("STARK-S", {"dynamic": False, "score": False}, 67.2),
 )
 TABLES = {
-    "stark-table1": Table("stark-table1", "STARK, Table 1", "AO of ST50 and S50 on GOT-10k's test split", "stark-tiny", _TABLE1),
-    "stark-table6": Table("stark-table6", "STARK, Table 6", "LaSOT success of ST50", "stark-tiny", _TABLE6),
-    "stark-table7": Table("stark-table7", "STARK, Table 7", "LaSOT success of ST50", "stark-tiny", _TABLE7),
+    "stark-table1": Table(
+        "stark-table1",
+        "STARK, Table 1",
+        "AO of ST50 and S50 on GOT-10k's test split",
+        "stark-tiny",
+        _TABLE1,
+    ),
+    "stark-table6": Table(
+        "stark-table6", "STARK, Table 6", "LaSOT success of ST50", "stark-tiny", _TABLE6
+    ),
+    "stark-table7": Table(
+        "stark-table7", "STARK, Table 7", "LaSOT success of ST50", "stark-tiny", _TABLE7
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Result:
-    """The runs of a table so far: `about` the command, `runs` with row, seed, ao (0..1), machine and more."""
+    """The runs of a table so far: `about` the command, `runs` with row, seed, ao (0..1), machine
+    and more.
+    """
 
     table: Table
     about: dict[str, Any]
@@ -112,46 +139,81 @@ class Result:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The numbers of each row of the table in percent, None where there are no runs to compute them from.
+        """The numbers of each row of the table in percent, None where there are no runs to compute
+        them from.
 
-        label; ao, of each seed; mean and std over them; difference, the mean of row minus base over the seeds that both
-        have; spread, the std of these differences; paper and paper_difference; direction, whether the two differences
-        have the same sign. Stds are of a sample, so one seed has none.
+        label; ao, of each seed; mean and std over them; difference, the mean of row minus base over
+        the seeds that both have; spread, the std of these differences; paper and paper_difference;
+        direction, whether the two differences have the same sign. Stds are of a sample, so one seed
+        has none.
         """
         first, rows, base = self.table.rows[0], [], {}
         for row in self.table.rows:
             ao = {r["seed"]: 100 * r["ao"] for r in self.runs if r["row"] == row.label}
             mean, std = _mean_std(list(ao.values()))
             difference, spread = _mean_std([ao[seed] - base[seed] for seed in ao if seed in base])
-            numbers = {"label": row.label, "ao": ao, "mean": mean, "std": std, "difference": difference, "spread": spread}
+            numbers = {
+                "label": row.label,
+                "ao": ao,
+                "mean": mean,
+                "std": std,
+                "difference": difference,
+                "spread": spread,
+            }
             paper = {"paper": row.paper, "paper_difference": row.paper - first.paper}
-            rows.append(numbers | paper | {"direction": _direction(difference, spread, row.paper - first.paper)})
+            rows.append(
+                numbers
+                | paper
+                | {"direction": _direction(difference, spread, row.paper - first.paper)}
+            )
             base = ao if row is first else base
         return rows
 
     def text(self) -> str:
         """A Markdown table, and below it what its numbers are."""
-        lines = [["row", "AO mean ± std (n)", "difference to base", "paper", "paper's difference", "direction"]]
+        lines = [
+            [
+                "row",
+                "AO mean ± std (n)",
+                "difference to base",
+                "paper",
+                "paper's difference",
+                "direction",
+            ]
+        ]
         for row in self.rows:
-            ours = f"{_f(row['mean'], row['std'])} ({len(row['ao'])})", _f(row["difference"], row["spread"], "+")
-            papers = f"{row['paper']:.1f}", f"{row['paper_difference']:+.1f}" if len(lines) > 1 else "-"
+            ours = (
+                f"{_f(row['mean'], row['std'])} ({len(row['ao'])})",
+                _f(row["difference"], row["spread"], "+"),
+            )
+            papers = (
+                f"{row['paper']:.1f}",
+                f"{row['paper_difference']:+.1f}" if len(lines) > 1 else "-",
+            )
             lines.append([row["label"], *ours, *papers, row["direction"]])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         lines.insert(1, ["-" * width for width in widths])
         shown = "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
         seeds = ", ".join(map(str, sorted({r["seed"] for r in self.runs}))) or "none yet"
-        made = "; ".join(sorted({f"{r['machine']}, trackkit {r['trackkit']}" for r in self.runs})) or "no runs yet"
-        speed = f"{statistics.median(r['samples_per_second'] for r in self.runs):.0f}" if self.runs else "-"
+        made = (
+            "; ".join(sorted({f"{r['machine']}, trackkit {r['trackkit']}" for r in self.runs}))
+            or "no runs yet"
+        )
+        speed = (
+            f"{statistics.median(r['samples_per_second'] for r in self.runs):.0f}"
+            if self.runs
+            else "-"
+        )
         return f"""{self.table.name} ({self.table.source}): {self.table.tracker}
 
 {shown}
 
-Paper: {self.table.metric}, percent. Ours: AO, percent, on {self.about['test']}; seeds {seeds}.
-Trained on {self.about['train']}; base: {self.about['stages']}.
+Paper: {self.table.metric}, percent. Ours: AO, percent, on {self.about["test"]}; seeds {seeds}.
+Trained on {self.about["train"]}; base: {self.about["stages"]}.
 difference: mean over seeds of row minus base of the same seed ± the std of these differences, the spread.
 direction: whether our difference has the sign of the paper's; within the spread: it is smaller than that.
 Other data than the paper's and, for a tiny tracker, another network: compare directions, not sizes.
-{self.about['command']}
+{self.about["command"]}
 {made}; {speed} training samples/s
 """
 
@@ -164,7 +226,9 @@ def load(path: str | Path) -> Result:
         result = Result(Table(**values["table"], rows=rows), values["about"], values["runs"])
         result.text()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: not the result of an ablation ({error!r}); make it anew: trackkit ablate") from error
+        raise DataError(
+            f"{path}: not the result of an ablation ({error!r}); make it anew: trackkit ablate"
+        ) from error
     return result
 
 
@@ -181,40 +245,78 @@ def run(
     batch: int | None = None,
     progress: bool = True,
 ) -> Result:
-    """Train and evaluate the rows that have no result yet: all with seed 0, then all with seed 1, ...
+    """Train and evaluate the rows that have no result yet: all with seed 0, then all with seed 1,
+    ...
 
     Args:
-        scale: of the tracker's `recipe`. steps: of the longest stage, in place of the recipe's; the others shrink alike.
+        scale: of the tracker's `recipe`. steps: of the longest stage, in place of the recipe's; the
+            others shrink alike.
         batch: samples in a step, in place of the recipe's.
-        out: folder (default: TRACKKIT_HOME/ablations) of TABLE_TRACKER_SCALE.json and .md, written anew after each run,
-            and of the runs themselves.
-        data: GOT-10k's root, to train on its train and evaluate on its val split (default: TRACKKIT_GOT10K, else
-            procedural video and the embedded samples).
-        rows: labels of the rows to run, beside the base (default: all). All that have results are shown.
+        out: folder (default: TRACKKIT_HOME/ablations) of TABLE_TRACKER_SCALE.json and .md, written
+            anew after each run, and of the runs themselves.
+        data: GOT-10k's root, to train on its train and evaluate on its val split (default:
+            TRACKKIT_GOT10K, else procedural video and the embedded samples).
+        rows: labels of the rows to run, beside the base (default: all). All that have results are
+            shown.
         jobs: runs side by side, each a process with one thread.
 
-    An error or an interruption stops all; the same call goes on. Raises TrackkitError for an unknown row.
+    An error or an interruption stops all; the same call goes on. Raises TrackkitError for an
+    unknown row.
     """
     labels = [row.label for row in table.rows]
     if odd := [label for label in rows if label not in labels]:
-        raise TrackkitError(f"{table.name} has no row {', '.join(map(repr, odd))}; it has {', '.join(labels)}")
+        raise TrackkitError(
+            f"{table.name} has no row {', '.join(map(repr, odd))}; it has {', '.join(labels)}"
+        )
     if min(seeds, jobs) < 1:
         raise TrackkitError(f"seeds and jobs must be at least 1, got {seeds} and {jobs}")
-    out, test, wanted = writable(out or home() / "ablations"), GOT10k(data, "val"), {labels[0], *(rows or labels)}
+    out, test, wanted = (
+        writable(out or home() / "ablations"),
+        GOT10k(data, "val"),
+        {labels[0], *(rows or labels)},
+    )
     plan, waiting, stages = [], {}, table.build(table.rows[0], scale, steps, batch)[1]
-    options = {"seeds": seeds, "scale": scale, "steps": steps, "batch": batch, "data": data, "tracker": table.tracker}
+    options = {
+        "seeds": seeds,
+        "scale": scale,
+        "steps": steps,
+        "batch": batch,
+        "data": data,
+        "tracker": table.tracker,
+    }
     about = {
-        "files": f"{table.name}_{table.tracker}_{scale}" + ("" if steps is None else f"_{steps}-steps") + ("" if batch is None else f"_batch-{batch}"),
-        "command": shlex.join(["trackkit", "ablate", table.name, *(f"--{k}={v}" for k, v in options.items() if v is not None)]),
-        "stages": ", ".join(f"{stage.name} {stage.steps} steps of {stage.batch}" for stage in stages),
-        "train": "procedural video" if isinstance(training_set(data), SynthDataset) else training_set(data).name,
-        "test": f"{'the procedural samples' if SAMPLES in test.folder.parents else test.name} ({len(test)} sequences)",
+        "files": f"{table.name}_{table.tracker}_{scale}"
+        + ("" if steps is None else f"_{steps}-steps")
+        + ("" if batch is None else f"_batch-{batch}"),
+        "command": shlex.join(
+            [
+                "trackkit",
+                "ablate",
+                table.name,
+                *(f"--{k}={v}" for k, v in options.items() if v is not None),
+            ]
+        ),
+        "stages": ", ".join(
+            f"{stage.name} {stage.steps} steps of {stage.batch}" for stage in stages
+        ),
+        "train": "procedural video"
+        if isinstance(training_set(data), SynthDataset)
+        else training_set(data).name,
+        "test": f"{'the procedural samples' if SAMPLES in test.folder.parents else test.name} "
+        f"({len(test)} sequences)",
     }
     for seed in range(seeds):
         sequences = training_set(data, seed)
         for row in table.rows:
             tracker, stages = table.build(row, scale, steps, batch, seed)
-            parts = [describe(tracker), list(map(dataclasses.asdict, stages)), seed, repr(sequences), repr(test), __version__]
+            parts = [
+                describe(tracker),
+                list(map(dataclasses.asdict, stages)),
+                seed,
+                repr(sequences),
+                repr(test),
+                __version__,
+            ]
             key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
             folder = out / "runs" / f"{table.tracker}-{seed}-{key}"
             plan.append((row, seed, folder))
@@ -229,8 +331,15 @@ def run(
 
 def _write(table: Table, about: dict, plan: list[tuple[Row, int, Path]], out: Path) -> Result:
     """Collect the results that there are, and write them to the table's files."""
-    done = [(row, seed, folder / "result.json") for row, seed, folder in plan if (folder / "result.json").exists()]
-    runs = [{"row": row.label, "seed": seed, "changes": row.changes, **json.loads(file.read_text())} for row, seed, file in done]
+    done = [
+        (row, seed, folder / "result.json")
+        for row, seed, folder in plan
+        if (folder / "result.json").exists()
+    ]
+    runs = [
+        {"row": row.label, "seed": seed, "changes": row.changes, **json.loads(file.read_text())}
+        for row, seed, file in done
+    ]
     result = Result(table, about, runs)
     everything = json.dumps(dataclasses.asdict(result) | {"rows": result.rows}, indent=1)
     for suffix, text in ((".json", everything), (".md", result.text())):
@@ -239,22 +348,53 @@ def _write(table: Table, about: dict, plan: list[tuple[Row, int, Path]], out: Pa
     return result
 
 
-def _measure(progress: bool, folder: Path, table: Table, row: Row, seed: int, scale: str, steps, batch, data, device: str) -> None:
+def _measure(
+    progress: bool,
+    folder: Path,
+    table: Table,
+    row: Row,
+    seed: int,
+    scale: str,
+    steps,
+    batch,
+    data,
+    device: str,
+) -> None:
     """Train and evaluate, or go on with it; what comes out is folder/result.json."""
     tracker, stages = table.build(row, scale, steps, batch, seed)
     tracker.to("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     try:
-        log = train(tracker, stages, training_set(data, seed), folder, seed=seed, device=device, progress=progress)
+        log = train(
+            tracker,
+            stages,
+            training_set(data, seed),
+            folder,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
     except TrackkitError as error:
-        raise TrackkitError(f"{row.label}, seed {seed}: {error}; to go on without this row, name the others by --rows") from error
+        raise TrackkitError(
+            f"{row.label}, seed {seed}: {error}; to go on without this row, name the others by "
+            "--rows"
+        ) from error
     scores = evaluate(tracker, GOT10k(data, "val"), folder / "results", folder.name)
     if scores is None:
         raise TrackkitError("the val split has no labels, so no row can be scored on it")
-    result = {"ao": scores.ao, "sr50": scores.sr50, "sr75": scores.sr75, "loss": log[-1]["loss"], "folder": folder.name}
+    result = {
+        "ao": scores.ao,
+        "sr50": scores.sr50,
+        "sr75": scores.sr75,
+        "loss": log[-1]["loss"],
+        "folder": folder.name,
+    }
     result["samples_per_second"] = statistics.median(line["samples_per_second"] for line in log)
     with atomic_write(folder / "result.json") as partial:
-        partial.write_text(json.dumps(result | {"machine": _machine(tracker.device), "trackkit": __version__}))
-    (folder / "state.safetensors").unlink()  # three times the size of tracker.safetensors, which stays
+        partial.write_text(
+            json.dumps(result | {"machine": _machine(tracker.device), "trackkit": __version__})
+        )
+    # three times the size of tracker.safetensors, which stays
+    (folder / "state.safetensors").unlink()
 
 
 def _measured(waiting: list[tuple], jobs: int, progress: bool) -> Iterator[None]:
@@ -264,7 +404,9 @@ def _measured(waiting: list[tuple], jobs: int, progress: bool) -> Iterator[None]
             yield _measure(progress, *job)
         return
     alive, mine = multiprocessing.Pipe(duplex=False)
-    with ProcessPoolExecutor(max(1, min(jobs, len(waiting))), multiprocessing.get_context("spawn"), _alone, (alive,)) as pool:
+    with ProcessPoolExecutor(
+        max(1, min(jobs, len(waiting))), multiprocessing.get_context("spawn"), _alone, (alive,)
+    ) as pool:
         try:
             for future in as_completed([pool.submit(_measure, False, *job) for job in waiting]):
                 yield future.result()
@@ -275,7 +417,9 @@ def _measured(waiting: list[tuple], jobs: int, progress: bool) -> Iterator[None]
 
 
 def _alone(alive: Connection) -> None:
-    """Make this process one of several: one thread, no interest in ctrl-C, and its end when its parent closes or dies."""
+    """Make this process one of several: one thread, no interest in ctrl-C, and its end when its
+    parent closes or dies.
+    """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (alive.poll(None), os._exit(1)), daemon=True).start()
@@ -286,7 +430,11 @@ def _machine(device: torch.device) -> str:
     cpu = re.search(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
     name = cpu[1] if cpu else platform.processor() or platform.machine()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
-    return f"{name}, {os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} thread(s)"
+    return (
+        f"{name}, {os.cpu_count()} cores, torch {torch.__version__} with "
+        f"{torch.get_num_threads()} "
+        "thread(s)"
+    )
 
 
 def _direction(difference: float | None, spread: float | None, paper: float) -> str:
@@ -299,7 +447,9 @@ def _direction(difference: float | None, spread: float | None, paper: float) -> 
 
 
 def _mean_std(values: list[float]) -> tuple[float | None, float | None]:
-    return statistics.fmean(values) if values else None, statistics.stdev(values) if len(values) > 1 else None
+    return statistics.fmean(values) if values else None, statistics.stdev(values) if len(
+        values
+    ) > 1 else None
 
 
 def _f(mean: float | None, std: float | None, sign: str = "") -> str:

@@ -2,6 +2,7 @@
 
 A token is a row of a (B, T, D) tensor. Notation: B batch, T tokens, Q queries, D width, H heads.
 """
+
 from __future__ import annotations
 
 import math
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 class Attention(nn.Module):
     """Multi-head attention: each query gathers the values whose keys resemble it.
 
-    softmax(q k^T / sqrt(D / H)) v, for each of H heads on its own share of the width (Vaswani et al. 2017, Eq. 1).
-    The parameters have the names and the layout of `torch.nn.MultiheadAttention`: queries, keys, values stacked.
+    softmax(q k^T / sqrt(D / H)) v, for each of H heads on its own share of the width (Vaswani et
+    al. 2017, Eq. 1). The parameters have the names and the layout of `torch.nn.MultiheadAttention`:
+    queries, keys, values stacked.
     """
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0):
@@ -30,12 +32,18 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, ignore: Tensor | None = None, weights: bool = False
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        ignore: Tensor | None = None,
+        weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """query (B, Q, D), key and value (B, T, D), ignore (B, T) bool, True for tokens nobody may look at.
+        """query (B, Q, D), key and value (B, T, D), ignore (B, T) bool, True for tokens nobody may
+        look at.
 
-        Returns (B, Q, D) and, with `weights`, how much each query looked at each token, (B, H, Q, T), rows summing to 1;
-        otherwise None, and the kernel never forms that matrix.
+        Returns (B, Q, D) and, with `weights`, how much each query looked at each token, (B, H, Q,
+        T), rows summing to 1; otherwise None, and the kernel never forms that matrix.
         """
         width = query.shape[-1]
         weight, bias = self.in_proj_weight, self.in_proj_bias
@@ -45,7 +53,8 @@ class Attention(nn.Module):
             q = F.linear(query, weight[:width], bias[:width])
             k = F.linear(key, weight[width : 2 * width], bias[width : 2 * width])
         v = F.linear(value, weight[2 * width :], bias[2 * width :])
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, H, Q or T, D / H)
+        # (B, H, Q or T, D / H)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         allowed = None if ignore is None else ~ignore[:, None, None, :]
         dropout = self.dropout if self.training else 0.0
         if weights:
@@ -63,11 +72,14 @@ class Attention(nn.Module):
 class EncoderLayer(nn.Module):
     """Tokens look at one another, then each thinks for itself: (B, T, D) -> (B, T, D).
 
-    Positions are added to queries and keys and never to values, so they steer who looks where without becoming part of
-    what is seen (Carion et al. 2020). `pre_norm` normalises before each step instead of after it.
+    Positions are added to queries and keys and never to values, so they steer who looks where
+    without becoming part of what is seen (Carion et al. 2020). `pre_norm` normalises before each
+    step instead of after it.
     """
 
-    def __init__(self, width: int, heads: int, feedforward: int, dropout: float = 0.1, pre_norm: bool = False):
+    def __init__(
+        self, width: int, heads: int, feedforward: int, dropout: float = 0.1, pre_norm: bool = False
+    ):
         super().__init__()
         self.self_attn = Attention(width, heads, dropout)
         self.linear1, self.linear2 = nn.Linear(width, feedforward), nn.Linear(feedforward, width)
@@ -92,18 +104,31 @@ class EncoderLayer(nn.Module):
 class DecoderLayer(nn.Module):
     """Queries look at one another, then at the memory: (B, Q, D) and (B, T, D) -> (B, Q, D)."""
 
-    def __init__(self, width: int, heads: int, feedforward: int, dropout: float = 0.1, pre_norm: bool = False):
+    def __init__(
+        self, width: int, heads: int, feedforward: int, dropout: float = 0.1, pre_norm: bool = False
+    ):
         super().__init__()
-        self.self_attn, self.cross_attn = Attention(width, heads, dropout), Attention(width, heads, dropout)
+        self.self_attn, self.cross_attn = (
+            Attention(width, heads, dropout),
+            Attention(width, heads, dropout),
+        )
         self.linear1, self.linear2 = nn.Linear(width, feedforward), nn.Linear(feedforward, width)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
         self.dropout, self.pre_norm = nn.Dropout(dropout), pre_norm
         xavier(self)
 
     def forward(
-        self, x: Tensor, query: Tensor, memory: Tensor, position: Tensor, ignore: Tensor | None = None, weights: bool = False
+        self,
+        x: Tensor,
+        query: Tensor,
+        memory: Tensor,
+        position: Tensor,
+        ignore: Tensor | None = None,
+        weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """`query` (B, Q, D) is to the queries what `position` (B, T, D) is to the memory: added where looks are aimed."""
+        """`query` (B, Q, D) is to the queries what `position` (B, T, D) is to the memory: added
+        where looks are aimed.
+        """
         pre = self.pre_norm
         y = self.norm1(x) if pre else x
         at = y + query
@@ -113,7 +138,10 @@ class DecoderLayer(nn.Module):
         if weights or torch.is_grad_enabled() or self.cross_attn.heads * x.shape[1] >= x.shape[2]:
             change, share = self.cross_attn(y + query, memory + position, memory, ignore, weights)
         else:
-            change, share = look_by_few(self.cross_attn, y + query, memory + position, memory, ignore), None
+            change, share = (
+                look_by_few(self.cross_attn, y + query, memory + position, memory, ignore),
+                None,
+            )
         x = x + self.dropout(change)
         x = x if pre else self.norm2(x)
         y = self.norm3(x) if pre else x
@@ -121,28 +149,41 @@ class DecoderLayer(nn.Module):
         return x if pre else self.norm3(x), share
 
 
-def look_by_few(layer: Attention, query: Tensor, key: Tensor, value: Tensor, ignore: Tensor | None = None) -> Tensor:
-    """What `layer(query, key, value, ignore)` returns first, in another order, which is quicker for few queries.
+def look_by_few(
+    layer: Attention, query: Tensor, key: Tensor, value: Tensor, ignore: Tensor | None = None
+) -> Tensor:
+    """What `layer(query, key, value, ignore)` returns first, in another order, which is quicker for
+    few queries.
 
-    q . (W k + b) = (W^T q) . k + q . b: instead of T keys the queries of each head are projected, and q . b changes nothing in
-    a softmax over keys. Likewise a mixture of values is projected, not T values; its shares sum to 1, so the bias stays as it is.
+    q . (W k + b) = (W^T q) . k + q . b: instead of T keys the queries of each head are projected,
+    and q . b changes nothing in a softmax over keys. Likewise a mixture of values is projected, not
+    T values; its shares sum to 1, so the bias stays as it is.
     """
     (w_q, w_k, w_v), (b_q, _, b_v) = layer.in_proj_weight.chunk(3), layer.in_proj_bias.chunk(3)
     heads = (layer.heads, -1)
-    aimed = torch.einsum("bqhd,hdc->bhqc", F.linear(query, w_q, b_q).unflatten(-1, heads), w_k.unflatten(0, heads))  # (B, H, Q, D)
-    scores = aimed @ key[:, None].transpose(-1, -2) * (layer.heads / query.shape[-1]) ** 0.5  # (B, H, Q, T)
+    # (B, H, Q, D)
+    aimed = torch.einsum(
+        "bqhd,hdc->bhqc", F.linear(query, w_q, b_q).unflatten(-1, heads), w_k.unflatten(0, heads)
+    )
+    # (B, H, Q, T)
+    scores = aimed @ key[:, None].transpose(-1, -2) * (layer.heads / query.shape[-1]) ** 0.5
     if ignore is not None:
-        scores = scores.masked_fill(ignore[:, None, None], torch.finfo(scores.dtype).min)  # finite, even if all are to be ignored
+        # finite, even if all are to be ignored
+        scores = scores.masked_fill(ignore[:, None, None], torch.finfo(scores.dtype).min)
     mixed = scores.softmax(-1) @ value[:, None]  # (B, H, Q, D)
-    return layer.out_proj(torch.einsum("bhqc,hdc->bqhd", mixed, w_v.unflatten(0, heads)).flatten(2) + b_v)
+    return layer.out_proj(
+        torch.einsum("bhqc,hdc->bqhd", mixed, w_v.unflatten(0, heads)).flatten(2) + b_v
+    )
 
 
 def sine_position(outside: Tensor, width: int) -> Tensor:
-    """Position embedding without parameters: cells outside the frame, bool (B, h, w) -> (B, h * w, width).
+    """Position embedding without parameters: cells outside the frame, bool (B, h, w) -> (B, h * w,
+    width).
 
-    Cells inside are counted 1, 2, ... along each axis and the count is stretched to end at 2 pi, so small and large grids
-    share one scale. Half of the channels tell y, the other half x; of each half, even channels are sines and odd ones
-    cosines of the count divided by wavelengths from 1 to 10,000 (Carion et al. 2020, after Vaswani et al. 2017).
+    Cells inside are counted 1, 2, ... along each axis and the count is stretched to end at 2 pi, so
+    small and large grids share one scale. Half of the channels tell y, the other half x; of each
+    half, even channels are sines and odd ones cosines of the count divided by wavelengths from 1 to
+    10,000 (Carion et al. 2020, after Vaswani et al. 2017).
     """
     inside = (~outside).float()
     half = width // 2
@@ -160,18 +201,22 @@ def sine_position(outside: Tensor, width: int) -> Tensor:
 def sincos_position(grid: int, width: int) -> Tensor:
     """Fixed positions of grid x grid tokens, row by row: (1, grid * grid, width).
 
-    Half of the channels tell the column, the other half the row; of each half, first all sines, then all cosines, of
-    wavelengths from 2 pi to 20,000 pi.
+    Half of the channels tell the column, the other half the row; of each half, first all sines,
+    then all cosines, of wavelengths from 2 pi to 20,000 pi.
     """
     quarter = width // 4
-    angle = torch.arange(grid, dtype=torch.float64)[:, None] * 10_000 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * 10_000 ** (
+        -torch.arange(quarter, dtype=torch.float64) / quarter
+    )
     wave = torch.cat([angle.sin(), angle.cos()], 1).float()  # (grid, width / 2)
     column, row = wave.expand(grid, -1, -1), wave[:, None].expand(-1, grid, -1)
     return torch.cat([column, row], 2).flatten(0, 1)[None]
 
 
 class LearnedPosition(nn.Module):
-    """Position embedding from two learned tables, one row of each for a column and a row: up to 50 x 50 cells."""
+    """Position embedding from two learned tables, one row of each for a column and a row: up to 50
+    x 50 cells.
+    """
 
     def __init__(self, width: int):
         super().__init__()
@@ -188,7 +233,9 @@ class LearnedPosition(nn.Module):
 
 
 def xavier(module: nn.Module) -> None:
-    """Xavier-uniform weights wherever a parameter has more than one dimension (the transformer's usual start)."""
+    """Xavier-uniform weights wherever a parameter has more than one dimension (the transformer's
+    usual start).
+    """
     for parameter in module.parameters():
         if parameter.ndim > 1:
             nn.init.xavier_uniform_(parameter)
@@ -197,8 +244,8 @@ def xavier(module: nn.Module) -> None:
 class VitAttention(nn.Module):
     """The attention of a plain vision transformer (Dosovitskiy et al. 2021), in two halves.
 
-    Trackers differ in what happens between them: who may look at whom, what is cached, what is done to the map. The
-    parameters have timm's names.
+    Trackers differ in what happens between them: who may look at whom, what is cached, what is done
+    to the map. The parameters have timm's names.
     """
 
     def __init__(self, width: int, heads: int):
@@ -227,7 +274,9 @@ class Mlp(nn.Module):
 
 
 class DropPath(nn.Module):
-    """In training, drops a residual branch for a whole sample with probability `rate` (Huang et al. 2016)."""
+    """In training, drops a residual branch for a whole sample with probability `rate` (Huang et al.
+    2016).
+    """
 
     def __init__(self, rate: float):
         super().__init__()
@@ -241,10 +290,11 @@ class DropPath(nn.Module):
 
 
 def squares(x: Tensor, side: int, shift: int = 0) -> Tensor:
-    """Cut a map into squares for a local attention: (B, H, W, C) -> (B * n, side, side, C), row by row; side 0 leaves it whole.
+    """Cut a map into squares for a local attention: (B, H, W, C) -> (B * n, side, side, C), row by
+    row; side 0 leaves it whole.
 
-    With `shift` the map is rolled by so many tokens up and to the left first, so that the squares of two layers overlap
-    (Liu et al. 2021, section 3.2).
+    With `shift` the map is rolled by so many tokens up and to the left first, so that the squares
+    of two layers overlap (Liu et al. 2021, section 3.2).
     """
     if not side:
         return x
@@ -253,43 +303,62 @@ def squares(x: Tensor, side: int, shift: int = 0) -> Tensor:
 
 
 def whole(tokens: Tensor, like: Tensor, side: int, shift: int = 0) -> Tensor:
-    """The inverse of `squares`: tokens (B * n, side * side, C) -> a map of the size of `like` (B, H, W, C)."""
+    """The inverse of `squares`: tokens (B * n, side * side, C) -> a map of the size of `like` (B,
+    H, W, C).
+    """
     batch, height, width, _ = like.shape
     if not side:
         return tokens.unflatten(1, (height, width))
-    x = tokens.view(batch, height // side, width // side, side, side, -1).transpose(2, 3).reshape(*like.shape[:3], -1)
+    x = (
+        tokens.view(batch, height // side, width // side, side, side, -1)
+        .transpose(2, 3)
+        .reshape(*like.shape[:3], -1)
+    )
     return x.roll((shift, shift), (1, 2)) if shift else x
 
 
 def shift_bias(like: Tensor, side: int, shift: int) -> Tensor:
-    """Added to the logits within shifted `squares` of a map (B, H, W, C): (B * n, 1, side ** 2, side ** 2), 0 or -inf.
+    """Added to the logits within shifted `squares` of a map (B, H, W, C): (B * n, 1, side ** 2,
+    side ** 2), 0 or -inf.
 
-    The last squares hold tokens from opposite borders of the map, which must not look at one another.
+    The last squares hold tokens from opposite borders of the map, which must not look at one
+    another.
     """
     parts = []
     for length in like.shape[1:3]:
         rolled = torch.arange(length, device=like.device).roll(-shift)
         parts.append((rolled < shift).to(like.dtype))  # 1: came round from the other border
-    part = squares((2 * parts[0][:, None] + parts[1])[None, :, :, None], side).flatten(1)  # (n, side ** 2)
-    apart = torch.zeros(len(part), 1, side * side, side * side, dtype=like.dtype, device=like.device)
+    # (n, side ** 2)
+    part = squares((2 * parts[0][:, None] + parts[1])[None, :, :, None], side).flatten(1)
+    apart = torch.zeros(
+        len(part), 1, side * side, side * side, dtype=like.dtype, device=like.device
+    )
     apart = apart.masked_fill((part[:, :, None] != part[:, None, :])[:, None], -math.inf)
     return apart.repeat(len(like), 1, 1, 1)
 
 
 class SE(nn.Module):
-    """Squeeze and excitation (Hu et al. 2018): channels are weighted by what the mean over all cells says."""
+    """Squeeze and excitation (Hu et al. 2018): channels are weighted by what the mean over all
+    cells says.
+    """
 
     def __init__(self, channels: int, reduction: int = 16):
         super().__init__()
         hidden = channels // reduction
-        self.fc = nn.Sequential(nn.Linear(channels, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, channels, bias=False))
+        self.fc = nn.Sequential(
+            nn.Linear(channels, hidden, bias=False),
+            nn.ReLU(),
+            nn.Linear(hidden, channels, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.fc(x.mean((2, 3))).sigmoid()[:, :, None, None]
 
 
 class CoordinateAttention(nn.Module):
-    """Coordinate attention (Hou et al. 2021): a weight for each channel and row, and one for each channel and column."""
+    """Coordinate attention (Hou et al. 2021): a weight for each channel and row, and one for each
+    channel and column.
+    """
 
     def __init__(self, channels: int, reduction: int = 32):
         super().__init__()
@@ -299,20 +368,32 @@ class CoordinateAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
-        lines = torch.cat([x.mean(3), x.mean(2)], 2)[..., None]  # (B, C, h + w, 1): rows, then columns
+        # (B, C, h + w, 1): rows, then columns
+        lines = torch.cat([x.mean(3), x.mean(2)], 2)[..., None]
         rows, columns = F.hardswish(self.bn1(self.conv1(lines))).split([height, width], 2)
         return x * self.conv_h(rows).sigmoid() * self.conv_w(columns).sigmoid().transpose(2, 3)
 
 
 class CBAM(nn.Module):
-    """Convolutional block attention (Woo et al. 2018): a weight for each channel, then one for each cell."""
+    """Convolutional block attention (Woo et al. 2018): a weight for each channel, then one for each
+    cell.
+    """
 
     def __init__(self, channels: int, reduction: int = 16):
         super().__init__()
         hidden = channels // reduction
-        self.channel = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))
-        self.spatial = nn.Sequential(nn.Conv2d(2, 1, 7, padding=3, bias=False), nn.BatchNorm2d(1, momentum=0.01))
+        self.channel = nn.Sequential(
+            nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels)
+        )
+        self.spatial = nn.Sequential(
+            nn.Conv2d(2, 1, 7, padding=3, bias=False), nn.BatchNorm2d(1, momentum=0.01)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x * (self.channel(x.mean((2, 3))) + self.channel(x.amax((2, 3)))).sigmoid()[:, :, None, None]
+        x = (
+            x
+            * (self.channel(x.mean((2, 3))) + self.channel(x.amax((2, 3)))).sigmoid()[
+                :, :, None, None
+            ]
+        )
         return x * self.spatial(torch.stack([x.amax(1), x.mean(1)], 1)).sigmoid()

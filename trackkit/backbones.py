@@ -1,4 +1,5 @@
 """Backbones: crops to feature maps."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from trackkit.errors import TrackkitError
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which the papers' backbones learned from
+# of ImageNet, which the papers' backbones learned from
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def normalise(crops: Tensor) -> Tensor:
@@ -22,10 +24,11 @@ def normalise(crops: Tensor) -> Tensor:
 
 
 class ResNet(nn.Module):
-    """torchvision's ResNet up to the third stage, norms frozen: (B, 3, S, S) -> (B, 1024, S / 16, S / 16).
+    """torchvision's ResNet up to the third stage, norms frozen: (B, 3, S, S) -> (B, 1024, S / 16, S
+    / 16).
 
-    Frozen norms are constants, so in inference each one is multiplied into the convolution before it: the same
-    function, a third fewer passes over memory.
+    Frozen norms are constants, so in inference each one is multiplied into the convolution before
+    it: the same function, a third fewer passes over memory.
     """
 
     stride, channels = 16, 1024
@@ -67,29 +70,41 @@ class ResNet(nn.Module):
         return x
 
     def _fold(self) -> list[tuple[Tensor, Tensor]]:
-        """(weight, bias) of each convolution with its norm in it, made anew when a weight has changed.
+        """(weight, bias) of each convolution with its norm in it, made anew when a weight has
+        changed.
 
-        A change through `.data` leaves no trace in a tensor and goes unnoticed; under `torch.no_grad()` it does not.
+        A change through `.data` leaves no trace in a tensor and goes unnoticed; under
+        `torch.no_grad()` it does not.
         """
         pairs = [(self.conv1, self.bn1)]
         for block in (*self.layer1, *self.layer2, *self.layer3):
             pairs += [(block.conv1, block.bn1), (block.conv2, block.bn2), (block.conv3, block.bn3)]
             pairs += [tuple(block.downsample)] if block.downsample is not None else []
-        sources = [t for conv, norm in pairs for t in (conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)]
-        tracked = not any(t.is_inference() for t in sources)  # tensors made in inference mode do not count their changes
+        sources = [
+            t
+            for conv, norm in pairs
+            for t in (conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        ]
+        # tensors made in inference mode do not count their changes
+        tracked = not any(t.is_inference() for t in sources)
         version = tuple((t.data_ptr(), t._version) for t in sources) if tracked else ()
         if self._folded[0] != version or not tracked:
             folded = []
             for conv, norm in pairs:
                 scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-                weight = (conv.weight * scale[:, None, None, None]).contiguous(memory_format=torch.channels_last)
+                weight = (conv.weight * scale[:, None, None, None]).contiguous(
+                    memory_format=torch.channels_last
+                )
                 folded.append((weight, norm.bias - norm.running_mean * scale))
-            self._folded = version, folded, [t.detach() for t in sources]  # kept, so that no other tensor gets their addresses
+            # kept, so that no other tensor gets their addresses
+            self._folded = version, folded, [t.detach() for t in sources]
         return self._folded[1]
 
 
 class SmallNet(nn.Module):
-    """A backbone that trains on a laptop: stride 8, residual blocks, (B, 3, S, S) -> (B, channels, S / 8, S / 8)."""
+    """A backbone that trains on a laptop: stride 8, residual blocks, (B, 3, S, S) -> (B, channels,
+    S / 8, S / 8).
+    """
 
     stride = 8
 
@@ -132,11 +147,15 @@ class _Residual(nn.Module):
 
 
 def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs))
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs)
+    )
 
 
 class Memo:
-    """A value made of tensors, kept until one of them changes (in place, or by another in its stead)."""
+    """A value made of tensors, kept until one of them changes (in place, or by another in its
+    stead).
+    """
 
     def __init__(self):
         self._version, self._value, self._sources = None, None, []
@@ -147,14 +166,19 @@ class Memo:
         version = tuple((t.data_ptr(), t._version) for t in sources)
         if self._version != version:
             self._version, self._value = version, make()
-            self._sources = [t.detach() for t in sources]  # kept, so that no other tensor gets their addresses
+            # kept, so that no other tensor gets their addresses
+            self._sources = [t.detach() for t in sources]
         return self._value
 
 
-def fused(branches: list[tuple[nn.Conv2d | None, nn.BatchNorm2d]], like: nn.Conv2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the one convolution that equals the sum of branches, each a convolution and its norm in evaluation.
+def fused(
+    branches: list[tuple[nn.Conv2d | None, nn.BatchNorm2d]], like: nn.Conv2d
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the one convolution that equals the sum of branches, each a convolution
+    and its norm in evaluation.
 
-    A smaller kernel is padded to the size of `like`'s; a branch without a convolution passes its input on. Summed in float64.
+    A smaller kernel is padded to the size of `like`'s; a branch without a convolution passes its
+    input on. Summed in float64.
     """
     weight, bias = torch.zeros_like(like.weight, dtype=torch.float64), 0.0
     for conv, norm in branches:
@@ -166,15 +190,22 @@ def fused(branches: list[tuple[nn.Conv2d | None, nn.BatchNorm2d]], like: nn.Conv
         scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
         weight = weight + kernel * scale[:, None, None, None]
         bias = bias + norm.bias.double() - norm.running_mean.double() * scale
-    return weight.to(like.weight).contiguous(memory_format=torch.channels_last), bias.to(like.weight)
+    return weight.to(like.weight).contiguous(memory_format=torch.channels_last), bias.to(
+        like.weight
+    )
 
 
 class ConvNorm(nn.Module):
-    """Convolution, batch norm, ReLU, by torchvision's names. In inference the norm is multiplied into the convolution."""
+    """Convolution, batch norm, ReLU, by torchvision's names. In inference the norm is multiplied
+    into the convolution.
+    """
 
     def __init__(self, inputs: int, outputs: int, **layout):
         super().__init__()
-        self.conv, self.bn = nn.Conv2d(inputs, outputs, bias=False, **layout), nn.BatchNorm2d(outputs, eps=1e-3)
+        self.conv, self.bn = (
+            nn.Conv2d(inputs, outputs, bias=False, **layout),
+            nn.BatchNorm2d(outputs, eps=1e-3),
+        )
         self._memo = Memo()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -187,9 +218,11 @@ class ConvNorm(nn.Module):
 
 
 class Inception(nn.Module):
-    """torchvision's Inception v3 up to Mixed_6e without its second max-pool, as STMTrack has it: stride 8, (B, 3, S, S) -> (B, 768, s, s).
+    """torchvision's Inception v3 up to Mixed_6e without its second max-pool, as STMTrack has it:
+    stride 8, (B, 3, S, S) -> (B, 768, s, s).
 
-    Hardly anything is padded before Mixed_5b, so s = 33 for S = 289. The label map of STMTrack enters behind the `stem`.
+    Hardly anything is padded before Mixed_5b, so s = 33 for S = 289. The label map of STMTrack
+    enters behind the `stem`.
     """
 
     stride, channels, stem_channels, stem_padding = 8, 768, 32, 0
@@ -231,10 +264,11 @@ class Inception(nn.Module):
 
 
 class MobileOne(nn.Module):
-    """timm's MobileOne (Vasu et al., CVPR 2023) up to a stage, the third one undiminished: stride 8, (B, 3, S, S) -> (B, C, s, s).
+    """timm's MobileOne (Vasu et al., CVPR 2023) up to a stage, the third one undiminished: stride
+    8, (B, 3, S, S) -> (B, C, s, s).
 
-    In training each block is a sum of branches, in inference one convolution that equals the sum. Everything is padded, so
-    cell k is centred at pixel 8 k.
+    In training each block is a sum of branches, in inference one convolution that equals the sum.
+    Everything is padded, so cell k is centred at pixel 8 k.
     """
 
     stride, stem_padding = 8, 1
@@ -252,7 +286,9 @@ class MobileOne(nn.Module):
     def load_pretrained(self) -> None:
         """Take over ImageNet's weights (timm's), from its cache or the network."""
         weights = timm_weights(self.name)
-        self.load_state_dict({name: weights[name.replace("begin.", "stem.")] for name in self.state_dict()})
+        self.load_state_dict(
+            {name: weights[name.replace("begin.", "stem.")] for name in self.state_dict()}
+        )
 
     def _blocks(self) -> list[nn.Module]:
         return [self.begin, *(block for stage in self.stages for block in stage)]
@@ -276,18 +312,24 @@ class MobileOne(nn.Module):
         conv = block.conv_kxk[0].conv
         sources = [*block.parameters(), *(b for b in block.buffers() if b.is_floating_point())]
         weight, bias = self._memos[index](sources, lambda: fused(_branches(block), conv))
-        return block.act(block.attn(F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=conv.groups)))
+        return block.act(
+            block.attn(F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=conv.groups))
+        )
 
 
 def _branches(block: nn.Module) -> list[tuple[nn.Conv2d | None, nn.BatchNorm2d]]:
     """Convolutions and norms whose sum a block of MobileOne is."""
     branches = [(unit.conv, unit.bn) for unit in block.conv_kxk]
-    branches += [(block.conv_scale.conv, block.conv_scale.bn)] if block.conv_scale is not None else []
+    branches += (
+        [(block.conv_scale.conv, block.conv_scale.bn)] if block.conv_scale is not None else []
+    )
     return branches + ([(None, block.identity)] if block.identity is not None else [])
 
 
 def timm_weights(name: str) -> dict[str, Tensor]:
-    """A pretrained network's entries by timm's names, from timm's cache or the network; TrackkitError if neither has them."""
+    """A pretrained network's entries by timm's names, from timm's cache or the network;
+    TrackkitError if neither has them.
+    """
     import timm
 
     try:
@@ -301,15 +343,19 @@ def timm_weights(name: str) -> dict[str, Tensor]:
 
 
 def _torchvision_weights(name: str) -> dict[str, Tensor]:
-    """The same of torchvision's networks, trained on ImageNet (V1); `name` as torchvision writes it before "_Weights"."""
+    """The same of torchvision's networks, trained on ImageNet (V1); `name` as torchvision writes it
+    before "_Weights".
+    """
     import torchvision
 
     weights = torchvision.models.get_weight(f"{name}_Weights.IMAGENET1K_V1")
     try:
         return weights.get_state_dict(progress=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: what was fetched is not what it should be
+    # RuntimeError: what was fetched is not what it should be
+    except (OSError, RuntimeError) as error:
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise TrackkitError(
-            f"the ImageNet weights of {name} are not in {folder} and could not be fetched ({error}); put {Path(weights.url).name} "
+            f"the ImageNet weights of {name} are not in {folder} and could not be fetched "
+            f"({error}); put {Path(weights.url).name} "
             "there, or start from random weights: --no-pretrained"
         ) from error

@@ -1,4 +1,5 @@
 """Bodies: the things in a procedural world, of one part or of several that swing at hinges."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ import numpy as np
 class Part:
     """One rigid piece of a body, hinged at (x, y) in the body's square from -1 to 1.
 
-    It reaches `length` from the hinge along `turn` (turns, 0.25 is down) and is `width` wide to each side of
-    that line; it swings by up to `swing` turns, `phase` turns of the body's rhythm behind.
+    It reaches `length` from the hinge along `turn` (turns, 0.25 is down) and is `width` wide to
+    each side of that line; it swings by up to `swing` turns, `phase` turns of the body's rhythm
+    behind.
     """
 
     x: float
@@ -60,7 +62,9 @@ RIGID = (Part(0.0, -1.0, 2.0, 1.0, plain=False),)
 
 @dataclass
 class Body:
-    """A thing in the world: what it looks like. Where it is lies in the world's arrays, part by part."""
+    """A thing in the world: what it looks like. Where it is lies in the world's arrays, part by
+    part.
+    """
 
     role: str  # clutter, distractor, target or occluder
     skeleton: tuple[Part, ...]

@@ -1,9 +1,11 @@
 """Boxes: four formats, areas, overlaps.
 
-A box in a file or in the public API is `xywh`: left, top, width, height in pixels, where the pixel in
-the corner covers the square from (0, 0) to (1, 1). Networks use `cxcywh` (centre) or `xyxy` (corners).
-Every function takes and returns tensors of shape (..., 4) and broadcasts over the leading dimensions.
+A box in a file or in the public API is `xywh`: left, top, width, height in pixels, where the pixel
+in the corner covers the square from (0, 0) to (1, 1). Networks use `cxcywh` (centre) or `xyxy`
+(corners). Every function takes and returns tensors of shape (..., 4) and broadcasts over the
+leading dimensions.
 """
+
 from __future__ import annotations
 
 import torch
@@ -68,11 +70,16 @@ def iou(a_xywh: Tensor, b_xywh: Tensor) -> Tensor:
 def giou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
     """Generalised IoU, pair by pair: (..., 4) corners -> (...), in (-1, 1].
 
-    IoU minus the share of the smallest enclosing box that neither box covers, so two boxes that do not
-    touch still tell how far apart they are. Source: Rezatofighi et al., CVPR 2019, Eq. 3 and Algorithm 1.
+    IoU minus the share of the smallest enclosing box that neither box covers, so two boxes that do
+    not touch still tell how far apart they are. Source: Rezatofighi et al., CVPR 2019, Eq. 3 and
+    Algorithm 1.
     """
-    inner = torch.minimum(a_xyxy[..., 2:], b_xyxy[..., 2:]) - torch.maximum(a_xyxy[..., :2], b_xyxy[..., :2])
-    outer = torch.maximum(a_xyxy[..., 2:], b_xyxy[..., 2:]) - torch.minimum(a_xyxy[..., :2], b_xyxy[..., :2])
+    inner = torch.minimum(a_xyxy[..., 2:], b_xyxy[..., 2:]) - torch.maximum(
+        a_xyxy[..., :2], b_xyxy[..., :2]
+    )
+    outer = torch.maximum(a_xyxy[..., 2:], b_xyxy[..., 2:]) - torch.minimum(
+        a_xyxy[..., :2], b_xyxy[..., :2]
+    )
     intersection, hull = inner.clamp(min=0).prod(-1), outer.clamp(min=0).prod(-1)
     union = area(xyxy_to_xywh(a_xyxy)) + area(xyxy_to_xywh(b_xyxy)) - intersection
     tiny = torch.finfo(union.dtype).tiny  # two empty boxes have no union and no hull
@@ -91,9 +98,11 @@ def clip_xywh(boxes_xywh: Tensor, width: float, height: float) -> Tensor:
 
 
 def clip_with_margin(boxes_xywh: Tensor, sizes: Tensor, margin: float) -> Tensor:
-    """Boxes (B, 4) kept in their frames of `sizes` (B, 2) width and height, at least `margin` pixels inside and large.
+    """Boxes (B, 4) kept in their frames of `sizes` (B, 2) width and height, at least `margin`
+    pixels inside and large.
 
-    Unlike `clip_xywh` it never leaves an empty box, so a tracker can go on from any. The rule of STARK and its heirs.
+    Unlike `clip_xywh` it never leaves an empty box, so a tracker can go on from any. The rule of
+    STARK and its heirs.
     """
     low, high = xywh_to_xyxy(boxes_xywh).split(2, -1)
     low = torch.minimum(low.clamp(min=0), sizes - margin)
@@ -104,24 +113,34 @@ def clip_with_margin(boxes_xywh: Tensor, sizes: Tensor, margin: float) -> Tensor
 def check_boxes(boxes_xywh: Tensor, what: str, frame_size: tuple[int, int] | None = None) -> Tensor:
     """Return the boxes as float64 (N, 4) if a tracker can start from them.
 
-    `what` names their origin in the error. With `frame_size` (width, height) the box must also share at
-    least a part with the frame.
+    `what` names their origin in the error. With `frame_size` (width, height) the box must also
+    share at least a part with the frame.
 
-    Raises DataError for a wrong shape, NaN or infinite numbers, a width or height that is not positive, or
-    a box outside its frame.
+    Raises DataError for a wrong shape, NaN or infinite numbers, a width or height that is not
+    positive, or a box outside its frame.
     """
     boxes = torch.as_tensor(boxes_xywh, dtype=torch.float64)
     if boxes.ndim != 2 or boxes.shape[-1] != 4:
-        raise DataError(f"{what}: expected boxes of shape (N, 4) as left, top, width, height, got {tuple(boxes.shape)}")
+        raise DataError(
+            f"{what}: expected boxes of shape (N, 4) as left, top, width, height, got "
+            f"{tuple(boxes.shape)}"
+        )
     for index, box in enumerate(boxes):
         text = ", ".join(f"{v:g}" for v in box.tolist())
         if not torch.isfinite(box).all():
-            raise DataError(f"{what}: box {index} ({text}) is not finite; give left, top, width, height in pixels")
+            raise DataError(
+                f"{what}: box {index} ({text}) is not finite; give left, top, width, height in "
+                "pixels"
+            )
         if box[2] <= 0 or box[3] <= 0:
-            raise DataError(f"{what}: box {index} ({text}) has no area; width and height must be positive pixels")
+            raise DataError(
+                f"{what}: box {index} ({text}) has no area; width and height must be positive "
+                "pixels"
+            )
         if frame_size is not None and area(clip_xywh(box, *frame_size)) <= 0:
             raise DataError(
-                f"{what}: box {index} ({text}) lies outside its {frame_size[0]}x{frame_size[1]} frame; "
+                f"{what}: box {index} ({text}) lies outside its {frame_size[0]}x{frame_size[1]} "
+                "frame; "
                 "give left, top, width, height in pixels of that frame"
             )
     return boxes

@@ -1,4 +1,5 @@
 """Files of weights: safetensors with a description, written whole or not at all, never a pickle."""
+
 from __future__ import annotations
 
 import json
@@ -22,14 +23,15 @@ def write(path: str | Path, tensors: dict[str, Tensor], about: dict) -> None:
     contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     metadata = {"trackkit": json.dumps({"format": FORMAT, **about})}
     with atomic_write(path) as partial:
-        partial.write_bytes(serialize(contiguous, metadata))  # save_file would make a private file of its own
+        # save_file would make a private file of its own
+        partial.write_bytes(serialize(contiguous, metadata))
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors (on the CPU) and description of a file that `write` made.
 
-    Raises CheckpointError if the file is missing, cut short, not safetensors (a pickle is recognised and never
-    opened as one) or made by a newer trackkit.
+    Raises CheckpointError if the file is missing, cut short, not safetensors (a pickle is
+    recognised and never opened as one) or made by a newer trackkit.
     """
     path = Path(path)
     if not path.is_file():
@@ -39,10 +41,12 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
             head = file.read(9)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    # safetensors begins with the length of its header in 8 bytes, then "{"; torch.save with PK or a pickle opcode
+    # safetensors begins with the length of its header in 8 bytes, then "{"; torch.save with PK or a
+    # pickle opcode
     if head[:2] == b"PK" or (head[:1] == b"\x80" and head[8:] != b"{"):
         raise CheckpointError(
-            f"{path}: a pickle (as torch.save writes it), not safetensors; it was not opened, because loading a pickle "
+            f"{path}: a pickle (as torch.save writes it), not safetensors; it was not opened, "
+            "because loading a pickle "
             "runs code. For an authors' checkpoint: `trackkit import`"
         )
     try:
@@ -50,40 +54,74 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
             metadata = file.metadata() or {}
         tensors = load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged or not a safetensors file ({error}); train again or copy it anew") from error
+        raise CheckpointError(
+            f"{path}: damaged or not a safetensors file ({error}); train again or copy it anew"
+        ) from error
     if "trackkit" not in metadata:
-        raise CheckpointError(f"{path}: safetensors, but not made by trackkit; for an authors' checkpoint: `trackkit import`")
+        raise CheckpointError(
+            f"{path}: safetensors, but not made by trackkit; for an authors' checkpoint: `trackkit "
+            "import`"
+        )
     try:
         about = json.loads(metadata["trackkit"])
         written = about["format"]
     except (ValueError, TypeError, LookupError) as error:
-        raise CheckpointError(f"{path}: damaged, its description cannot be read ({error}); train again or copy it anew") from error
+        raise CheckpointError(
+            f"{path}: damaged, its description cannot be read ({error}); train again or copy it "
+            "anew"
+        ) from error
     if written != FORMAT:
-        raise CheckpointError(f"{path}: format {written}, this trackkit reads {FORMAT}; update trackkit or train again")
+        raise CheckpointError(
+            f"{path}: format {written}, this trackkit reads {FORMAT}; update trackkit or train "
+            "again"
+        )
     return tensors, about
 
 
 def load_strictly(module: torch.nn.Module, tensors: dict[str, Tensor], what: str) -> None:
-    """Fill a module, or raise CheckpointError that names the first entries which are missing, extra or misshapen."""
-    problems = differences({key: value.shape for key, value in module.state_dict().items()}, tensors)
+    """Fill a module, or raise CheckpointError that names the first entries which are missing, extra
+    or misshapen.
+    """
+    problems = differences(
+        {key: value.shape for key, value in module.state_dict().items()}, tensors
+    )
     if problems:
-        raise CheckpointError(f"{what} does not fit {type(module).__name__} with this config; " + "; ".join(problems))
+        raise CheckpointError(
+            f"{what} does not fit {type(module).__name__} with this config; " + "; ".join(problems)
+        )
     module.load_state_dict(tensors)
 
 
-def differences(wanted: dict[str, torch.Size], found: dict[str, Tensor], note: Callable[[str], str] | None = None) -> list[str]:
-    """The entries which are missing, extra or misshapen, a text for each kind that there is; `note` adds to an entry's name."""
+def differences(
+    wanted: dict[str, torch.Size],
+    found: dict[str, Tensor],
+    note: Callable[[str], str] | None = None,
+) -> list[str]:
+    """The entries which are missing, extra or misshapen, a text for each kind that there is; `note`
+    adds to an entry's name.
+    """
     texts = [
         listed("missing", [key for key in wanted if key not in found], note),
         listed("not expected", [key for key in found if key not in wanted], note),
     ]
-    misshapen = {k: f"{k} is {tuple(found[k].shape)}, needs {tuple(wanted[k])}" for k in wanted if k in found and found[k].shape != wanted[k]}
+    misshapen = {
+        k: f"{k} is {tuple(found[k].shape)}, needs {tuple(wanted[k])}"
+        for k in wanted
+        if k in found and found[k].shape != wanted[k]
+    }
     texts.append(listed("of another size", list(misshapen), note, misshapen))
     return [text for text in texts if text]
 
 
-def listed(kind: str, keys: list[str], note: Callable[[str], str] | None = None, texts: dict[str, str] | None = None) -> str:
-    """What is wrong, the first three entries with that, and how many more there are; empty without any."""
+def listed(
+    kind: str,
+    keys: list[str],
+    note: Callable[[str], str] | None = None,
+    texts: dict[str, str] | None = None,
+) -> str:
+    """What is wrong, the first three entries with that, and how many more there are; empty without
+    any.
+    """
     first = [(texts or {}).get(key, key) + (note(key) if note else "") for key in keys[:3]]
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
     return f"{kind}: {', '.join(first)}{more}" if keys else ""

@@ -1,8 +1,10 @@
-"""The command line: trackkit train | track | evaluate | ablate | synth | import | profile | doctor | lessons.
+"""The command line: trackkit train | track | evaluate | ablate | synth | import | profile | doctor
+| lessons.
 
-Options come from dataclasses and function signatures (tyro), so `trackkit COMMAND --help` is always complete.
-Imports happen inside the commands: `trackkit` alone must not wait for torch.
+Options come from dataclasses and function signatures (tyro), so `trackkit COMMAND --help` is always
+complete. Imports happen inside the commands: `trackkit` alone must not wait for torch.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -23,7 +25,9 @@ Config = TypeVar("Config")
 
 @dataclass
 class TrainOptions(Generic[Config]):
-    """Train a tracker on GOT-10k or, without it, on procedural video. The same command continues a run."""
+    """Train a tracker on GOT-10k or, without it, on procedural video. The same command continues a
+    run.
+    """
 
     tracker: tyro.conf.Positional[str]
     """Name of the tracker, as in `trackkit profile --all`."""
@@ -81,12 +85,26 @@ def train(argv: list[str]) -> None:
         stages = [dataclasses.replace(stage, batch=options.batch) for stage in stages]
     out = options.out or home() / "runs" / f"{name}-{scale}-{options.seed}"
     data = training_set(options.data, options.seed)
-    print(f"{name}: {sum(stage.steps for stage in stages)} steps on {getattr(data, 'name', data)}, into {out}")
-    log = run(
-        tracker, stages, data, out, seed=options.seed, device=options.device, precision=options.precision, workers=options.workers
+    print(
+        f"{name}: {sum(stage.steps for stage in stages)} steps on {getattr(data, 'name', data)}, "
+        f"into {out}"
     )
-    rows = [row for row in log if row["stage"] == log[-1]["stage"]]  # each stage has a loss of its own
-    print(f"{out / 'tracker.safetensors'}: {rows[0]['stage']} loss {rows[0]['loss']:.3f} -> {rows[-1]['loss']:.3f}")
+    log = run(
+        tracker,
+        stages,
+        data,
+        out,
+        seed=options.seed,
+        device=options.device,
+        precision=options.precision,
+        workers=options.workers,
+    )
+    # each stage has a loss of its own
+    rows = [row for row in log if row["stage"] == log[-1]["stage"]]
+    print(
+        f"{out / 'tracker.safetensors'}: {rows[0]['stage']} loss {rows[0]['loss']:.3f} -> "
+        f"{rows[-1]['loss']:.3f}"
+    )
 
 
 def track(argv: list[str]) -> None:
@@ -105,9 +123,10 @@ def _track(
 
     Args:
         video: a video file, a folder of images, or a sequence in GOT-10k's layout.
-        tracker: a checkpoint (tracker.safetensors), or the name of a tracker that needs no training: ncc, stay.
-        box: the object in the first frame as x,y,w,h: left, top, width, height in pixels. A sequence with a
-            groundtruth.txt brings its own.
+        tracker: a checkpoint (tracker.safetensors), or the name of a tracker that needs no
+            training: ncc, stay.
+        box: the object in the first frame as x,y,w,h: left, top, width, height in pixels. A
+            sequence with a groundtruth.txt brings its own.
         out: folder for VIDEO-TRACKER.mp4 and .txt (default: where you are).
         device: where to run.
     """
@@ -122,13 +141,18 @@ def _track(
 
     sequence = open_sequence(video, parse_box(box))
     if len(sequence.boxes_xywh) == 0:
-        raise TrackkitError(f"{video} has no groundtruth.txt; say what to follow: --box x,y,w,h in pixels of the first frame")
+        raise TrackkitError(
+            f"{video} has no groundtruth.txt; say what to follow: --box x,y,w,h in pixels of the "
+            "first frame"
+        )
     name = _label(tracker)
     network = _load(tracker, device)
     results = writable(out or Path.cwd()) / f"{sequence.name}-{name}"
     _, result = next(track_many(network, [sequence], batch=1, progress=True))
     with atomic_write(f"{results}.txt") as partial:
-        partial.write_text("".join(",".join(f"{v:.3f}" for v in row) + "\n" for row in result.boxes_xywh.tolist()))
+        partial.write_text(
+            "".join(",".join(f"{v:.3f}" for v in row) + "\n" for row in result.boxes_xywh.tolist())
+        )
     scored = sequence.labelled and len(sequence) > 1
 
     def pictures():
@@ -164,13 +188,16 @@ def _evaluate(
     json_out: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
     zip_out: Annotated[Path | None, tyro.conf.arg(name="zip")] = None,
 ) -> None:
-    """Score trackers as GOT-10k does: AO, SR0.5, SR0.75, by attribute, beside one another, with a success plot.
+    """Score trackers as GOT-10k does: AO, SR0.5, SR0.75, by attribute, beside one another, with a
+    success plot.
 
     An interrupted evaluation continues; sequences with results are not tracked again.
 
     Args:
-        trackers: checkpoints (tracker.safetensors) or names; ncc and stay are the references without learning.
-        data: GOT-10k's root, or a folder of sequences (default: TRACKKIT_GOT10K, else the embedded samples).
+        trackers: checkpoints (tracker.safetensors) or names; ncc and stay are the references
+            without learning.
+        data: GOT-10k's root, or a folder of sequences (default: TRACKKIT_GOT10K, else the embedded
+            samples).
         split: which split.
         out: folder of the results, one folder a tracker (default: TRACKKIT_HOME/results/DATA).
         batch: sequences tracked side by side.
@@ -187,13 +214,18 @@ def _evaluate(
     if not trackers:
         raise TrackkitError("name at least one tracker: a checkpoint, or ncc, stay")
     if zip_out and (len(trackers) != 1 or split != "test"):
-        raise TrackkitError("--zip packs the results of one tracker on the test split: --split test, and a single tracker")
+        raise TrackkitError(
+            "--zip packs the results of one tracker on the test split: --split test, and a single "
+            "tracker"
+        )
     dataset = GOT10k(data, split)
     out = out or home() / "results" / dataset.name
     scores = {}
     for tracker in trackers:
         name = _label(tracker)
-        scores[name] = evaluation.evaluate(_load(tracker, device), dataset, out / name, name, batch=batch)
+        scores[name] = evaluation.evaluate(
+            _load(tracker, device), dataset, out / name, name, batch=batch
+        )
         if zip_out:
             submission_zip(out / name, dataset, zip_out)
             print(f"{zip_out}: {len(dataset)} sequences, ready for the server")
@@ -202,10 +234,16 @@ def _evaluate(
         plot = out / f"success-{dataset.name}.png"
         with atomic_write(plot) as partial:
             figure_success(labelled).savefig(partial, dpi=120)
-        print(f"{evaluation.compare(labelled)}\n\n{evaluation.compare_attributes(labelled)}\n\nsuccess plot: {plot}")
+        print(
+            f"{evaluation.compare(labelled)}\n\n{evaluation.compare_attributes(labelled)}\n\nsuccess plot: {plot}"
+        )
     if json_out:
         with atomic_write(json_out) as partial:
-            partial.write_text(json.dumps({name: dataclasses.asdict(score) for name, score in labelled.items()}, indent=1))
+            partial.write_text(
+                json.dumps(
+                    {name: dataclasses.asdict(score) for name, score in labelled.items()}, indent=1
+                )
+            )
 
 
 def ablate(argv: list[str]) -> None:
@@ -226,19 +264,22 @@ def _ablate(
     batch: int | None = None,
     tracker: str | None = None,
 ) -> None:
-    """Train and score the rows of a paper's ablation table, beside the paper's figures. Without TABLE, list the tables.
+    """Train and score the rows of a paper's ablation table, beside the paper's figures. Without
+    TABLE, list the tables.
 
-    An interrupted table continues; rows with a result are not trained again, in whichever table they stand.
+    An interrupted table continues; rows with a result are not trained again, in whichever table
+    they stand.
 
     Args:
         table: a table's name, as `trackkit ablate` lists them.
-        seeds: each row is trained with so many seeds: all rows with the first, then all with the second, ...
+        seeds: each row is trained with so many seeds: all rows with the first, then all with the
+            second, ...
         scale: length of training.
         rows: labels of the rows to train, beside the base (default: all).
-        out: folder of the runs and of TABLE_TRACKER_SCALE.md and .json, which are up to date after each
-            run (default: TRACKKIT_HOME/ablations).
-        data: GOT-10k's root, to train on its train split and score on its val split (default: TRACKKIT_GOT10K,
-            else procedural video and the embedded samples).
+        out: folder of the runs and of TABLE_TRACKER_SCALE.md and .json, which are up to date after
+            each run (default: TRACKKIT_HOME/ablations).
+        data: GOT-10k's root, to train on its train split and score on its val split (default:
+            TRACKKIT_GOT10K, else procedural video and the embedded samples).
         jobs: runs side by side, each a process with one thread.
         device: where to run.
         steps: steps of the longest stage, in place of the recipe's; the others shrink alike.
@@ -251,7 +292,10 @@ def _ablate(
     tables = ablations.TABLES
     if not table:
         for one in tables.values():
-            print(f"{one.name:<16}{one.source} ({one.tracker}): {', '.join(row.label for row in one.rows)}")
+            print(
+                f"{one.name:<16}{one.source} ({one.tracker}): "
+                f"{', '.join(row.label for row in one.rows)}"
+            )
         return
     if table not in tables:
         raise TrackkitError(f"no table is called {table!r}; there are {', '.join(tables)}")
@@ -281,7 +325,8 @@ def _synth(
     Args:
         out: folder to write to.
         samples: write the sequences that come with trackkit, byte for byte, and nothing else.
-        only: attributes to show, all else still, as: --only occlusion scale (default: a mixture of all).
+        only: attributes to show, all else still, as: --only occlusion scale (default: a mixture of
+            all).
         split: which split's textures and outlines.
         count: number of sequences.
         frames: frames of a sequence.
@@ -295,10 +340,15 @@ def _synth(
         worlds.make_samples(out)
     else:
         changes = {"frames": frames, "width": width, "height": height, "split": split}
-        config = worlds.SynthConfig.only(*only, **changes) if only else worlds.SynthConfig(**changes)
+        config = (
+            worlds.SynthConfig.only(*only, **changes) if only else worlds.SynthConfig(**changes)
+        )
         worlds.write_dataset(out, split, worlds.SynthDataset(config, seed=seed, length=count))
     shown = "val" if samples else split
-    print(f"{out}: written" + (f"; try `trackkit evaluate ncc --data {out} --split {shown}`" if shown != "test" else ""))
+    print(
+        f"{out}: written"
+        + (f"; try `trackkit evaluate ncc --data {out} --split {shown}`" if shown != "test" else "")
+    )
 
 
 def import_(argv: list[str]) -> None:
@@ -306,11 +356,13 @@ def import_(argv: list[str]) -> None:
 
 
 def _import(file: tyro.conf.Positional[Path], tracker: str, out: Path | None = None) -> None:
-    """Turn a checkpoint of a tracker's authors into a file for `trackkit track` and `evaluate`. Nothing in it is executed.
+    """Turn a checkpoint of a tracker's authors into a file for `trackkit track` and `evaluate`.
+    Nothing in it is executed.
 
     Args:
         file: what the authors publish (torch.save).
-        tracker: the tracker that it belongs to, as stark-st50; `trackkit profile --all` lists the names.
+        tracker: the tracker that it belongs to, as stark-st50; `trackkit profile --all` lists the
+            names.
         out: the file to write (default: TRACKER.safetensors in the present folder).
     """
     from trackkit import official, trackers
@@ -331,7 +383,8 @@ def _profile(
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
     speed: bool = False,
 ) -> None:
-    """Count parameters and multiply-accumulates as the tracker's paper counts them, beside the paper's figures and how far we are from them.
+    """Count parameters and multiply-accumulates as the tracker's paper counts them, beside the
+    paper's figures and how far we are from them.
 
     Args:
         name: a tracker's name.
@@ -346,7 +399,9 @@ def _profile(
         raise TrackkitError(f"name a tracker, or --all; there are {', '.join(TRACKERS)}")
     rows = [profiling.profile(n) for n in (TRACKERS if all else [name])]
     for row in rows if speed else []:
-        row["frames_per_second"] = dataclasses.asdict(profiling.frames_per_second(create(row["name"])))
+        row["frames_per_second"] = dataclasses.asdict(
+            profiling.frames_per_second(create(row["name"]))
+        )
     if json_output:
         print(json.dumps(rows if all else rows[0]))
         return
@@ -356,7 +411,10 @@ def _profile(
         print(line)
         if speed:
             measured = row["frames_per_second"]
-            print(f"{'':<16}{measured['fps']:.0f} frames per second here ({measured['device']}, {measured['threads']} threads)")
+            print(
+                f"{'':<16}{measured['fps']:.0f} frames per second here ({measured['device']}, "
+                f"{measured['threads']} threads)"
+            )
 
 
 def doctor(argv: list[str]) -> None:
@@ -373,12 +431,17 @@ def _doctor() -> None:
 def lessons(argv: list[str]) -> None:
     from trackkit.course import lessons as tools
 
-    commands = {"start": tools.start, "student": tools.student, "build": tools.build, "check": tools.check}
+    commands = {
+        "start": tools.start,
+        "student": tools.student,
+        "build": tools.build,
+        "check": tools.check,
+    }
     tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="trackkit lessons")
 
 
 def parse_box(text: str | None) -> tuple[float, ...] | None:
-    """"x,y,w,h" -> four numbers; TrackkitError says what is wrong."""
+    """ "x,y,w,h" -> four numbers; TrackkitError says what is wrong."""
     if text is None:
         return None
     try:
@@ -386,7 +449,10 @@ def parse_box(text: str | None) -> tuple[float, ...] | None:
     except ValueError:
         numbers = ()
     if len(numbers) != 4:
-        raise TrackkitError(f"--box {text!r}: give four numbers, left, top, width and height in pixels, as --box 120,80,40,60")
+        raise TrackkitError(
+            f"--box {text!r}: give four numbers, left, top, width and height in pixels, as --box "
+            "120,80,40,60"
+        )
     return numbers
 
 
@@ -422,11 +488,16 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit status. Errors that the user can mend are one line, not a traceback."""
+    """Run a command; returns the exit status. Errors that the user can mend are one line, not a
+    traceback.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         rows = "\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items())
-        print(f"usage: trackkit COMMAND ...\n\n{rows}\n\n`trackkit COMMAND --help` explains a command; `trackkit --version` prints {__version__}.")
+        print(
+            f"usage: trackkit COMMAND ...\n\n{rows}\n\n`trackkit COMMAND --help` explains a "
+            f"command; `trackkit --version` prints {__version__}."
+        )
         return 0
     if argv[0] == "--version":
         print(__version__)
@@ -440,7 +511,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"trackkit {argv[0]}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\ntrackkit {argv[0]}: interrupted; the same command continues from the last file that was written, if there is one", file=sys.stderr)
+        print(
+            f"\ntrackkit {argv[0]}: interrupted; the same command continues from the last file "
+            "that was written, if there is one",
+            file=sys.stderr,
+        )
         return 130
     return 0
 

@@ -1,8 +1,11 @@
-"""Square crops that know their own geometry: a box goes from the frame into the crop and back exactly.
+"""Square crops that know their own geometry: a box goes from the frame into the crop and back
+exactly.
 
-A `Windows` is a batch of squares on the pixel grid of their frames; `cut` resamples the pixels in them. All
-trackers and all training samples get their pixels here, so there is one place where coordinates change.
+A `Windows` is a batch of squares on the pixel grid of their frames; `cut` resamples the pixels in
+them. All trackers and all training samples get their pixels here, so there is one place where
+coordinates change.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -18,10 +21,11 @@ from trackkit.errors import DataError
 
 
 def context_side(boxes_xywh: Tensor, context: float = 0.0) -> Tensor:
-    """Side of the square with the area of each box after a margin: sqrt((w + p)(h + p)), (..., 4) -> (...).
+    """Side of the square with the area of each box after a margin: sqrt((w + p)(h + p)), (..., 4)
+    -> (...).
 
-    p = context * (w + h). SiamFC pads with context 0.5 (paper, section 2.4); STARK and its heirs use 0 and
-    multiply by a factor instead.
+    p = context * (w + h). SiamFC pads with context 0.5 (paper, section 2.4); STARK and its heirs
+    use 0 and multiply by a factor instead.
     """
     w, h = boxes_xywh[..., 2], boxes_xywh[..., 3]
     p = context * (w + h)
@@ -44,16 +48,21 @@ class Windows:
 
     @classmethod
     def around(cls, centre_xy: Tensor, side: Tensor, size: int, grid: int = 1) -> Windows:
-        """Windows of about `side` frame pixels around `centre_xy` (B, 2), snapped to the pixel grid.
+        """Windows of about `side` frame pixels around `centre_xy` (B, 2), snapped to the pixel
+        grid.
 
-        left = round(cx - side / 2), the rule of both SiamFC and STARK (ties to even); `side` is rounded,
-        so pass `side.ceil()` where the authors round up. With `grid` > 1 all numbers become multiples of it,
-        so the same window has integer coordinates in a frame decoded at 1/grid of its size.
+        left = round(cx - side / 2), the rule of both SiamFC and STARK (ties to even); `side` is
+        rounded, so pass `side.ceil()` where the authors round up. With `grid` > 1 all numbers
+        become multiples of it, so the same window has integer coordinates in a frame decoded at
+        1/grid of its size.
 
         Raises DataError when a centre or side is not finite.
         """
         if not (torch.isfinite(centre_xy).all() and torch.isfinite(side).all()):
-            raise DataError("a crop window needs finite numbers; the box or the network's output is NaN or infinite")
+            raise DataError(
+                "a crop window needs finite numbers; the box or the network's output is NaN or "
+                "infinite"
+            )
         side = (side / grid).round().clamp(min=1) * grid
         corner = ((centre_xy - side[:, None] / 2) / grid).round() * grid
         return cls(corner[:, 0].long(), corner[:, 1].long(), side.long(), size)
@@ -67,7 +76,9 @@ class Windows:
         return self.size / self.side.double()
 
     def to_crop(self, boxes_xywh: Tensor) -> Tensor:
-        """Frame pixels -> crop pixels; boxes (B, 4) or (B, K, 4), one window for each leading index."""
+        """Frame pixels -> crop pixels; boxes (B, 4) or (B, K, 4), one window for each leading
+        index.
+        """
         origin, scale = self._map(boxes_xywh)
         return (boxes_xywh - origin) * scale
 
@@ -78,14 +89,17 @@ class Windows:
 
     def _map(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
         zero = torch.zeros_like(self.left)
-        origin = torch.stack([self.left, self.top, zero, zero], -1).double()  # (B, 4): sizes do not shift
+        # (B, 4): sizes do not shift
+        origin = torch.stack([self.left, self.top, zero, zero], -1).double()
         scale = self.scale[:, None]
         if boxes.ndim == 3:
             origin, scale = origin[:, None], scale[:, None]
         return origin.to(boxes.device), scale.to(boxes.device)
 
     def reduced(self, factor: int) -> Windows:
-        """The same windows in frames decoded at 1/factor of their size; the factor must divide them."""
+        """The same windows in frames decoded at 1/factor of their size; the factor must divide
+        them.
+        """
         return Windows(self.left // factor, self.top // factor, self.side // factor, self.size)
 
     def divisible(self, factor: int) -> bool:
@@ -94,29 +108,36 @@ class Windows:
 
 
 def reduction(side: float, size: int) -> int:
-    """Largest JPEG reduction (1, 2, 4 or 8) that leaves at least one decoded pixel for each crop pixel."""
+    """Largest JPEG reduction (1, 2, 4 or 8) that leaves at least one decoded pixel for each crop
+    pixel.
+    """
     return max(r for r in (1, 2, 4, 8) if r == 1 or r * size <= side)
 
 
 def mean_colour(frame: Tensor) -> Tensor:
     """Mean colour of a uint8 frame (3, H, W): float32 (3,), 0..255."""
-    rows = frame.float().sum(2)  # below 2**24, so exact in float32, on every device and in any order
+    # below 2**24, so exact in float32, on every device and in any order
+    rows = frame.float().sum(2)
     return (rows.double().sum(1) / (frame.shape[1] * frame.shape[2])).float()
 
 
 def cut(frames: list[Tensor] | Tensor, windows: Windows, fill: Tensor | None = None) -> Tensor:
     """Resample the pixels of each window: B frames uint8 (3, H, W) -> uint8 (B, 3, size, size).
 
-    Frames may differ in size and lie on any device; the crops lie there too. Bilinear, pixel for pixel what
-    OpenCV's `resize` gives. Outside the frame the crop has the colour `fill`,
-    0..255, shape (3,) or (B, 3); None means the mean colour of each frame.
+    Frames may differ in size and lie on any device; the crops lie there too. Bilinear, pixel for
+    pixel what OpenCV's `resize` gives. Outside the frame the crop has the colour `fill`, 0..255,
+    shape (3,) or (B, 3); None means the mean colour of each frame.
     """
     crops = []
     for index, frame in enumerate(frames):
         left, top, side = (int(v[index]) for v in (windows.left, windows.top, windows.side))
         colour = None if fill is None else fill if fill.ndim == 1 else fill[index]
         needed, rows, columns = _plan(side, windows.size, frame.device)
-        pixels = _square(frame, left, top, side, colour) if needed is None else _lines(frame, left, top + needed, side, colour)
+        pixels = (
+            _square(frame, left, top, side, colour)
+            if needed is None
+            else _lines(frame, left, top + needed, side, colour)
+        )
         crops.append(_resize(pixels, rows, columns))
     return torch.stack(crops)
 
@@ -124,11 +145,12 @@ def cut(frames: list[Tensor] | Tensor, windows: Windows, fill: Tensor | None = N
 def outside(windows: Windows, frame_sizes: Iterable[tuple[int, int]]) -> Tensor:
     """Which pixels of each crop lie outside their frame, if only in part: bool (B, size, size).
 
-    `frame_sizes` are B pairs (width, height). A crop pixel blends up to four frame pixels; it is inside when all
-    that count are. This is the mask of the STARK family: ones on the padded pixels of the window, resized by
-    OpenCV's `resize`, "not zero" -> True. Their code pads one column and one row too early, so that the last ones
-    of a frame are lost. A frame one pixel narrower and lower gives the same: to imitate it, pass width - 1 and
-    height - 1 here and `frame[:, :-1, :-1]` to `cut`.
+    `frame_sizes` are B pairs (width, height). A crop pixel blends up to four frame pixels; it is
+    inside when all that count are. This is the mask of the STARK family: ones on the padded pixels
+    of the window, resized by OpenCV's `resize`, "not zero" -> True. Their code pads one column and
+    one row too early, so that the last ones of a frame are lost. A frame one pixel narrower and
+    lower gives the same: to imitate it, pass width - 1 and height - 1 here and `frame[:, :-1, :-1]`
+    to `cut`.
     """
     masks = []
     corners = zip(windows.left.tolist(), windows.top.tolist(), windows.side.tolist(), strict=True)
@@ -143,56 +165,71 @@ def outside(windows: Windows, frame_sizes: Iterable[tuple[int, int]]) -> Tensor:
 def around_box(
     frames: list[Tensor], boxes_xywh: Tensor, factor: float, size: int, exact: bool = True
 ) -> tuple[Tensor, Windows]:
-    """Crops uint8 (B, 3, size, size) around the boxes (B, 4) as STARK and its heirs take them, and their windows.
+    """Crops uint8 (B, 3, size, size) around the boxes (B, 4) as STARK and its heirs take them, and
+    their windows.
 
-    The side is ceil(sqrt(w h) * factor) frame pixels; outside the frame is black. Without `exact` the last row and
-    column of a frame are lost too, see `outside`.
+    The side is ceil(sqrt(w h) * factor) frame pixels; outside the frame is black. Without `exact`
+    the last row and column of a frame are lost too, see `outside`.
     """
-    windows = Windows.around(xywh_to_cxcywh(boxes_xywh)[:, :2], (context_side(boxes_xywh) * factor).ceil(), size)
+    windows = Windows.around(
+        xywh_to_cxcywh(boxes_xywh)[:, :2], (context_side(boxes_xywh) * factor).ceil(), size
+    )
     if not exact:
         frames = [frame[:, :-1, :-1] for frame in frames]
     return cut(frames, windows, torch.zeros(3)), windows
 
 
-def box_to_frame(boxes: Tensor, windows: Windows, around_xywh: Tensor, exact: bool = True) -> Tensor:
+def box_to_frame(
+    boxes: Tensor, windows: Windows, around_xywh: Tensor, exact: bool = True
+) -> Tensor:
     """Boxes (B, 4) found in crops, cxcywh in units of the crop -> xywh, frame pixels.
 
-    The windows are those of `around_box`, taken around `around_xywh` (B, 4). Without `exact` they count as centred
-    there, as STARK and its heirs have it, although they were snapped to whole pixels.
+    The windows are those of `around_box`, taken around `around_xywh` (B, 4). Without `exact` they
+    count as centred there, as STARK and its heirs have it, although they were snapped to whole
+    pixels.
     """
     if exact:
         return windows.to_frame(cxcywh_to_xywh(boxes * windows.size))
     boxes = boxes * windows.side[:, None]
-    corner = xywh_to_cxcywh(around_xywh)[:, :2] - windows.side[:, None] / 2  # not where the window is: where it was meant to be
+    # not where the window is: where it was meant to be
+    corner = xywh_to_cxcywh(around_xywh)[:, :2] - windows.side[:, None] / 2
     return cxcywh_to_xywh(torch.cat([boxes[:, :2] + corner, boxes[:, 2:]], 1))
 
 
 def gt_in_crop(boxes_xywh: Tensor, centre_xy: Tensor, windows: Windows) -> Tensor:
-    """STARK's rule for boxes in crops: (B, 4) xywh in frame pixels -> (B, 4) cxcywh in units of the crop, float64.
+    """STARK's rule for boxes in crops: (B, 4) xywh in frame pixels -> (B, 4) cxcywh in units of the
+    crop, float64.
 
-    The windows were taken around `centre_xy` (B, 2). The rule ignores that they were then snapped to the pixel
-    grid, and it puts the centre of a crop at (size - 1) / 2, half a crop pixel from where it is. `Windows.to_crop`
-    has neither habit; this one is for agreement with the targets that the authors train on.
+    The windows were taken around `centre_xy` (B, 2). The rule ignores that they were then snapped
+    to the pixel grid, and it puts the centre of a crop at (size - 1) / 2, half a crop pixel from
+    where it is. `Windows.to_crop` has neither habit; this one is for agreement with the targets
+    that the authors train on.
     """
     boxes, scale = xywh_to_cxcywh(boxes_xywh.double()), windows.scale[:, None]
     centre = (windows.size - 1) / 2 + (boxes[:, :2] - centre_xy) * scale
     return torch.cat([centre, boxes[:, 2:] * scale], 1) / windows.size
 
 
-def warped(frames: list[Tensor], centre: Tensor, side: Tensor, size: int, fill: Tensor) -> tuple[Tensor, Tensor]:
-    """STMTrack's crops uint8 (B, 3, size, size) around `centre` (B, 2), `side` (B,) frame pixels wide; their scale (B,).
+def warped(
+    frames: list[Tensor], centre: Tensor, side: Tensor, size: int, fill: Tensor
+) -> tuple[Tensor, Tensor]:
+    """STMTrack's crops uint8 (B, 3, size, size) around `centre` (B, 2), `side` (B,) frame pixels
+    wide; their scale (B,).
 
-    The centre is cut to whole pixels and the side rounded, to s. Crop pixels 0 .. size - 1 lie evenly on window pixels 0
-    .. s, so the window is one pixel wider than s, which is why the scale, crop pixels per frame pixel, is size / (s + 1).
-    From a side of 2.1 sizes on, only every second pixel of the frame is used, from 3.1 on every third, and so on. Each
-    crop pixel blends its four neighbours linearly; those outside the frame have the colour `fill`, cut to integers.
+    The centre is cut to whole pixels and the side rounded, to s. Crop pixels 0 .. size - 1 lie
+    evenly on window pixels 0 .. s, so the window is one pixel wider than s, which is why the scale,
+    crop pixels per frame pixel, is size / (s + 1). From a side of 2.1 sizes on, only every second
+    pixel of the frame is used, from 3.1 on every third, and so on. Each crop pixel blends its four
+    neighbours linearly; those outside the frame have the colour `fill`, cut to integers.
 
-    This is OpenCV 5's `warpAffine`, but for one pixel in a hundred crops, by a grey level. It calculates in float32 with
-    fused multiply-adds: as a product is exact in float64, so is its sum but for one rounding. Raises DataError for
-    numbers that are not finite.
+    This is OpenCV 5's `warpAffine`, but for one pixel in a hundred crops, by a grey level. It
+    calculates in float32 with fused multiply-adds: as a product is exact in float64, so is its sum
+    but for one rounding. Raises DataError for numbers that are not finite.
     """
     if not (torch.isfinite(centre).all() and torch.isfinite(side).all()):
-        raise DataError("a crop window needs finite numbers; the box or the network's output is NaN or infinite")
+        raise DataError(
+            "a crop window needs finite numbers; the box or the network's output is NaN or infinite"
+        )
     crops, scales, steps = [], [], torch.arange(size, dtype=torch.float64)
     for frame, at, wide, colour in zip(frames, centre.tolist(), side.tolist(), fill, strict=True):
         skip = max(int(wide / size - 0.1), 1)
@@ -208,13 +245,18 @@ def warped(frames: list[Tensor], centre: Tensor, side: Tensor, size: int, fill: 
         rows = (steps * step).float() + top  # rounded twice, as there
         colour = colour.to(frame.device, torch.uint8)[:, None, None]
         (index_y, known_y, share_y), (index_x, known_x, share_x) = (
-            (t.to(frame.device) for t in _neighbours(*given)) for given in ((rows, frame.shape[1]), (columns, frame.shape[2]))
+            (t.to(frame.device) for t in _neighbours(*given))
+            for given in ((rows, frame.shape[1]), (columns, frame.shape[2]))
         )
-        seen = frame[:, index_y][:, :, index_x] if frame.numel() else colour  # a large skip can leave nothing of a small frame
-        pixels = torch.where(known_y[:, None] & known_x, seen, colour).double()  # (3, 2 size, 2 size)
+        # a large skip can leave nothing of a small frame
+        seen = frame[:, index_y][:, :, index_x] if frame.numel() else colour
+        # (3, 2 size, 2 size)
+        pixels = torch.where(known_y[:, None] & known_x, seen, colour).double()
         left, right = pixels[..., :size], pixels[..., size:]
         above, below = (left + share_x * (right - left)).float().split(size, 1)
-        crops.append((above + share_y[:, None] * (below - above).double()).float().round().to(torch.uint8))
+        crops.append(
+            (above + share_y[:, None] * (below - above).double()).float().round().to(torch.uint8)
+        )
     return torch.stack(crops), torch.tensor(scales, dtype=torch.float64)
 
 
@@ -227,7 +269,9 @@ def _square(frame: Tensor, left: int, top: int, side: int, colour: Tensor | None
 
 
 def _lines(frame: Tensor, left: int, rows: Tensor, side: int, colour: Tensor | None) -> Tensor:
-    """Some rows of a window, so that the memory for a very large one stays small: uint8 (len(rows), side, 3)."""
+    """Some rows of a window, so that the memory for a very large one stays small: uint8 (len(rows),
+    side, 3).
+    """
     height, width = frame.shape[1:]
     colour = mean_colour(frame) if colour is None else colour.to(frame.device)
     lines = colour.round().to(torch.uint8).repeat(len(rows), side, 1)
@@ -238,10 +282,12 @@ def _lines(frame: Tensor, left: int, rows: Tensor, side: int, colour: Tensor | N
 
 
 def _resize(pixels: Tensor, rows: tuple[Tensor, ...], columns: tuple[Tensor, ...]) -> Tensor:
-    """Bilinear in OpenCV's fixed-point arithmetic, bit for bit, on every device: uint8 (n, side, 3) -> (3, size, size).
+    """Bilinear in OpenCV's fixed-point arithmetic, bit for bit, on every device: uint8 (n, side, 3)
+    -> (3, size, size).
 
-    The arithmetic truncates twice and so darkens a crop by 1/8 of a grey level on average. That is nothing to
-    a trained network, but the difference between agreeing with the authors' code to 1e-5 px and to 1e-1 px.
+    The arithmetic truncates twice and so darkens a crop by 1/8 of a grey level on average. That is
+    nothing to a trained network, but the difference between agreeing with the authors' code to 1e-5
+    px and to 1e-1 px.
     """
     above, below, weight_above, weight_below = rows
     lines = pixels.flatten(1)
@@ -249,25 +295,36 @@ def _resize(pixels: Tensor, rows: tuple[Tensor, ...], columns: tuple[Tensor, ...
         lines = _blend_columns(lines, *columns)
         upper, lower = lines[above], lines[below]
     else:  # fewer rows are wanted than there are
-        upper, lower = _blend_columns(lines[above], *columns), _blend_columns(lines[below], *columns)
+        upper, lower = (
+            _blend_columns(lines[above], *columns),
+            _blend_columns(lines[below], *columns),
+        )
     upper = upper.mul_(weight_above).bitwise_right_shift_(16)
     lower = lower.mul_(weight_below).bitwise_right_shift_(16)
     blend = upper.add_(lower).add_(2).bitwise_right_shift_(2)
     return blend.to(torch.uint8).view(len(above), len(above), 3).permute(2, 0, 1)
 
 
-def _blend_columns(lines: Tensor, left: Tensor, right: Tensor, weight_left: Tensor, weight_right: Tensor) -> Tensor:
+def _blend_columns(
+    lines: Tensor, left: Tensor, right: Tensor, weight_left: Tensor, weight_right: Tensor
+) -> Tensor:
     def gather(index: Tensor) -> Tensor:
         if lines.device.type == "cpu":  # NumPy gathers bytes five times faster than torch does
             return torch.from_numpy(np.take(lines.numpy(), index.numpy(), 1)).int()
         return lines.index_select(1, index).int()
 
-    return gather(left).mul_(weight_left).add_(gather(right).mul_(weight_right)).bitwise_right_shift_(4)
+    return (
+        gather(left)
+        .mul_(weight_left)
+        .add_(gather(right).mul_(weight_right))
+        .bitwise_right_shift_(4)
+    )
 
 
 def _source(side: int, size: int) -> tuple[Tensor, Tensor]:
-    """For each crop pixel along one axis: the pixel of the window that it begins at, int64 from -1 on, and how far
-    towards the next one it lies, float32 0..1."""
+    """For each crop pixel along one axis: the pixel of the window that it begins at, int64 from -1
+    on, and how far towards the next one it lies, float32 0..1.
+    """
     position = ((torch.arange(size, dtype=torch.float64) + 0.5) * (side / size) - 0.5).float()
     first = position.floor()
     return first.long(), position - first
@@ -275,33 +332,46 @@ def _source(side: int, size: int) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=512)
 def _reach(side: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first and the last pixel of the window that count in each crop pixel, along one axis: int64 (size,)."""
+    """The first and the last pixel of the window that count in each crop pixel, along one axis:
+    int64 (size,).
+    """
     first, share = _source(side, size)
     return first.clamp(min=0).numpy(), (first + (share > 0)).clamp(max=side - 1).numpy()
 
 
 @lru_cache(maxsize=512)
-def _plan(side: int, size: int, device: torch.device) -> tuple[Tensor | None, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """What `_resize` needs: the two source rows of each crop row with their weights (sums of 2048), and the same
-    for the interleaved colours of a row. For a large window also which of its rows count at all."""
+def _plan(
+    side: int, size: int, device: torch.device
+) -> tuple[Tensor | None, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What `_resize` needs: the two source rows of each crop row with their weights (sums of 2048),
+    and the same for the interleaved colours of a row. For a large window also which of its rows
+    count at all.
+    """
     first, share = _source(side, size)
     low, high = ((1 - share) * 2048).round().int(), (share * 2048).round().int()
     first, second = first.clamp(0, side - 1), (first + 1).clamp(0, side - 1)
-    alone = first == second  # at the border OpenCV takes the last column alone, but blends the last row with itself
+    # at the border OpenCV takes the last column alone, but blends the last row with itself
+    alone = first == second
     low_column, high_column = torch.where(alone, 2048, low).int(), torch.where(alone, 0, high).int()
     colours = torch.arange(3)
     columns = [(3 * index[:, None] + colours).flatten() for index in (first, second)]
     columns += [weight.repeat_interleave(3) for weight in (low_column, high_column)]
     needed = None
     if side > 8 * size:
-        needed, first, second = torch.cat([first, second]).to(device), torch.arange(size), torch.arange(size, 2 * size)
+        needed, first, second = (
+            torch.cat([first, second]).to(device),
+            torch.arange(size),
+            torch.arange(size, 2 * size),
+        )
     rows = first, second, low[:, None], high[:, None]
     return needed, tuple(t.to(device) for t in rows), tuple(t.to(device) for t in columns)
 
 
 def _neighbours(places: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Along one axis: the pixels before all places (S,) and then those behind, (2 S,), cut to 0 .. length - 1; which of
-    them were there already; and how far each place is from the one before towards the other, (S,) float64."""
+    """Along one axis: the pixels before all places (S,) and then those behind, (2 S,), cut to 0 ..
+    length - 1; which of them were there already; and how far each place is from the one before
+    towards the other, (S,) float64.
+    """
     before = places.floor()
     index = torch.cat([before, before + 1]).long()
     return index.clamp(0, length - 1), (index >= 0) & (index < length), (places - before).double()

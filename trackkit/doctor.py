@@ -1,4 +1,7 @@
-"""What is installed, which devices there are, where the data is: the first thing to ask when something fails."""
+"""What is installed, which devices there are, where the data is: the first thing to ask when
+something fails.
+"""
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -12,7 +15,9 @@ from trackkit.paths import data_root, home, writable
 
 
 def report() -> str:
-    """A few lines of plain text; a line that starts with "!" names a problem and the command that mends it."""
+    """A few lines of plain text; a line that starts with "!" names a problem and the command that
+    mends it.
+    """
     return "\n".join([*_versions(), *_devices(), *_paths()])
 
 
@@ -21,7 +26,10 @@ def _versions() -> list[str]:
     try:
         requirements = importlib.metadata.requires("trackkit") or []
     except importlib.metadata.PackageNotFoundError:
-        return [*lines, "! trackkit is not installed: python -m pip install -c requirements.lock -e '.[test]'"]
+        return [
+            *lines,
+            "! trackkit is not installed: python -m pip install -c requirements.lock -e '.[test]'",
+        ]
     for requirement in (r for r in requirements if "extra" not in r):
         name, minimum = re.match(r"([\w-]+)(?:>=([\d.]+))?", requirement).groups()
         try:
@@ -30,7 +38,11 @@ def _versions() -> list[str]:
             lines.append(f"! {name} is missing: python -m pip install '{requirement}'")
             continue
         older = minimum and _numbers(version) < _numbers(minimum)
-        lines.append(f"! {name} {version} is older than {minimum}: python -m pip install -U '{requirement}'" if older else f"  {name} {version}")
+        lines.append(
+            f"! {name} {version} is older than {minimum}: python -m pip install -U '{requirement}'"
+            if older
+            else f"  {name} {version}"
+        )
     return lines
 
 
@@ -42,13 +54,18 @@ def _devices() -> list[str]:
     try:
         import torch
     except ImportError as error:
-        return [f"! torch cannot be imported ({error}): python -m pip install -c requirements.lock -e '.[test]'"]
+        return [
+            f"! torch cannot be imported ({error}): python -m pip install -c requirements.lock -e "
+            "'.[test]'"
+        ]
     lines = [f"CPU: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         lines.append(f"GPU {index}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
     if not torch.cuda.is_available():
-        lines.append("GPU: torch sees none; everything runs on the CPU, full-size training is for a GPU")
+        lines.append(
+            "GPU: torch sees none; everything runs on the CPU, full-size training is for a GPU"
+        )
     return lines
 
 
@@ -59,7 +76,9 @@ def _paths() -> list[str]:
         found = [split for split in ("train", "val", "test") if (root / split).is_dir()]
         lines.append(f"data: {root} ({', '.join(found) or 'no splits'})")
         if not os.environ.get("TRACKKIT_GOT10K"):
-            lines.append("  for GOT-10k: export TRACKKIT_GOT10K=/folder/with/train/val/test, or --data")
+            lines.append(
+                "  for GOT-10k: export TRACKKIT_GOT10K=/folder/with/train/val/test, or --data"
+            )
     except TrackkitError as error:
         lines.append(f"! data: {error}")
     try:

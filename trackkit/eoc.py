@@ -1,12 +1,15 @@
 """Extract-or-Correlation blocks: the backbone of SBT, in which two images meet.
 
-Xie et al.: "Correlation-Aware Deep Tracking", CVPR 2022, sections 3.1 to 3.3. A block lets tokens look at tokens: those of
-their own image (self-attention, SA) or those of the other (cross-attention, CA). Both have the same layers and the same
-weights for search crop and template; only who is asked differs.
+Xie et al.: "Correlation-Aware Deep Tracking", CVPR 2022, sections 3.1 to 3.3. A block lets tokens
+look at tokens: those of their own image (self-attention, SA) or those of the other
+(cross-attention, CA). Both have the same layers and the same weights for search crop and template;
+only who is asked differs.
 
-Maps are (B, H, W, C): a row of C numbers is a token, and convolutions see channels last. N = H * W; K keys, fewer than
-tokens by SR ** 2, where SR is the spatial reduction. x is the search crop, z the template.
+Maps are (B, H, W, C): a row of C numbers is a token, and convolutions see channels last. N = H * W;
+K keys, fewer than tokens by SR ** 2, where SR is the spatial reduction. x is the search crop, z the
+template.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -28,7 +31,11 @@ class PatchEmbedding(nn.Module):
     def __init__(self, config: SBTConfig, stage: int):
         super().__init__()
         inputs = config.dims[stage - 1] if stage else 3
-        stride, width, overlap = config.strides[stage], config.dims[stage], config.embedding == "conv"
+        stride, width, overlap = (
+            config.strides[stage],
+            config.dims[stage],
+            config.embedding == "conv",
+        )
         kernel = (3 if stage else 7) if overlap else stride
         self.proj = nn.Conv2d(inputs, width, kernel, stride, kernel // 2 if overlap else 0)
         self.norm = nn.LayerNorm(width)
@@ -45,19 +52,23 @@ class PatchEmbedding(nn.Module):
 class ConvMlp(nn.Module):
     """Linear, 3 x 3 depth-wise convolution, GELU, linear (section 3.3).
 
-    The convolution pads with zeros, so tokens learn how far the border is: a position encoding that fits every size.
+    The convolution pads with zeros, so tokens learn how far the border is: a position encoding that
+    fits every size.
     """
 
     def __init__(self, width: int, hidden: int, conditional: bool):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        self.position = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden) if conditional else None
+        self.position = (
+            nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden) if conditional else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.fc1(x)
         if self.position is not None:
             hidden = _convolve(self.position, hidden)
-        gelu = F.gelu if torch.is_grad_enabled() else torch.ops.aten.gelu_  # in place: fresh memory for large maps costs a CPU time
+        # in place: fresh memory for large maps costs a CPU time
+        gelu = F.gelu if torch.is_grad_enabled() else torch.ops.aten.gelu_
         return self.fc2(gelu(hidden))
 
 
@@ -65,7 +76,9 @@ Prepared = tuple[Tensor | None, tuple[Tensor, Tensor]]  # queries, (keys, values
 
 
 class EoC(nn.Module):
-    """Extract-or-Correlation block (section 3.2, Fig. 3b): SA with `forward`, CA with `cross`, by the same layers."""
+    """Extract-or-Correlation block (section 3.2, Fig. 3b): SA with `forward`, CA with `cross`, by
+    the same layers.
+    """
 
     def __init__(self, config: SBTConfig, stage: int, block: int, drop: float):
         super().__init__()
@@ -76,7 +89,11 @@ class EoC(nn.Module):
         self.local = config.local if windowed else 0
         self.shift = self.local // 2 if config.attention == "sl" and block % 2 else 0
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.q, self.kv, self.proj = (
+            nn.Linear(width, width),
+            nn.Linear(width, 2 * width),
+            nn.Linear(width, width),
+        )
         self.reduce = nn.Conv2d(width, width, reduction, reduction) if reduction > 1 else None
         self.reduce_norm = nn.LayerNorm(width) if reduction > 1 else None
         self.mlp = ConvMlp(width, config.ratios[stage] * width, config.position == "conditional")
@@ -88,13 +105,20 @@ class EoC(nn.Module):
             nn.init.trunc_normal_(self.offsets, std=0.02)
 
     def forward(self, x: Tensor, weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """SA: (B, H, W, C) -> the same, and with `weights` how much each token looked at each key, (B, heads, N, K) (Eq. 4)."""
+        """SA: (B, H, W, C) -> the same, and with `weights` how much each token looked at each key,
+        (B, heads, N, K) (Eq. 4).
+        """
         normed = self.norm1(x)
         change, share = self.look(normed, self.offer(normed), weights, own=True)
         return self.absorb(x, change), share
 
     def cross(
-        self, x: Tensor, z: Tensor, prepared: Prepared | None = None, renew: bool = True, weights: bool = False
+        self,
+        x: Tensor,
+        z: Tensor,
+        prepared: Prepared | None = None,
+        renew: bool = True,
+        weights: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """CA: maps x and z -> the same, each having looked at the other, and x's share (Eq. 5).
 
@@ -112,12 +136,16 @@ class EoC(nn.Module):
         return new, z, share
 
     def prepare(self, z: Tensor, ask: bool = True) -> Prepared:
-        """What `cross` needs of a map z whatever x is: its queries, if it is to `ask`, and its keys and values."""
+        """What `cross` needs of a map z whatever x is: its queries, if it is to `ask`, and its keys
+        and values.
+        """
         normed = self.norm1(z)
         return self.ask(normed) if ask else None, self.offer(normed)
 
     def ask(self, normed: Tensor) -> Tensor:
-        """Queries (G, heads, N, d) of a normed map, all its tokens; G is B, times the squares of a local attention (Eq. 2)."""
+        """Queries (G, heads, N, d) of a normed map, all its tokens; G is B, times the squares of a
+        local attention (Eq. 2).
+        """
         return self._heads(self.q(squares(normed, self.local, self.shift).flatten(1, 2)))
 
     def offer(self, normed: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,18 +155,31 @@ class EoC(nn.Module):
         k, v = self.kv(squares(normed, self.local, self.shift).flatten(1, 2)).chunk(2, -1)
         return self._heads(k), self._heads(v)
 
-    def look(self, normed: Tensor, kv: tuple[Tensor, Tensor], weights: bool = False, own: bool = False) -> tuple[Tensor, Tensor | None]:
-        """What a normed map gains from keys and values, those of itself if `own`: (B, H, W, C), and its share."""
+    def look(
+        self, normed: Tensor, kv: tuple[Tensor, Tensor], weights: bool = False, own: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """What a normed map gains from keys and values, those of itself if `own`: (B, H, W, C), and
+        its share.
+        """
         keys = self.heads * kv[0].shape[2]
-        plain = weights or torch.is_grad_enabled() or self.local or (own and self.offsets is not None)
+        plain = (
+            weights or torch.is_grad_enabled() or self.local or (own and self.offsets is not None)
+        )
         if not plain and keys <= normed.shape[-1]:  # then this takes fewer multiplications
             return self.convolve(normed, kv), None
         return self.attend(self.ask(normed), kv, normed, weights, own)
 
     def attend(
-        self, q: Tensor, kv: tuple[Tensor, Tensor], like: Tensor, weights: bool = False, own: bool = False
+        self,
+        q: Tensor,
+        kv: tuple[Tensor, Tensor],
+        like: Tensor,
+        weights: bool = False,
+        own: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Queries gather the values whose keys resemble them (Eq. 3) -> a map of the size of `like`, and the share."""
+        """Queries gather the values whose keys resemble them (Eq. 3) -> a map of the size of
+        `like`, and the share.
+        """
         k, v = kv
         bias = self._bias(like, own)
         if weights:
@@ -147,19 +188,31 @@ class EoC(nn.Module):
             mixed = share @ v
         else:
             share, mixed = None, F.scaled_dot_product_attention(q, k, v, bias)
-        return self.proj(whole(mixed.transpose(1, 2).flatten(2), like, self.local, self.shift)), share
+        return self.proj(
+            whole(mixed.transpose(1, 2).flatten(2), like, self.local, self.shift)
+        ), share
 
     def convolve(self, normed: Tensor, kv: tuple[Tensor, Tensor]) -> Tensor:
-        """The same as two 1 x 1 convolutions whose kernels the other image makes, with a softmax between them (Eq. 8).
+        """The same as two 1 x 1 convolutions whose kernels the other image makes, with a softmax
+        between them (Eq. 8).
 
-        Keys take in the query's projection and values the output's. (Eq. 8 lets the second kernel depend on x; it does not.)
+        Keys take in the query's projection and values the output's. (Eq. 8 lets the second kernel
+        depend on x; it does not.)
         """
         (k, v), tokens = kv, normed.flatten(1, 2)  # (B, N, C)
         k = k * k.shape[-1] ** -0.5
-        first = (k @ self.q.weight.unflatten(0, (self.heads, -1))).flatten(1, 2)  # W1(z): (B, heads * K, C)
+        # W1(z): (B, heads * K, C)
+        first = (k @ self.q.weight.unflatten(0, (self.heads, -1))).flatten(1, 2)
         bias = (k @ self.q.bias.view(self.heads, -1, 1)).flatten(1)[:, None]  # (B, 1, heads * K)
-        second = (v @ self.proj.weight.unflatten(1, (self.heads, -1)).permute(1, 2, 0)).flatten(1, 2)  # W2(z): (B, heads * K, C)
-        share = torch.baddbmm(bias, tokens, first.transpose(1, 2)).unflatten(-1, (self.heads, -1)).softmax(-1)
+        # W2(z): (B, heads * K, C)
+        second = (v @ self.proj.weight.unflatten(1, (self.heads, -1)).permute(1, 2, 0)).flatten(
+            1, 2
+        )
+        share = (
+            torch.baddbmm(bias, tokens, first.transpose(1, 2))
+            .unflatten(-1, (self.heads, -1))
+            .softmax(-1)
+        )
         return torch.baddbmm(self.proj.bias, share.flatten(2), second).view_as(normed)
 
     def absorb(self, x: Tensor, change: Tensor) -> Tensor:
@@ -171,13 +224,23 @@ class EoC(nn.Module):
         return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def _bias(self, like: Tensor, own: bool) -> Tensor | None:
-        """What is added to the logits: for relative positions, and between parts of a square that a shift brought together."""
+        """What is added to the logits: for relative positions, and between parts of a square that a
+        shift brought together.
+        """
         bias = None
         if own and self.offsets is not None:
-            side, sr = self.local or like.shape[1], 1 if self.reduce is None else self.reduce.stride[0]
+            side, sr = (
+                self.local or like.shape[1],
+                1 if self.reduce is None else self.reduce.stride[0],
+            )
             steps = torch.arange(side, device=like.device)
-            apart = steps[:, None] - sr * steps[: side // sr] + self.offsets.shape[-1] // 2  # (side, side / SR)
-            bias = self.offsets[:, apart[:, None, :, None], apart[None, :, None, :]].flatten(3).flatten(1, 2)[None]
+            # (side, side / SR)
+            apart = steps[:, None] - sr * steps[: side // sr] + self.offsets.shape[-1] // 2
+            bias = (
+                self.offsets[:, apart[:, None, :, None], apart[None, :, None, :]]
+                .flatten(3)
+                .flatten(1, 2)[None]
+            )
         if self.shift:
             apart = shift_bias(like, self.local, self.shift)
             bias = apart if bias is None else apart + bias
@@ -190,9 +253,13 @@ class BackboneStage(nn.Module):
     def __init__(self, config: SBTConfig, stage: int, norm: bool):
         super().__init__()
         total, before = sum(config.blocks), sum(config.blocks[:stage])
-        drops = [config.drop_path * (before + b) / max(total - 1, 1) for b in range(config.blocks[stage])]
+        drops = [
+            config.drop_path * (before + b) / max(total - 1, 1) for b in range(config.blocks[stage])
+        ]
         self.embed = PatchEmbedding(config, stage)
-        self.blocks = nn.ModuleList(EoC(config, stage, block, drop) for block, drop in enumerate(drops))
+        self.blocks = nn.ModuleList(
+            EoC(config, stage, block, drop) for block, drop in enumerate(drops)
+        )
         self.norm = nn.LayerNorm(config.dims[stage], eps=1e-6) if norm else None
 
 
@@ -211,20 +278,29 @@ class Backbone(nn.Module):
     def __init__(self, config: SBTConfig):
         super().__init__()
         self.config, self.cross, last = config, config.cross, len(config.dims)
-        self.stages = nn.ModuleList(BackboneStage(config, i, norm=i == last - 1) for i in range(last))
-        self.levels = {f"stage{last}.block{level}" for level in config.levels if config.correlation != "embedded"}
+        self.stages = nn.ModuleList(
+            BackboneStage(config, i, norm=i == last - 1) for i in range(last)
+        )
+        self.levels = {
+            f"stage{last}.block{level}"
+            for level in config.levels
+            if config.correlation != "embedded"
+        }
         names = [(name, crossed) for name, _, crossed in self.steps()]
         self.first = next((i for i, (_, crossed) in enumerate(names) if crossed), len(names))
-        # the template's map changes in every block, but is read only by CA blocks (as it was after the step before) and by `levels`:
-        # the last step whose template map anybody reads
+        # the template's map changes in every block, but is read only by CA blocks (as it was after
+        # the step before) and by `levels`: the last step whose template map anybody reads
         read = [i - 1 for i, (_, crossed) in enumerate(names) if crossed]
         self.read = max(read + [i for i, (name, _) in enumerate(names) if name in self.levels])
         self.channels, self.stride = config.dims[-1], config.stride
         self.apply(initialise)
-        self.to(memory_format=torch.channels_last)  # as the maps: kernels need not be turned in every frame
+        # as the maps: kernels need not be turned in every frame
+        self.to(memory_format=torch.channels_last)
 
     def load_pretrained(self, blocks: int | None = None) -> bool:
-        """Start from PVTv2's ImageNet weights, see `trackkit.pretraining`; False if there are none for these blocks."""
+        """Start from PVTv2's ImageNet weights, see `trackkit.pretraining`; False if there are none
+        for these blocks.
+        """
         from trackkit import pretraining
 
         weights = pretraining.imagenet(self.config)
@@ -242,11 +318,16 @@ class Backbone(nn.Module):
         found = []
         for s, stage in enumerate(self.stages):
             found.append((f"stage{s + 1}.embed", stage.embed, False))
-            found += [(f"stage{s + 1}.block{b}", block, b in self.cross[s]) for b, block in enumerate(stage.blocks, 1)]
+            found += [
+                (f"stage{s + 1}.block{b}", block, b in self.cross[s])
+                for b, block in enumerate(stage.blocks, 1)
+            ]
         return found
 
     def alone(self, images: Tensor, seen: dict | None = None) -> Encoded:
-        """Normalised images (B, 3, S, S) up to the first CA block. `seen` collects each step's map and attention."""
+        """Normalised images (B, 3, S, S) up to the first CA block. `seen` collects each step's map
+        and attention.
+        """
         x, levels = images.permute(0, 2, 3, 1), ()
         for name, layer, _ in self.steps()[: self.first]:
             x, share = layer(x, seen is not None)
@@ -257,22 +338,31 @@ class Backbone(nn.Module):
     def prepare(self, z: Encoded) -> Encoded:
         """A template with its part in the first CA block, which is the same for every search crop."""
         block = self.steps()[self.first][1] if self.first < len(self.steps()) else None
-        if block is None or block.local:  # the squares of a local attention are no entries of a batch
+        # the squares of a local attention are no entries of a batch
+        if block is None or block.local:
             return z
         return replace(z, prepared=block.prepare(z.map, ask=self.first <= self.read))
 
-    def together(self, x: Encoded, z: Encoded, both: bool = False, seen: dict | None = None) -> tuple[Encoded, Encoded]:
+    def together(
+        self, x: Encoded, z: Encoded, both: bool = False, seen: dict | None = None
+    ) -> tuple[Encoded, Encoded]:
         """The rest: both images have been `alone`, and now meet in the CA blocks.
 
         The template's map ends where nobody reads it any more, or with `both` at the end as well.
         """
-        weights, (x, x_levels), (z, z_levels, prepared) = seen is not None, (x.map, x.levels), (z.map, z.levels, z.prepared)
+        weights, (x, x_levels), (z, z_levels, prepared) = (
+            seen is not None,
+            (x.map, x.levels),
+            (z.map, z.levels, z.prepared),
+        )
         for index, (name, layer, crossed) in enumerate(self.steps()):
             if index < self.first:
                 continue
             renew = both or index <= self.read
             if crossed:
-                x, z, share = layer.cross(x, z, prepared if index == self.first else None, renew, weights)
+                x, z, share = layer.cross(
+                    x, z, prepared if index == self.first else None, renew, weights
+                )
             else:
                 x, share = layer(x, weights)
                 z = layer(z)[0] if renew else z
@@ -286,8 +376,8 @@ class Backbone(nn.Module):
 class CorrelatedFeatures(Backbone):
     """The backbone for a tracker that compares features itself (section 5.3), as maps (B, C, H, W).
 
-    Called with images it goes up to the first CA block, for templates and search crops alike, so a template's map can be
-    kept; `meet` does the rest for a pair.
+    Called with images it goes up to the first CA block, for templates and search crops alike, so a
+    template's map can be kept; `meet` does the rest for a pair.
     """
 
     def forward(self, images: Tensor) -> Tensor:
@@ -295,7 +385,9 @@ class CorrelatedFeatures(Backbone):
 
     def meet(self, search: Tensor, template: Tensor) -> tuple[Tensor, Tensor]:
         """Maps of B pairs as they come from `forward` -> maps that know of one another."""
-        pair = self.together(*(Encoded(image.permute(0, 2, 3, 1)) for image in (search, template)), both=True)
+        pair = self.together(
+            *(Encoded(image.permute(0, 2, 3, 1)) for image in (search, template)), both=True
+        )
         return tuple(self.norm(image.map).permute(0, 3, 1, 2) for image in pair)
 
 
@@ -316,6 +408,8 @@ def initialise(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv2d):
-        outputs = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+        outputs = (
+            module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+        )
         nn.init.normal_(module.weight, std=(2 / outputs) ** 0.5)
         nn.init.zeros_(module.bias)

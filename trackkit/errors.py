@@ -1,4 +1,7 @@
-"""The errors that trackkit raises on purpose: each message names the file or value and says what to do."""
+"""The errors that trackkit raises on purpose: each message names the file or value and says what to
+do.
+"""
+
 from __future__ import annotations
 
 

@@ -1,14 +1,16 @@
-"""One-pass evaluation with GOT-10k's numbers: start from the first box, never help, compare every frame.
+"""One-pass evaluation with GOT-10k's numbers: start from the first box, never help, compare every
+frame.
 
     scores = evaluate(tracker, dataset, "results/siamfc", "siamfc")
-    scores.ao, scores.sr50, scores.sr75                     # averaged over all frames, as the toolkit does
-    print(compare({"siamfc": scores, "stay": others}))
+    scores.ao, scores.sr50, scores.sr75                     # averaged over all frames, as the
+    toolkit does print(compare({"siamfc": scores, "stay": others}))
 
-The numbers are those of the official toolkit (got-10k/toolkit, `ExperimentGOT10k.report`; Huang, Zhao, Huang,
-TPAMI 2021), including how it bounds boxes. Two of its habits are not taken over: the size that bounds the
-boxes is that of each frame's image (there: the resolution in meta_info.ini, once for a sequence, which is
-wrong where a video changes its size), and speed is frames divided by time (its biased number is there by
-another name). The server that scores the test split is closed; what is known of it is in its toolkit.
+The numbers are those of the official toolkit (got-10k/toolkit, `ExperimentGOT10k.report`; Huang,
+Zhao, Huang, TPAMI 2021), including how it bounds boxes. Two of its habits are not taken over: the
+size that bounds the boxes is that of each frame's image (there: the resolution in meta_info.ini,
+once for a sequence, which is wrong where a video changes its size), and speed is frames divided by
+time (its biased number is there by another name). The server that scores the test split is closed;
+what is known of it is in its toolkit.
 """
 
 from __future__ import annotations
@@ -33,27 +35,36 @@ from trackkit.sequences import Sequence
 from trackkit.trackers.base import Tracker
 from trackkit.tracking import track_many
 
-# numpy's values to the last bit, so that an overlap of exactly a threshold falls on the toolkit's side
+# numpy's values to the last bit, so that an overlap of exactly a threshold falls on the toolkit's
+# side
 THRESHOLDS = torch.from_numpy(np.linspace(0, 1, 101))
 
 
 # ---- the metrics ----
 
 
-def bounded_iou(predictions_xywh: Tensor, truth_xywh: Tensor, frame_size: tuple[int, int] | Tensor) -> Tensor:
-    """Overlap of predictions and truth, both bounded to the frame first: (N, 4), (N, 4) -> (N,), in [0, 1].
+def bounded_iou(
+    predictions_xywh: Tensor, truth_xywh: Tensor, frame_size: tuple[int, int] | Tensor
+) -> Tensor:
+    """Overlap of predictions and truth, both bounded to the frame first: (N, 4), (N, 4) -> (N,), in
+    [0, 1].
 
-    `frame_size` is (width, height), or a tensor (N, 2) where the size changes. The bounding is the toolkit's:
-    the corner is moved into the frame, *then* the size is cut. A box that begins left of the frame is thereby
-    moved, not cropped: x = -10, w = 50 becomes x = 0, w = 50, whose overlap with the visible part (0, w = 40)
-    is 0.8. Unlike the toolkit's, this function leaves its arguments alone.
+    `frame_size` is (width, height), or a tensor (N, 2) where the size changes. The bounding is the
+    toolkit's: the corner is moved into the frame, *then* the size is cut. A box that begins left of
+    the frame is thereby moved, not cropped: x = -10, w = 50 becomes x = 0, w = 50, whose overlap
+    with the visible part (0, w = 40) is 0.8. Unlike the toolkit's, this function leaves its
+    arguments alone.
 
     Raises DataError for shapes that differ or a prediction that is not finite.
     """
-    predictions, truth = torch.as_tensor(predictions_xywh).double(), torch.as_tensor(truth_xywh).double()
+    predictions, truth = (
+        torch.as_tensor(predictions_xywh).double(),
+        torch.as_tensor(truth_xywh).double(),
+    )
     if predictions.shape != truth.shape or predictions.ndim != 2 or predictions.shape[1] != 4:
         raise DataError(
-            f"need predictions and truth of the same shape (N, 4), got {tuple(predictions.shape)} and "
+            f"need predictions and truth of the same shape (N, 4), got {tuple(predictions.shape)} "
+            "and "
             f"{tuple(truth.shape)}; a prediction has a row for every frame, the first included"
         )
     if not torch.isfinite(predictions).all():
@@ -74,19 +85,23 @@ def _bound(boxes: Tensor, size: Tensor) -> Tensor:
 
 
 def overlaps(
-    predictions_xywh: Tensor, truth_xywh: Tensor, frame_size: tuple[int, int] | Tensor, cover: Tensor
+    predictions_xywh: Tensor,
+    truth_xywh: Tensor,
+    frame_size: tuple[int, int] | Tensor,
+    cover: Tensor,
 ) -> Tensor:
     """Overlaps of the frames that count: N frames -> (M,), M <= N - 1.
 
-    The first frame does not count, since its box was given; nor do frames with cover 0, in which nothing of
-    the target is visible: whatever is predicted there is neither rewarded nor punished. `cover` is (N,),
-    0..8. The labels `absent` and `cut` play no part. Otherwise as `bounded_iou`.
+    The first frame does not count, since its box was given; nor do frames with cover 0, in which
+    nothing of the target is visible: whatever is predicted there is neither rewarded nor punished.
+    `cover` is (N,), 0..8. The labels `absent` and `cut` play no part. Otherwise as `bounded_iou`.
     """
     all_frames = bounded_iou(predictions_xywh, truth_xywh, frame_size)
     cover = torch.as_tensor(cover)
     if cover.shape != all_frames.shape:
         raise DataError(
-            f"need a cover value for each of the {len(all_frames)} frames, got shape {tuple(cover.shape)}"
+            f"need a cover value for each of the {len(all_frames)} frames, got shape "
+            f"{tuple(cover.shape)}"
         )
     return all_frames[1:][cover[1:] > 0]
 
@@ -97,7 +112,8 @@ def average_overlap(overlaps: Tensor) -> float:
 
 
 def success_rate(overlaps: Tensor, threshold: float) -> float:
-    """SR, the share of overlaps (M,) above the threshold; an overlap of exactly the threshold is no success.
+    """SR, the share of overlaps (M,) above the threshold; an overlap of exactly the threshold is no
+    success.
 
     Raises DataError when there are none.
     """
@@ -105,10 +121,11 @@ def success_rate(overlaps: Tensor, threshold: float) -> float:
 
 
 def success_curve(overlaps: Tensor) -> Tensor:
-    """Success rates at the thresholds 0, 0.01, ..., 1 (`THRESHOLDS`): (M,) -> (101,), falling, ends at 0.
+    """Success rates at the thresholds 0, 0.01, ..., 1 (`THRESHOLDS`): (M,) -> (101,), falling, ends
+    at 0.
 
-    SR0.75 is its entry 75. AO is the mean of the overlaps, which is close to the mean of this curve but not
-    the same number. Raises DataError when there are no overlaps.
+    SR0.75 is its entry 75. AO is the mean of the overlaps, which is close to the mean of this curve
+    but not the same number. Raises DataError when there are no overlaps.
     """
     ordered = _some(overlaps).sort().values
     failures = torch.searchsorted(ordered, THRESHOLDS, right=True)  # overlaps <= threshold
@@ -118,7 +135,9 @@ def success_curve(overlaps: Tensor) -> Tensor:
 def _some(overlaps: Tensor) -> Tensor:
     overlaps = torch.as_tensor(overlaps).double()
     if overlaps.numel() == 0:
-        raise DataError("no overlaps to average: apart from the first frame, the target is never visible")
+        raise DataError(
+            "no overlaps to average: apart from the first frame, the target is never visible"
+        )
     return overlaps
 
 
@@ -140,31 +159,41 @@ class Rates:
         """Of all frames of several sequences alike: a long sequence weighs more."""
         pool = torch.cat(parts)
         return cls(
-            average_overlap(pool), success_rate(pool, 0.5), success_rate(pool, 0.75), len(pool), len(parts)
+            average_overlap(pool),
+            success_rate(pool, 0.5),
+            success_rate(pool, 0.75),
+            len(pool),
+            len(parts),
         )
 
     @classmethod
     def mean(cls, rates: list[Rates]) -> Rates:
         """Of several rates alike, however many frames each has."""
-        ao, sr50, sr75 = (sum(getattr(r, k) for r in rates) / len(rates) for k in ("ao", "sr50", "sr75"))
+        ao, sr50, sr75 = (
+            sum(getattr(r, k) for r in rates) / len(rates) for k in ("ao", "sr50", "sr75")
+        )
         return cls(ao, sr50, sr75, sum(r.frames for r in rates), sum(r.sequences for r in rates))
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a tracker reached on a data set: three averages of the same overlaps, which may differ widely.
+    """What a tracker reached on a data set: three averages of the same overlaps, which may differ
+    widely.
 
     Attributes:
         name, dataset: of the tracker and the data set.
-        ao, sr50, sr75: over all frames of all sequences, as the toolkit reports them. frames: how many.
-        sequence_mean: the mean over sequences. class_mean: the mean over object classes of the mean over
-            their sequences (the paper's mAO, mSR); None if a sequence has no `object_class` in its `meta`.
+        ao, sr50, sr75: over all frames of all sequences, as the toolkit reports them. frames: how
+            many.
+        sequence_mean: the mean over sequences. class_mean: the mean over object classes of the mean
+            over their sequences (the paper's mAO, mSR); None if a sequence has no `object_class` in
+            its `meta`.
         curve: success rates at 101 thresholds, over all frames.
         sequences: rates of each sequence. unscored: sequences in which no frame counts.
         attributes: rates over all frames of the sequences that have an attribute.
-        fps: frames / seconds, the first frames included; None without times. The times are those in the
-            result files: in a run of several sequences at once, each one's share. fps_toolkit: the toolkit's
-            number, the mean of 1 / seconds over frames, which a few fast frames push up without limit.
+        fps: frames / seconds, the first frames included; None without times. The times are those in
+            the result files: in a run of several sequences at once, each one's share. fps_toolkit:
+            the toolkit's number, the mean of 1 / seconds over frames, which a few fast frames push
+            up without limit.
     """
 
     name: str
@@ -205,9 +234,11 @@ class Scores:
 
 
 def score(dataset, tracks: Iterable[tuple[Tensor, Tensor]], name: str) -> Scores:
-    """Score finished runs: boxes (N, 4) in pixels and seconds (N,) for each sequence of `dataset`, in order.
+    """Score finished runs: boxes (N, 4) in pixels and seconds (N,) for each sequence of `dataset`,
+    in order.
 
-    Raises DataError for a sequence without labels, a wrong number of boxes, or if no frame at all counts.
+    Raises DataError for a sequence without labels, a wrong number of boxes, or if no frame at all
+    counts.
     """
     by_sequence: dict[str, Tensor] = {}
     unscored, times, classes, attributes = [], [], {}, {}
@@ -223,7 +254,9 @@ def score(dataset, tracks: Iterable[tuple[Tensor, Tensor]], name: str) -> Scores
         for attribute in sequence.attributes:
             attributes.setdefault(attribute, []).append(found)
     if not by_sequence:
-        raise DataError(f"{dataset.name}: no frame counts; after the first frame no target is visible")
+        raise DataError(
+            f"{dataset.name}: no frame counts; after the first frame no target is visible"
+        )
     rates = {key: Rates.pooled([found]) for key, found in by_sequence.items()}
     everything = Rates.pooled(list(by_sequence.values()))
     class_rates = [Rates.mean([rates[key] for key in names]) for names in classes.values()]
@@ -253,9 +286,13 @@ def sequence_overlaps(sequence: Sequence, boxes_xywh: Tensor) -> Tensor:
     Raises DataError when the sequence has no labels or another number of frames.
     """
     if not sequence.labelled:
-        raise DataError(f"sequence {sequence.name} has only its first box, so it cannot be scored here")
+        raise DataError(
+            f"sequence {sequence.name} has only its first box, so it cannot be scored here"
+        )
     if len(boxes_xywh) != len(sequence):
-        raise DataError(f"sequence {sequence.name}: {len(boxes_xywh)} boxes for {len(sequence)} frames")
+        raise DataError(
+            f"sequence {sequence.name}: {len(boxes_xywh)} boxes for {len(sequence)} frames"
+        )
     sizes = torch.tensor([sequence.frame_size(i) for i in range(len(sequence))])
     return overlaps(boxes_xywh, sequence.boxes_xywh, sizes, sequence.cover)
 
@@ -263,22 +300,28 @@ def sequence_overlaps(sequence: Sequence, boxes_xywh: Tensor) -> Tensor:
 # ---- running a tracker ----
 
 
-def evaluate(tracker: Tracker, dataset, results_dir: str | Path, name: str, batch: int = 8) -> Scores | None:
-    """Run a tracker on every sequence and score it; None, with a remark, for a data set without labels.
+def evaluate(
+    tracker: Tracker, dataset, results_dir: str | Path, name: str, batch: int = 8
+) -> Scores | None:
+    """Run a tracker on every sequence and score it; None, with a remark, for a data set without
+    labels.
 
-    `results_dir` is the folder of this tracker's results, in GOT-10k's layout (`trackkit.results`). Each
-    sequence is written when it ends, so a run that was cut off goes on where it was: complete results are not
-    computed again, damaged ones are. Scores come from the files alone, hence from boxes rounded to 1/1000
-    pixel, and are the same whether a run was cut off or not. `batch` sequences are tracked at once. A bar
-    shows the progress on a terminal.
+    `results_dir` is the folder of this tracker's results, in GOT-10k's layout (`trackkit.results`).
+    Each sequence is written when it ends, so a run that was cut off goes on where it was: complete
+    results are not computed again, damaged ones are. Scores come from the files alone, hence from
+    boxes rounded to 1/1000 pixel, and are the same whether a run was cut off or not. `batch`
+    sequences are tracked at once. A bar shows the progress on a terminal.
 
-    Raises DataError if the folder holds results of another tracker or other weights, or of other videos.
+    Raises DataError if the folder holds results of another tracker or other weights, or of other
+    videos.
     """
     identity = fingerprint(tracker)
     folder = claim(results_dir, name, identity)
     waiting = [i for i in range(len(dataset)) if not _done(folder, dataset[i])]
     done = len(dataset) - len(waiting)
-    with tqdm(total=len(dataset), initial=done, desc=name, unit="sequence", disable=None) as progress:
+    with tqdm(
+        total=len(dataset), initial=done, desc=name, unit="sequence", disable=None
+    ) as progress:
         for index, track in track_many(tracker, Subset(dataset, waiting), batch):
             sequence = dataset[waiting[index]]
             write_results(folder, sequence.name, track.boxes_xywh, track.seconds, name, identity)
@@ -286,7 +329,8 @@ def evaluate(tracker: Tracker, dataset, results_dir: str | Path, name: str, batc
     hidden = sum(not dataset[i].labelled for i in range(len(dataset)))
     if hidden:
         print(
-            f"{folder}: results of {len(dataset)} sequences are written. {hidden} of them have no labels "
+            f"{folder}: results of {len(dataset)} sequences are written. {hidden} of them have no "
+            "labels "
             "beyond the first box, so scores need the server: pack the results with "
             "trackkit.results.submission_zip and upload them"
         )
@@ -295,16 +339,21 @@ def evaluate(tracker: Tracker, dataset, results_dir: str | Path, name: str, batc
 
 
 def score_results(results_dir: str | Path, dataset, name: str) -> Scores:
-    """Score the result files of a tracker, ours or any in the toolkit's layout (of several runs, the first).
+    """Score the result files of a tracker, ours or any in the toolkit's layout (of several runs,
+    the first).
 
     Raises DataError for a missing or damaged file.
     """
-    files = (read_results(results_dir, dataset[i].name, len(dataset[i])) for i in range(len(dataset)))
+    files = (
+        read_results(results_dir, dataset[i].name, len(dataset[i])) for i in range(len(dataset))
+    )
     return score(dataset, files, name)
 
 
 def fingerprint(tracker: Tracker) -> str:
-    """16 hexadecimal digits that change when trackkit's version or a tracker's class, config or any weight changes."""
+    """16 hexadecimal digits that change when trackkit's version or a tracker's class, config or any
+    weight changes.
+    """
     digest = hashlib.sha256(f"{__version__} {type(tracker).__name__} {tracker.config!r}".encode())
     for key, tensor in tracker.state_dict().items():
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -322,7 +371,8 @@ def _done(folder: Path, sequence: Sequence) -> bool:
         return False
     if (boxes[0] - sequence.boxes_xywh[0]).abs().max() > 1e-3:  # files have 3 decimals
         raise DataError(
-            f"{folder}: the results of {sequence.name} start from another box than this data set's sequence; "
+            f"{folder}: the results of {sequence.name} start from another box than this data set's "
+            "sequence; "
             "they are of other videos of that name, so choose another folder"
         )
     return True
@@ -332,7 +382,8 @@ def _done(folder: Path, sequence: Sequence) -> bool:
 
 
 def compare(scores: dict[str, Scores]) -> str:
-    """Trackers side by side as a plain-text table, best AO first; the three averages by their names.
+    """Trackers side by side as a plain-text table, best AO first; the three averages by their
+    names.
 
     Raises DataError if they were scored on different data.
     """
@@ -345,14 +396,16 @@ def compare(scores: dict[str, Scores]) -> str:
         rows.append([name, *map(_f, (s.ao, s.sr50, s.sr75, s.sequence_mean.ao, by_class)), speed])
     one = next(iter(scores.values()))
     title = (
-        f"{one.dataset}: {len(one.sequences)} sequences, {one.frames} frames. AO, SR: over frames, as GOT-10k;\n"
+        f"{one.dataset}: {len(one.sequences)} sequences, {one.frames} frames. AO, SR: over frames, "
+        "as GOT-10k;\n"
         "AO/seq: mean over sequences; AO/class: mean over classes of their sequences' mean."
     )
     return f"{title}\n{_table(head, rows)}"
 
 
 def compare_attributes(scores: dict[str, Scores]) -> str:
-    """AO of each tracker over the frames of the sequences that have an attribute, as a plain-text table.
+    """AO of each tracker over the frames of the sequences that have an attribute, as a plain-text
+    table.
 
     Raises DataError if they were scored on different data.
     """
@@ -362,11 +415,21 @@ def compare_attributes(scores: dict[str, Scores]) -> str:
         return f"{one.dataset}: the sequences have no attributes."
     head = ["attribute", "sequences", "frames", *scores]
     rows = [
-        [key, str(rates.sequences), str(rates.frames), *(_f(s.attributes[key].ao) for s in scores.values())]
+        [
+            key,
+            str(rates.sequences),
+            str(rates.frames),
+            *(_f(s.attributes[key].ao) for s in scores.values()),
+        ]
         for key, rates in one.attributes.items()
     ]
-    rows.append(["all", str(len(one.sequences)), str(one.frames), *(_f(s.ao) for s in scores.values())])
-    return f"{one.dataset}: AO over all frames of the sequences with each attribute.\n{_table(head, rows)}"
+    rows.append(
+        ["all", str(len(one.sequences)), str(one.frames), *(_f(s.ao) for s in scores.values())]
+    )
+    return (
+        f"{one.dataset}: AO over all frames of the sequences with each "
+        f"attribute.\n{_table(head, rows)}"
+    )
 
 
 def _same_data(scores: dict[str, Scores]) -> None:
@@ -374,11 +437,15 @@ def _same_data(scores: dict[str, Scores]) -> None:
         raise DataError("nothing to compare: give the scores of at least one tracker")
     first, one = next(iter(scores.items()))
     for name, other in scores.items():
-        same = [(s.dataset, {key: r.frames for key, r in s.sequences.items()}) for s in (one, other)]
+        same = [
+            (s.dataset, {key: r.frames for key, r in s.sequences.items()}) for s in (one, other)
+        ]
         if same[0] != same[1]:
             raise DataError(
-                f"{first} was scored on {one.dataset} ({one.frames} frames), {name} on {other.dataset} "
-                f"({other.frames} frames); such numbers cannot be compared: score both on the same sequences"
+                f"{first} was scored on {one.dataset} ({one.frames} frames), {name} on "
+                f"{other.dataset} "
+                f"({other.frames} frames); such numbers cannot be compared: score both on the same "
+                "sequences"
             )
 
 
@@ -389,7 +456,11 @@ def _f(value: float | None) -> str:
 def _table(head: list[str], rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = [head, ["-" * width for width in widths], *rows]
-    padded = ([cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)] for line in lines)
+    padded = (
+        [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        for line in lines
+    )
     return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *cells]) for line, cells in zip(lines, padded, strict=True)
+        "  ".join([line[0].ljust(widths[0]), *cells])
+        for line, cells in zip(lines, padded, strict=True)
     )

@@ -1,4 +1,5 @@
 """Which frames of a sequence make a training sample: those good enough, and how they are drawn."""
+
 from __future__ import annotations
 
 import itertools
@@ -17,14 +18,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FrameRule:
-    """Which frames are good enough to train on. All of them must show the target (`Sequence.visible`).
+    """Which frames are good enough to train on. All of them must show the target
+    (`Sequence.visible`).
 
     Attributes:
         min_area: square pixels. min_side, max_side: pixels, for both sides of the box.
         min_share, max_share: sides of the box in units of the frame's sides.
         max_aspect: longer side over shorter side.
-        min_cover_share: the visibility level must exceed this share of the sequence's best level, and 1.
-        min_frames, min_usable: a sequence with fewer frames, or fewer that pass, is not used at all.
+        min_cover_share: the visibility level must exceed this share of the sequence's best level,
+            and 1.
+        min_frames, min_usable: a sequence with fewer frames, or fewer that pass, is not used at
+            all.
     """
 
     min_area: float = 0.0
@@ -39,12 +43,17 @@ class FrameRule:
 
     def __post_init__(self):
         if self.min_usable < 2:
-            raise ValueError(f"a sample needs two usable frames, min_usable cannot be {self.min_usable}")
+            raise ValueError(
+                f"a sample needs two usable frames, min_usable cannot be {self.min_usable}"
+            )
 
     def usable(self, sequence: Sequence) -> np.ndarray:
         """Indices of the frames that pass, in order. The first frame's size stands for all."""
         if not sequence.labelled:
-            raise DataError(f"sequence {sequence.name} has no boxes beyond the first frame; it cannot be trained on")
+            raise DataError(
+                f"sequence {sequence.name} has no boxes beyond the first frame; it cannot be "
+                "trained on"
+            )
         width, height = sequence.frame_size(0)
         sides = np.nan_to_num(sequence.boxes_xywh[:, 2:].numpy())
         shares = sides / (width, height)
@@ -63,12 +72,16 @@ class FrameRule:
         return passes.nonzero()[0]
 
 
-def choose_frames(spec: SampleSpec, usable: np.ndarray, rng: np.random.Generator, length: int = 0) -> np.ndarray:
-    """Frame indices of one sample, templates first: (T + N,) out of the usable ones, of which there are two or more.
+def choose_frames(
+    spec: SampleSpec, usable: np.ndarray, rng: np.random.Generator, length: int = 0
+) -> np.ndarray:
+    """Frame indices of one sample, templates first: (T + N,) out of the usable ones, of which there
+    are two or more.
 
-    "forward", "any", "clip": every set of T + N different frames within `max_gap` is equally likely (a clip: every
-    start of its span). A sequence with fewer usable frames than T + N within `max_gap` repeats some. `length` of
-    the sequence: "trident" alone needs it, as its later templates are drawn from all frames.
+    "forward", "any", "clip": every set of T + N different frames within `max_gap` is equally likely
+    (a clip: every start of its span). A sequence with fewer usable frames than T + N within
+    `max_gap` repeats some. `length` of the sequence: "trident" alone needs it, as its later
+    templates are drawn from all frames.
     """
     if spec.order == "causal":
         return _causal(spec, usable, rng)
@@ -94,7 +107,8 @@ def choose_frames(spec: SampleSpec, usable: np.ndarray, rng: np.random.Generator
 
 def _causal(spec: SampleSpec, usable: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The template is any usable frame t but the last, the searches come from (t, t + max_gap)."""
-    for gap in itertools.count(spec.max_gap, step=5):  # wider after each template with nothing usable behind it
+    # wider after each template with nothing usable behind it
+    for gap in itertools.count(spec.max_gap, step=5):
         start = int(rng.integers(len(usable) - 1))
         later = usable[start + 1 : np.searchsorted(usable, usable[start] + gap)]
         if len(later):
@@ -102,9 +116,15 @@ def _causal(spec: SampleSpec, usable: np.ndarray, rng: np.random.Generator) -> n
             return np.concatenate([usable[start : start + 1], np.sort(searches)])
 
 
-def _trident(spec: SampleSpec, usable: np.ndarray, rng: np.random.Generator, length: int) -> np.ndarray:
-    """Any first template z, any search s; the others in [s, s + max_gap) if z >= s, else in [s - max_gap, s)."""
+def _trident(
+    spec: SampleSpec, usable: np.ndarray, rng: np.random.Generator, length: int
+) -> np.ndarray:
+    """Any first template z, any search s; the others in [s, s + max_gap) if z >= s, else in [s -
+    max_gap, s).
+    """
     first, search = rng.choice(usable, 2)
-    low, high = (search, search + spec.max_gap) if first >= search else (search - spec.max_gap, search)
+    low, high = (
+        (search, search + spec.max_gap) if first >= search else (search - spec.max_gap, search)
+    )
     dynamic = rng.integers(max(low, 0), min(high, length), spec.templates - 1)
     return np.concatenate([[first], dynamic, [search]])

@@ -3,12 +3,13 @@
     ROOT/{train,val,test}/list.txt            names of the sequences, in order
     ROOT/train/GOT-10k_Train_000001/00000001.jpg ...
         groundtruth.txt                       N lines x,y,w,h in pixels; one line in the test split
-        absence.label, cut_by_image.label     N lines 0 or 1; cover.label: N lines 0 (hidden) .. 8 (fully visible)
-        meta_info.ini                         [METAINFO], then `key: value`
+        absence.label, cut_by_image.label     N lines 0 or 1; cover.label: N lines 0 (hidden) .. 8
+        (fully visible) meta_info.ini                         [METAINFO], then `key: value`
 
-Labels of all sequences are read once, checked, and kept in one file under `TRACKKIT_HOME`, so that opening the
-9,335 training sequences again takes a moment. Frames are never cached.
+Labels of all sequences are read once, checked, and kept in one file under `TRACKKIT_HOME`, so that
+opening the 9,335 training sequences again takes a moment. Frames are never cached.
 """
+
 from __future__ import annotations
 
 import os
@@ -30,46 +31,58 @@ __all__ = ["BROKEN", "SPLITS", "WRONG_FRAMES", "GOT10k", "read_sequence", "write
 SPLITS = ("train", "val", "test")
 
 # Training sequences whose boxes are wrong or whose picture freezes: got-10k/toolkit issue 10,
-# HonglinChu/SiamTrackers issue 35. The widely used lists drop four of them; these are all that were reported.
+# HonglinChu/SiamTrackers issue 35. The widely used lists drop four of them; these are all that were
+# reported.
 BROKEN = frozenset(f"GOT-10k_Train_{n:06d}" for n in (*range(8623, 8638), 9058, 9059))
 
 
 class GOT10k:
-    """A split of GOT-10k, or any folder of sequences in its layout: `len(d)`, `d[i]` -> FolderSequence.
+    """A split of GOT-10k, or any folder of sequences in its layout: `len(d)`, `d[i]` ->
+    FolderSequence.
 
-    Where the sequences are: `root/split` if that folder exists; else `root` itself, when it is a folder of
-    sequences (a split folder, or a collection of one's own) and is not named after another split. `root` None means
-    `TRACKKIT_GOT10K`, else the embedded samples. Which sequences: the lines of list.txt; without that file all
-    folders that hold groundtruth.txt or frames, by name. Hidden files, backups and other strays are ignored.
+    Where the sequences are: `root/split` if that folder exists; else `root` itself, when it is a
+    folder of sequences (a split folder, or a collection of one's own) and is not named after
+    another split. `root` None means `TRACKKIT_GOT10K`, else the embedded samples. Which sequences:
+    the lines of list.txt; without that file all folders that hold groundtruth.txt or frames, by
+    name. Hidden files, backups and other strays are ignored.
 
-    `exclude` are names to leave out. The default leaves out `BROKEN` from the train split and nothing elsewhere;
-    pass () to have all.
+    `exclude` are names to leave out. The default leaves out `BROKEN` from the train split and
+    nothing elsewhere; pass () to have all.
 
-    Labels: a missing absence, cover or cut_by_image file means present, fully visible, not cut; a missing
-    meta_info.ini an empty `meta`; its value `attributes: a, b` becomes `attributes`. `absent` is also set where the box
-    lies outside the frame and in `WRONG_FRAMES`, so `visible` is False there. The train and val splits need a box
-    for each frame; elsewhere one box, the first, is enough. Sizes always come from the images.
+    Labels: a missing absence, cover or cut_by_image file means present, fully visible, not cut; a
+    missing meta_info.ini an empty `meta`; its value `attributes: a, b` becomes `attributes`.
+    `absent` is also set where the box lies outside the frame and in `WRONG_FRAMES`, so `visible` is
+    False there. The train and val splits need a box for each frame; elsewhere one box, the first,
+    is enough. Sizes always come from the images.
 
     Attributes:
         name: for tables and result folders, as "GOT-10k-val". names: of the sequences, in order.
         folder: where the sequences lie.
 
-    Raises DataError that lists every broken file with its line and what to do; FileNotFoundError never.
+    Raises DataError that lists every broken file with its line and what to do; FileNotFoundError
+    never.
     """
 
     def __init__(
-        self, root: str | os.PathLike | None = None, split: str = "train", exclude: Collection[str] | None = None
+        self,
+        root: str | os.PathLike | None = None,
+        split: str = "train",
+        exclude: Collection[str] | None = None,
     ):
         if split not in SPLITS:
             raise DataError(f"there is no split {split!r}; choose train, val or test")
         root = data_root(root)
         self.folder = _split_folder(root, split)
         own = self.folder.name in SPLITS
-        self.name = f"{self.folder.resolve().parent.name}-{split}" if own else self.folder.resolve().name
+        self.name = (
+            f"{self.folder.resolve().parent.name}-{split}" if own else self.folder.resolve().name
+        )
         exclude = (BROKEN if split == "train" else ()) if exclude is None else exclude
         names = [name for name in _names(self.folder) if name not in set(exclude)]
         if not names:
-            raise DataError(f"{self.folder}: no sequences left after leaving out {len(exclude)} by name")
+            raise DataError(
+                f"{self.folder}: no sequences left after leaving out {len(exclude)} by name"
+            )
         self.names = names
         self._labels = Index.open(self.folder, names, one_box=not (own and split != "test"))
 
@@ -84,7 +97,9 @@ class GOT10k:
 
 
 def read_sequence(folder: str | os.PathLike) -> FolderSequence:
-    """Open one folder in the GOT-10k layout, with its labels as `GOT10k` reads them. Raises DataError."""
+    """Open one folder in the GOT-10k layout, with its labels as `GOT10k` reads them. Raises
+    DataError.
+    """
     return _sequence(Path(folder), read_labels(Path(folder), one_box=True))
 
 
@@ -101,6 +116,7 @@ def _sequence(folder: Path, labels: Labels) -> FolderSequence:
         meta=labels.meta,
     )
 
+
 def _split_folder(root: Path, split: str) -> Path:
     if (root / split).is_dir():
         return root / split
@@ -110,11 +126,14 @@ def _split_folder(root: Path, split: str) -> Path:
             f"give the folder above it: {root.resolve().parent}"
         )
     if (root / "groundtruth.txt").is_file():
-        raise DataError(f"{root} is one sequence; give the folder above it, or use open_sequence({str(root)!r})")
+        raise DataError(
+            f"{root} is one sequence; give the folder above it, or use open_sequence({str(root)!r})"
+        )
     if (root / "list.txt").is_file() or next(_sequence_folders(root), None):
         return root
     raise DataError(
-        f"{root}: found neither a folder {split}/ nor sequences. Give the folder that holds train/, val/ and test/ of "
+        f"{root}: found neither a folder {split}/ nor sequences. Give the folder that holds "
+        "train/, val/ and test/ of "
         "GOT-10k, or a folder of sequences (each with frames and groundtruth.txt), or make one: "
         "trackkit synth --samples DIR"
     )
@@ -124,7 +143,9 @@ def _sequence_folders(folder: Path) -> Iterable[str]:
     for entry in os.scandir(folder):
         if not entry.is_dir() or entry.name.startswith("."):
             continue
-        if os.path.exists(os.path.join(entry.path, "groundtruth.txt")) or list_images(Path(entry.path)):
+        if os.path.exists(os.path.join(entry.path, "groundtruth.txt")) or list_images(
+            Path(entry.path)
+        ):
             yield entry.name
 
 
@@ -134,7 +155,10 @@ def _names(folder: Path) -> list[str]:
         return sorted(_sequence_folders(folder))
     names = [line.strip() for line in read_text(listed).splitlines() if line.strip()]
     if not names:
-        raise DataError(f"{listed} is empty; write one sequence name per line, or remove it to use all folders here")
+        raise DataError(
+            f"{listed} is empty; write one sequence name per line, or remove it to use all folders "
+            "here"
+        )
     if len(set(names)) < len(names):
         twice = next(name for i, name in enumerate(names) if name in names[:i])
         raise DataError(f"{listed}: {twice} is listed twice; keep one of the lines")
@@ -153,10 +177,11 @@ def write_sequence(
 ) -> Path:
     """Write one sequence in the GOT-10k layout and return its folder.
 
-    `frames` are uint8 (3, H, W), RGB, and are consumed one by one. `boxes_xywh` is (N, 4), pixels, or (1, 4)
-    for a test sequence. `absent`, `cut` (N,) bool and `cover` (N,) 0..8 are left out of the folder when None.
-    `meta` becomes meta_info.ini; `resolution` is added from the first frame when it is missing. JPEG 4:2:0,
-    the same bytes for the same frames. The folder appears only when it is complete.
+    `frames` are uint8 (3, H, W), RGB, and are consumed one by one. `boxes_xywh` is (N, 4), pixels,
+    or (1, 4) for a test sequence. `absent`, `cut` (N,) bool and `cover` (N,) 0..8 are left out of
+    the folder when None. `meta` becomes meta_info.ini; `resolution` is added from the first frame
+    when it is missing. JPEG 4:2:0, the same bytes for the same frames. The folder appears only when
+    it is complete.
 
     Raises DataError when the folder exists and is not empty, or labels and frames do not fit.
     """
@@ -171,9 +196,20 @@ def write_sequence(
         for count, frame in enumerate(frames, 1):
             (work / f"{count:08d}.jpg").write_bytes(encode_jpeg(frame, quality))
             size = size if count > 1 else (frame.shape[2], frame.shape[1])
-        _write_labels(work, folder.name, count, boxes, {"absence": absent, "cover": cover, "cut_by_image": cut})
-        lines = [f"{key}: {value}" for key, value in ((meta or {}) | {"resolution": str(size)} | (meta or {})).items()]
-        (work / "meta_info.ini").write_text("\n".join(["[METAINFO]", *lines]) + "\n", "utf-8", newline="\n")
+        _write_labels(
+            work,
+            folder.name,
+            count,
+            boxes,
+            {"absence": absent, "cover": cover, "cut_by_image": cut},
+        )
+        lines = [
+            f"{key}: {value}"
+            for key, value in ((meta or {}) | {"resolution": str(size)} | (meta or {})).items()
+        ]
+        (work / "meta_info.ini").write_text(
+            "\n".join(["[METAINFO]", *lines]) + "\n", "utf-8", newline="\n"
+        )
         if folder.exists():
             folder.rmdir()
         os.replace(work, folder)
@@ -183,17 +219,24 @@ def write_sequence(
     return folder
 
 
-def _write_labels(work: Path, name: str, count: int, boxes: Tensor, labels: dict[str, Tensor | None]) -> None:
+def _write_labels(
+    work: Path, name: str, count: int, boxes: Tensor, labels: dict[str, Tensor | None]
+) -> None:
     if count == 0:
         raise DataError(f"sequence {name}: no frames to write")
     if len(boxes) not in (1, count):
-        raise DataError(f"sequence {name}: {count} frames but {len(boxes)} boxes; give {count}, or 1 (test split)")
+        raise DataError(
+            f"sequence {name}: {count} frames but {len(boxes)} boxes; give {count}, or 1 (test "
+            "split)"
+        )
     rows = "\n".join(",".join(f"{v:.4f}" for v in row) for row in boxes.tolist())
     (work / "groundtruth.txt").write_text(rows + "\n", "utf-8", newline="\n")
     for label, values in labels.items():
         if values is None:
             continue
         if len(values) != count:
-            raise DataError(f"sequence {name}: {count} frames but {len(values)} values for {label}.label")
+            raise DataError(
+                f"sequence {name}: {count} frames but {len(values)} values for {label}.label"
+            )
         text = "\n".join(str(int(v)) for v in values)
         (work / f"{label}.label").write_text(text + "\n", "utf-8", newline="\n")

@@ -1,8 +1,10 @@
 """Image files <-> frames: uint8 tensors (3, H, W), RGB.
 
-Frames come back as a permuted (H, W, 3) array, so that the channels lie innermost in memory: crops are cut
-several times faster from that layout. EXIF orientation is ignored, as boxes are drawn on the stored pixels.
+Frames come back as a permuted (H, W, 3) array, so that the channels lie innermost in memory: crops
+are cut several times faster from that layout. EXIF orientation is ignored, as boxes are drawn on
+the stored pixels.
 """
+
 from __future__ import annotations
 
 import io
@@ -20,15 +22,19 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff",
 REDUCTIONS = (1, 2, 4, 8)
 
 
-def read_image(path: str | os.PathLike, reduce: int = 1, part: tuple[int, int, int, int] | None = None) -> Tensor:
-    """Read an image file as uint8 (3, H, W), RGB; with `reduce` 2, 4 or 8 as ceil(H / reduce) x ceil(W / reduce).
+def read_image(
+    path: str | os.PathLike, reduce: int = 1, part: tuple[int, int, int, int] | None = None
+) -> Tensor:
+    """Read an image file as uint8 (3, H, W), RGB; with `reduce` 2, 4 or 8 as ceil(H / reduce) x
+    ceil(W / reduce).
 
-    A JPEG is decoded at the reduced size (libjpeg's scaled DCT), which takes a fraction of the time; other
-    formats are averaged over blocks. Grey, palette and CMYK images become RGB, an alpha channel is dropped,
-    16-bit images keep their upper 8 bits. Of a frame that is needed in `part` only, (left, top, right, bottom)
-    in pixels of the reduced size, no other pixel is copied.
+    A JPEG is decoded at the reduced size (libjpeg's scaled DCT), which takes a fraction of the
+    time; other formats are averaged over blocks. Grey, palette and CMYK images become RGB, an alpha
+    channel is dropped, 16-bit images keep their upper 8 bits. Of a frame that is needed in `part`
+    only, (left, top, right, bottom) in pixels of the reduced size, no other pixel is copied.
 
-    Raises DataError, with the file and what to do, when it is missing, empty, cut short or no image.
+    Raises DataError, with the file and what to do, when it is missing, empty, cut short or no
+    image.
     """
     if reduce not in REDUCTIONS:
         raise DataError(f"a frame can be reduced by 1, 2, 4 or 8, not by {reduce!r}")
@@ -36,12 +42,15 @@ def read_image(path: str | os.PathLike, reduce: int = 1, part: tuple[int, int, i
         with Image.open(path) as image:
             reduced = _reduced(image, reduce)
             return _to_frame(reduced.crop(part) if part else reduced)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow's broken PNG
+    # SyntaxError: Pillow's broken PNG
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise _unreadable(path, error) from error
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
-    """Width and height of an image file, from its header only. Raises DataError as `read_image` does."""
+    """Width and height of an image file, from its header only. Raises DataError as `read_image`
+    does.
+    """
     try:
         with Image.open(path) as image:
             return image.size
@@ -50,12 +59,15 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
 
 
 def encode_jpeg(frame: Tensor, quality: int = 90) -> bytes:
-    """A uint8 frame (3, H, W) as JPEG bytes: 4:2:0, default DCT, no metadata, the same bytes every time.
+    """A uint8 frame (3, H, W) as JPEG bytes: 4:2:0, default DCT, no metadata, the same bytes every
+    time.
 
     Raises DataError for another shape or type.
     """
     if frame.dtype != torch.uint8 or frame.ndim != 3 or frame.shape[0] != 3:
-        raise DataError(f"a frame must be uint8 of shape (3, H, W), got {frame.dtype} {tuple(frame.shape)}")
+        raise DataError(
+            f"a frame must be uint8 of shape (3, H, W), got {frame.dtype} {tuple(frame.shape)}"
+        )
     buffer = io.BytesIO()
     pixels = np.ascontiguousarray(frame.cpu().permute(1, 2, 0).numpy())
     Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
@@ -64,9 +76,12 @@ def encode_jpeg(frame: Tensor, quality: int = 90) -> bytes:
 
 def _reduced(image: Image.Image, reduce: int) -> Image.Image:
     width, height = image.size
-    if image.format == "JPEG" and reduce > 1:  # rounding down makes draft() pick the scale 1/reduce itself
+    # rounding down makes draft() pick the scale 1/reduce itself
+    if image.format == "JPEG" and reduce > 1:
         image.draft("RGB", (max(width // reduce, 1), max(height // reduce, 1)))
-    done = next(r for r in REDUCTIONS if -(-width // r) <= image.width and -(-height // r) <= image.height)
+    done = next(
+        r for r in REDUCTIONS if -(-width // r) <= image.width and -(-height // r) <= image.height
+    )
     if image.mode.startswith("I"):
         image = _upper_bits(image)
     elif image.mode in ("P", "PA", "1"):  # palette numbers must not be averaged
@@ -84,7 +99,9 @@ def _upper_bits(image: Image.Image) -> Image.Image:
 
 def _to_frame(image: Image.Image) -> Tensor:
     if image.mode == "F":
-        raise OSError("floating-point pixels have no fixed range; save it with 8 or 16 bits a channel")
+        raise OSError(
+            "floating-point pixels have no fixed range; save it with 8 or 16 bits a channel"
+        )
     pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -92,7 +109,9 @@ def _to_frame(image: Image.Image) -> Tensor:
 def _unreadable(path: str | os.PathLike, error: Exception) -> DataError:
     path = Path(path)
     if not path.exists():
-        state = "there is no such file" if path.parent.is_dir() else f"there is no folder {path.parent}"
+        state = (
+            "there is no such file" if path.parent.is_dir() else f"there is no folder {path.parent}"
+        )
     elif path.is_file() and path.stat().st_size == 0:
         state = "the file is empty"
     elif isinstance(error, UnidentifiedImageError):

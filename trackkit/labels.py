@@ -1,7 +1,9 @@
 """The label files of GOT-10k sequences: parsed, checked line by line, and packed into one index.
 
-`trackkit.got10k` is the way in; this file knows what a correct folder looks like and how to say what is wrong.
+`trackkit.got10k` is the way in; this file knows what a correct folder looks like and how to say
+what is wrong.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -25,9 +27,11 @@ from trackkit.sequences import list_images
 
 LABELS = {"absence": 1, "cover": 8, "cut_by_image": 1}  # label files and their largest value
 FORMAT = 1  # of the index file; raise it when the content changes
-CACHED_FROM = 100  # sequences; smaller sets are read in a moment and leave nothing in the user's home
+# sequences; smaller sets are read in a moment and leave nothing in the user's home
+CACHED_FROM = 100
 
-# Foreign frames inside a sequence, as numbers of the files, both ends included: got-10k/toolkit issue 29.
+# Foreign frames inside a sequence, as numbers of the files, both ends included: got-10k/toolkit
+# issue 29.
 WRONG_FRAMES = {"GOT-10k_Train_001636": (43, 53), "GOT-10k_Train_001638": (25, 33)}
 
 
@@ -45,7 +49,9 @@ class Labels:
 
 
 class Index:
-    """The labels of many sequences, packed end to end in a few arrays (which is also the form of the cache file)."""
+    """The labels of many sequences, packed end to end in a few arrays (which is also the form of
+    the cache file).
+    """
 
     def __init__(self, arrays: dict[str, np.ndarray]):
         self.arrays = arrays
@@ -64,7 +70,9 @@ class Index:
     def open(cls, folder: Path, names: list[str], one_box: bool) -> Index:
         if len(names) < CACHED_FROM:
             return cls(_pack(_read_all(folder, names, one_box)))
-        key = hashlib.sha256("\n".join([str(folder.resolve()), str(one_box), *names]).encode()).hexdigest()
+        key = hashlib.sha256(
+            "\n".join([str(folder.resolve()), str(one_box), *names]).encode()
+        ).hexdigest()
         cache, state = home() / "index" / f"{key[:24]}.npz", _state(folder, names)
         try:
             with np.load(cache, allow_pickle=False) as stored:
@@ -72,8 +80,12 @@ class Index:
                     return cls({k: stored[k] for k in stored.files})
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             if cache.exists():
-                warnings.warn(f"the index {cache} is damaged ({error}) and is made again", stacklevel=3)
-        arrays = _pack(_read_all(folder, names, one_box)) | {"state": np.frombuffer(state, np.uint8)}
+                warnings.warn(
+                    f"the index {cache} is damaged ({error}) and is made again", stacklevel=3
+                )
+        arrays = _pack(_read_all(folder, names, one_box)) | {
+            "state": np.frombuffer(state, np.uint8)
+        }
         try:
             with atomic_write(cache) as partial:
                 np.savez(partial, **arrays)
@@ -83,10 +95,17 @@ class Index:
 
 
 def _state(folder: Path, names: list[str]) -> bytes:
-    """Changes when a file comes or goes in a sequence, or a label file is edited; a few microseconds a file."""
+    """Changes when a file comes or goes in a sequence, or a label file is edited; a few
+    microseconds a file.
+    """
     digest = hashlib.sha256(str(FORMAT).encode())
     for name in names:
-        for file in ("", "groundtruth.txt", "meta_info.ini", *(f"{label}.label" for label in LABELS)):
+        for file in (
+            "",
+            "groundtruth.txt",
+            "meta_info.ini",
+            *(f"{label}.label" for label in LABELS),
+        ):
             try:
                 stat = os.stat(f"{folder}/{name}/{file}")
                 digest.update(b"%d %d;" % (stat.st_mtime_ns, 0 if file == "" else stat.st_size))
@@ -97,7 +116,12 @@ def _state(folder: Path, names: list[str]) -> bytes:
 
 def _read_all(folder: Path, names: list[str], one_box: bool) -> list[Labels]:
     labels, problems = [], []
-    for name in tqdm(names, desc=f"reading labels of {folder.name}", unit="sequence", disable=len(names) < CACHED_FROM):
+    for name in tqdm(
+        names,
+        desc=f"reading labels of {folder.name}",
+        unit="sequence",
+        disable=len(names) < CACHED_FROM,
+    ):
         try:
             labels.append(read_labels(folder / name, one_box))
         except DataError as error:
@@ -105,8 +129,11 @@ def _read_all(folder: Path, names: list[str], one_box: bool) -> list[Labels]:
     if problems:
         shown = problems[:20] + [f"  and {len(problems) - 20} more"] * (len(problems) > 20)
         raise DataError(
-            f"{len(problems)} of {len(names)} sequences in {folder} cannot be used:\n" + "\n".join(shown) + "\n"
-            "Unpack or download them again, or take their names out of list.txt, or leave them out: exclude=[names]"
+            f"{len(problems)} of {len(names)} sequences in {folder} cannot be used:\n"
+            + "\n".join(shown)
+            + "\n"
+            "Unpack or download them again, or take their names out of list.txt, or leave them "
+            "out: exclude=[names]"
         )
     return labels
 
@@ -117,18 +144,25 @@ def _pack(labels: list[Labels]) -> dict[str, np.ndarray]:
         "frames": np.array([x.frames for x in labels]),
         "box_counts": np.array([len(x.boxes) for x in labels]),
         "texts": np.frombuffer(texts, np.uint8),
-        **{k: np.concatenate([getattr(x, k) for x in labels]) for k in ("boxes", "absent", "cover", "cut")},
+        **{
+            k: np.concatenate([getattr(x, k) for x in labels])
+            for k in ("boxes", "absent", "cover", "cut")
+        },
     }
 
 
 def read_labels(folder: Path, one_box: bool) -> Labels:
     """Read and check the labels of one sequence. Raises DataError with the file and line."""
     if not folder.is_dir():
-        raise DataError(f"{folder.name}: listed in list.txt, but there is no such folder in {folder.parent}")
+        raise DataError(
+            f"{folder.name}: listed in list.txt, but there is no such folder in {folder.parent}"
+        )
     files, count = _frame_files(folder)
     boxes = _table(folder / "groundtruth.txt", 4)
     if len(boxes) != count and not (one_box and len(boxes) == 1):
-        raise DataError(f"{folder}: groundtruth.txt has {len(boxes)} lines, but there are {count} frames")
+        raise DataError(
+            f"{folder}: groundtruth.txt has {len(boxes)} lines, but there are {count} frames"
+        )
     values = {label: np.full(count, 8 if label == "cover" else 0, np.uint8) for label in LABELS}
     for label, largest in LABELS.items() if len(boxes) == count else ():
         path = folder / f"{label}.label"
@@ -140,22 +174,30 @@ def read_labels(folder: Path, one_box: bool) -> Labels:
         wrong = (column < 0) | (column > largest) | (column != column.round())
         if wrong.any():
             line = int(wrong.argmax())
-            raise DataError(f"{path}, line {line + 1}: {column[line]:g} is not one of the numbers 0 to {largest}")
+            raise DataError(
+                f"{path}, line {line + 1}: {column[line]:g} is not one of the numbers 0 to "
+                f"{largest}"
+            )
         values[label] = column.astype(np.uint8)
     absent = values["absence"].astype(bool) | _outside(folder, files, boxes, count)
     if folder.name in WRONG_FRAMES:
         first, last = WRONG_FRAMES[folder.name]
         absent[first - 1 : last] = True
     meta = _read_meta(folder / "meta_info.ini")
-    return Labels(files, count, boxes, absent, values["cover"], values["cut_by_image"].astype(bool), meta)
+    return Labels(
+        files, count, boxes, absent, values["cover"], values["cut_by_image"].astype(bool), meta
+    )
 
 
 def _frame_files(folder: Path) -> tuple[list[str] | None, int]:
     """Names of the frames (None for 00000001.jpg and on) and their number.
 
-    Frames are the images whose name is a number, so a stray cover.jpg does no harm; without any, all images.
+    Frames are the images whose name is a number, so a stray cover.jpg does no harm; without any,
+    all images.
     """
-    plain = sorted(n for n in os.listdir(folder) if len(n) == 12 and n.endswith(".jpg") and n[:8].isdigit())
+    plain = sorted(
+        n for n in os.listdir(folder) if len(n) == 12 and n.endswith(".jpg") and n[:8].isdigit()
+    )
     if plain and plain[-1] == f"{len(plain):08d}.jpg" and plain[0] == "00000001.jpg":
         return None, len(plain)
     images = list_images(folder)
@@ -168,7 +210,10 @@ def _frame_files(folder: Path) -> tuple[list[str] | None, int]:
         have = set(numbers)
         lost = [n for n in range(numbers[0], numbers[-1]) if n not in have]
         some = ", ".join(str(n) for n in lost[:5]) + (", ..." if len(lost) > 5 else "")
-        raise DataError(f"{folder}: {len(lost)} of the frames up to {numbered[-1]} are missing, by number: {some}")
+        raise DataError(
+            f"{folder}: {len(lost)} of the frames up to {numbered[-1]} are missing, by number: "
+            f"{some}"
+        )
     if numbers and numbers[0] > 1:
         raise DataError(f"{folder}: the first frame is {numbered[0]}; those before it are missing")
     if not images:
@@ -182,14 +227,17 @@ def _outside(folder: Path, files: list[str] | None, boxes: np.ndarray, count: in
     x, y, w, h = boxes.T
     width, height = image_size(folder / (files[0] if files else "00000001.jpg"))
     suspect = (w > 0) & (h > 0) & ~((x < width) & (y < height) & (x + w > 0) & (y + h > 0))
-    for i in np.flatnonzero(suspect):  # a few frames: the size may change inside a sequence, so look at each
+    # a few frames: the size may change inside a sequence, so look at each
+    for i in np.flatnonzero(suspect):
         size = image_size(folder / (files[i] if files else f"{i + 1:08d}.jpg"))
         outside[i] = area(clip_xywh(torch.from_numpy(boxes[i]), *size)) <= 0
     return outside
 
 
 def _table(path: Path, columns: int) -> np.ndarray:
-    """Numbers of a text file, float64 (N, columns); separated by commas (or blanks, as other tools write them)."""
+    """Numbers of a text file, float64 (N, columns); separated by commas (or blanks, as other tools
+    write them).
+    """
     if not path.is_file():
         raise DataError(f"{path} is missing")
     lines = read_text(path).rstrip().splitlines()

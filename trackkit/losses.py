@@ -1,4 +1,5 @@
 """Training losses that trackers share."""
+
 from __future__ import annotations
 
 import math
@@ -11,11 +12,12 @@ from trackkit.boxes import giou, xyxy_to_cxcywh
 
 
 def balanced_bce(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logistic loss in which positives and negatives weigh one half each: two equal shapes -> scalar.
+    """Logistic loss in which positives and negatives weigh one half each: two equal shapes ->
+    scalar.
 
-    A response map has a dozen positive cells among hundreds; without the balance "no" everywhere is a good
-    answer. Labels are 0 or 1. If one class is missing the other keeps its half.
-    Source: Bertinetto et al. 2016, section 2.2, Eq. 3-4 (labels there are +1 and -1).
+    A response map has a dozen positive cells among hundreds; without the balance "no" everywhere is
+    a good answer. Labels are 0 or 1. If one class is missing the other keeps its half. Source:
+    Bertinetto et al. 2016, section 2.2, Eq. 3-4 (labels there are +1 and -1).
     """
     positive = labels > 0.5
     weights = torch.where(
@@ -23,15 +25,21 @@ def balanced_bce(logits: Tensor, labels: Tensor) -> Tensor:
         0.5 / positive.sum().clamp(min=1),
         0.5 / (~positive).sum().clamp(min=1),
     )
-    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), weights.to(logits.dtype), reduction="sum")
+    return F.binary_cross_entropy_with_logits(
+        logits, labels.to(logits.dtype), weights.to(logits.dtype), reduction="sum"
+    )
 
 
-def localisation(boxes_xyxy: Tensor, truth_xyxy: Tensor, keep_degenerate: bool = True) -> tuple[Tensor, Tensor]:
-    """Mean GIoU loss and mean L1 distance of boxes (..., 4), corners in units of the crop: two scalars.
+def localisation(
+    boxes_xyxy: Tensor, truth_xyxy: Tensor, keep_degenerate: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Mean GIoU loss and mean L1 distance of boxes (..., 4), corners in units of the crop: two
+    scalars.
 
-    L1 is the mean over all coordinates; it pulls when boxes do not touch, and GIoU = 1 - giou weighs small and large
-    boxes alike. STARK adds them as 2 * GIoU + 5 * L1 (Eq. 2). A box whose corners are the wrong way round has no area;
-    with `keep_degenerate` it still counts, else one such box turns the GIoU loss of the whole batch to 0 (the authors' code).
+    L1 is the mean over all coordinates; it pulls when boxes do not touch, and GIoU = 1 - giou
+    weighs small and large boxes alike. STARK adds them as 2 * GIoU + 5 * L1 (Eq. 2). A box whose
+    corners are the wrong way round has no area; with `keep_degenerate` it still counts, else one
+    such box turns the GIoU loss of the whole batch to 0 (the authors' code).
     """
     l1 = (boxes_xyxy - truth_xyxy).abs().mean()
     loss = (1 - giou(boxes_xyxy, truth_xyxy)).mean()
@@ -44,37 +52,48 @@ def localisation(boxes_xyxy: Tensor, truth_xyxy: Tensor, keep_degenerate: bool =
 def ciou(boxes_xyxy: Tensor, truth_xyxy: Tensor) -> Tensor:
     """Complete IoU, pair by pair: (..., 4) corners -> (...), in [-1, 1].
 
-    IoU, less the squared distance of the centres in units of the enclosing box's diagonal, less a penalty for another
-    aspect ratio, which counts for more the better the boxes fit and not at all up to an IoU of 0.5. Source: Zheng et
-    al. 2021 ("Enhancing Geometric Factors in Model Learning and Inference"), in the form of MixFormer's code.
+    IoU, less the squared distance of the centres in units of the enclosing box's diagonal, less a
+    penalty for another aspect ratio, which counts for more the better the boxes fit and not at all
+    up to an IoU of 0.5. Source: Zheng et al. 2021 ("Enhancing Geometric Factors in Model Learning
+    and Inference"), in the form of MixFormer's code.
     """
     middle, sides = xyxy_to_cxcywh(boxes_xyxy).split(2, -1)
     true_middle, true_sides = xyxy_to_cxcywh(truth_xyxy).split(2, -1)
     low, high = torch.minimum(boxes_xyxy, truth_xyxy), torch.maximum(boxes_xyxy, truth_xyxy)
-    inner, outer = (low[..., 2:] - high[..., :2]).clamp(min=0).prod(-1), (high[..., 2:] - low[..., :2]).clamp(min=0)
+    inner, outer = (
+        (low[..., 2:] - high[..., :2]).clamp(min=0).prod(-1),
+        (high[..., 2:] - low[..., :2]).clamp(min=0),
+    )
     tiny = torch.finfo(outer.dtype).tiny  # for empty boxes
     union = sides.clamp(min=0).prod(-1) + true_sides.clamp(min=0).prod(-1) - inner
     iou = inner / union.clamp(min=tiny)
     distance = (middle - true_middle).square().sum(-1) / outer.square().sum(-1).clamp(min=tiny)
-    angle, true_angle = (torch.atan(w / h) for w, h in (s.clamp(min=1e-6).unbind(-1) for s in (sides, true_sides)))
+    angle, true_angle = (
+        torch.atan(w / h) for w, h in (s.clamp(min=1e-6).unbind(-1) for s in (sides, true_sides))
+    )
     aspect = 4 / math.pi**2 * (true_angle - angle).square()
     weight = torch.where(iou > 0.5, aspect / (1 - iou + aspect).clamp(min=tiny), 0).detach()
     return (iou - distance - weight * aspect).clamp(-1, 1)
 
 
 def gaussian_target(boxes: Tensor, grid: int) -> Tensor:
-    """What the score map should be: boxes (B, 4), cxcywh in units of the crop -> (B, grid, grid), 0..1 (CenterNet; ProContEXT, Eq. 2).
+    """What the score map should be: boxes (B, 4), cxcywh in units of the crop -> (B, grid, grid),
+    0..1 (CenterNet; ProContEXT, Eq. 2).
 
-    1 at the cell nearest to the centre, around it a Gaussian as wide as boxes may be off and still overlap by 0.7. (In
-    ProContEXT's print the parentheses around the two squares are missing.) The radius is CornerNet's, whose formulas divide by 2 instead of
-    2 a, known and kept by all of its heirs. A centre in the last half cell rounds to a cell outside the map.
+    1 at the cell nearest to the centre, around it a Gaussian as wide as boxes may be off and still
+    overlap by 0.7. (In ProContEXT's print the parentheses around the two squares are missing.) The
+    radius is CornerNet's, whose formulas divide by 2 instead of 2 a, known and kept by all of its
+    heirs. A centre in the last half cell rounds to a cell outside the map.
     """
     cx, cy, w, h = (boxes * grid).unbind(1)
     overlap, around, area = 0.7, h + w, h * w
     shares = (1 - overlap) / (1 + overlap), 1 - overlap, overlap - 1
     inner = (around + (around**2 - 4 * area * shares[0]).sqrt()) / 2
     outer = (2 * around + (4 * around**2 - 16 * area * shares[1]).sqrt()) / 2
-    mixed = (-2 * overlap * around + (4 * overlap**2 * around**2 - 16 * overlap * area * shares[2]).sqrt()) / 2
+    mixed = (
+        -2 * overlap * around
+        + (4 * overlap**2 * around**2 - 16 * overlap * area * shares[2]).sqrt()
+    ) / 2
     radius = torch.minimum(torch.minimum(inner, outer), mixed).trunc()[:, None]
     sigma = (2 * radius + 1) / 6
     cells = torch.arange(grid, device=boxes.device)
@@ -86,9 +105,11 @@ def gaussian_target(boxes: Tensor, grid: int) -> Tensor:
 
 
 def focal_loss(score: Tensor, target: Tensor) -> Tensor:
-    """Penalty-reduced focal loss of score maps against Gaussian targets, two equal shapes -> scalar (CornerNet; ProContEXT, Eq. 3).
+    """Penalty-reduced focal loss of score maps against Gaussian targets, two equal shapes -> scalar
+    (CornerNet; ProContEXT, Eq. 3).
 
-    Summed over the batch and divided by the number of peaks, cells that are exactly 1. Cells near a peak count little.
+    Summed over the batch and divided by the number of peaks, cells that are exactly 1. Cells near a
+    peak count little.
     """
     peak = target == 1
     at_peak = (1 - score) ** 2 * score.log()
@@ -97,10 +118,12 @@ def focal_loss(score: Tensor, target: Tensor) -> Tensor:
 
 
 def place_cross_entropy(logits: Tensor, place: Tensor) -> Tensor:
-    """Mean cross-entropy of maps (..., s, s) with the places (..., 2), x and y in [0, 1], that they should point at.
+    """Mean cross-entropy of maps (..., s, s) with the places (..., 2), x and y in [0, 1], that they
+    should point at.
 
-    A place between cells (cell j stands for j / s, as in `heads.soft_argmax`) is shared by its four neighbours, so that
-    the target's expectation is the place itself (after Li et al., "Generalized Focal Loss", NeurIPS 2020).
+    A place between cells (cell j stands for j / s, as in `heads.soft_argmax`) is shared by its four
+    neighbours, so that the target's expectation is the place itself (after Li et al., "Generalized
+    Focal Loss", NeurIPS 2020).
     """
     size = logits.shape[-1]
     at = (place * size).clamp(0, size - 1)
@@ -111,16 +134,21 @@ def place_cross_entropy(logits: Tensor, place: Tensor) -> Tensor:
     for dy in (0, 1):
         for dx in (0, 1):
             cell = (low[..., 1] + dy) * size + low[..., 0] + dx
-            total = total - share[..., 0, dx] * share[..., 1, dy] * log.gather(-1, cell.long()[..., None])[..., 0]
+            total = (
+                total
+                - share[..., 0, dx]
+                * share[..., 1, dy]
+                * log.gather(-1, cell.long()[..., None])[..., 0]
+            )
     return total.mean()
 
 
 def cell_targets(cells: Tensor, truth: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
-    """What each cell (N, 2) should say, for true boxes (B, 4) xyxy: is the target here, 1, 0 or -1 (do not ask), and
-    centreness (B, N).
+    """What each cell (N, 2) should say, for true boxes (B, 4) xyxy: is the target here, 1, 0 or -1
+    (do not ask), and centreness (B, N).
 
-    Where a query does not show the target, `shown` (B,), its box is of something similar: the cells in it must say no,
-    the others are not asked.
+    Where a query does not show the target, `shown` (B,), its box is of something similar: the cells
+    in it must say no, the others are not asked.
     """
     low, high = cells - truth[:, None, :2], truth[:, None, 2:] - cells  # (B, N, 2)
     inside = (torch.cat([low, high], 2) > 0).all(2)
@@ -132,12 +160,13 @@ def cell_targets(cells: Tensor, truth: Tensor, shown: Tensor) -> tuple[Tensor, T
 def detection_losses(
     score: Tensor, centre: Tensor, boxes: Tensor, cells: Tensor, truth: Tensor, shown: Tensor
 ) -> dict[str, Tensor]:
-    """STMTrack's losses of B queries whose N cells answer: logits (B, N) of score and centreness, boxes (B, N, 4) xyxy, crop
-    pixels; `cells`, `truth` and `shown` as in `cell_targets`.
+    """STMTrack's losses of B queries whose N cells answer: logits (B, N) of score and centreness,
+    boxes (B, N, 4) xyxy, crop pixels; `cells`, `truth` and `shown` as in `cell_targets`.
 
-    score: focal loss with alpha 0.75 and gamma 2, over the number of cells in the target. centre: cross-entropy less the
-    least that can be reached, over the cells with any centreness, of negative queries too. sides: 3 * -log IoU of boxes
-    whose ends are inside, over the cells in the target.
+    score: focal loss with alpha 0.75 and gamma 2, over the number of cells in the target. centre:
+    cross-entropy less the least that can be reached, over the cells with any centreness, of
+    negative queries too. sides: 3 * -log IoU of boxes whose ends are inside, over the cells in the
+    target.
     """
     label, target = cell_targets(cells.float(), truth.float(), shown)
     positive = label == 1
@@ -154,7 +183,11 @@ def detection_losses(
 
     truth, boxes = truth.float()[:, None].expand_as(boxes)[positive], boxes.float()[positive]
     sides, true_sides = (b[:, 2:] - b[:, :2] + 1 for b in (boxes, truth))
-    shared = (torch.minimum(boxes[:, 2:], truth[:, 2:]) - torch.maximum(boxes[:, :2], truth[:, :2]) + 1).clamp(min=0).prod(1)
+    shared = (
+        (torch.minimum(boxes[:, 2:], truth[:, 2:]) - torch.maximum(boxes[:, :2], truth[:, :2]) + 1)
+        .clamp(min=0)
+        .prod(1)
+    )
     iou = shared / (sides.prod(1) + true_sides.prod(1) - shared)
     log = -iou.clamp(min=torch.finfo(torch.float32).tiny).log().sum() / count
     parts = {"score": focal, "centre": centreness, "sides": 3 * log}

@@ -1,9 +1,12 @@
-"""The authors' checkpoints: read without running anything in them, renamed to our entries, loaded strictly.
+"""The authors' checkpoints: read without running anything in them, renamed to our entries, loaded
+strictly.
 
     tracker = official.load("siamfc", official.read("siamfc_alexnet_e50.pth"))
 
-A tracker that agrees with `tests/goldens` computes what the authors' code computes with the same weights.
+A tracker that agrees with `tests/goldens` computes what the authors' code computes with the same
+weights.
 """
+
 from __future__ import annotations
 
 import fnmatch
@@ -22,40 +25,55 @@ from trackkit.errors import CheckpointError
 from trackkit.pretraining import pvt_name
 from trackkit.trackers import TRACKERS, Tracker, create
 
-WRAPPERS = ("net", "model", "state_dict", "model_state_dict")  # under which training loops keep the weights
+# under which training loops keep the weights
+WRAPPERS = ("net", "model", "state_dict", "model_state_dict")
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
     """The tensors of an authors' checkpoint (`torch.save`), by the authors' names.
 
-    Files that hold the weights under "net", "model", "state_dict" or "model_state_dict" are understood. Only tensors,
-    numbers (NumPy's too) and plain containers are read; nothing in the file is executed. A number with a dotted name is
-    an entry without dimensions; others, such as an epoch or a best score, are left out like the rest of a training loop's notes.
+    Files that hold the weights under "net", "model", "state_dict" or "model_state_dict" are
+    understood. Only tensors, numbers (NumPy's too) and plain containers are read; nothing in the
+    file is executed. A number with a dotted name is an entry without dimensions; others, such as an
+    epoch or a best score, are left out like the rest of a training loop's notes.
 
-    Raises CheckpointError if the file is missing or damaged, or if it holds other pickled objects: then it says which, and how
-    to get at the tensors.
+    Raises CheckpointError if the file is missing or damaged, or if it holds other pickled objects:
+    then it says which, and how to get at the tensors.
     """
     content = _unwrapped(pickles.read(path, WRAPPERS))
     entries = content.items() if isinstance(content, Mapping) else ()
     named = {str(key): value for key, value in entries}
-    tensors = {k: _tensor(k, v) for k, v in named.items() if isinstance(v, Tensor) or (isinstance(v, (int, float, np.generic)) and "." in k)}
+    tensors = {
+        k: _tensor(k, v)
+        for k, v in named.items()
+        if isinstance(v, Tensor) or (isinstance(v, (int, float, np.generic)) and "." in k)
+    }
     if not tensors:
         raise CheckpointError(f"{path}: no tensors in it; expected a state dict")
     return tensors
 
 
 def load(name: str, state_dict: Mapping[str, Any]) -> Tracker:
-    """The tracker called `name` (`trackers.TRACKERS`) with the authors' weights, in evaluation mode.
+    """The tracker called `name` (`trackers.TRACKERS`) with the authors' weights, in evaluation
+    mode.
 
-    Half precision becomes float32; numbers and arrays become tensors; the "module." that DataParallel puts before names is dropped.
+    Half precision becomes float32; numbers and arrays become tensors; the "module." that
+    DataParallel puts before names is dropped.
 
-    Raises CheckpointError that names the first entries that are missing, not expected, given twice or of another size, by our
-    names and the authors', and the trackers that the checkpoint does fit.
+    Raises CheckpointError that names the first entries that are missing, not expected, given twice
+    or of another size, by our names and the authors', and the trackers that the checkpoint does
+    fit.
     """
     state_dict = _unwrapped(state_dict)
     if not isinstance(state_dict, Mapping):
-        raise CheckpointError(f"expected the entries of a checkpoint by name, got {type(state_dict).__name__}; official.read(path) gives them")
-    wanted, tensors = _shapes(name), {str(key): _tensor(key, value) for key, value in state_dict.items()}
+        raise CheckpointError(
+            f"expected the entries of a checkpoint by name, got {type(state_dict).__name__}; "
+            "official.read(path) gives them"
+        )
+    wanted, tensors = (
+        _shapes(name),
+        {str(key): _tensor(key, value) for key, value in state_dict.items()},
+    )
     names = _names(name, tensors)
     found = {ours: tensors[theirs[0]] for ours, theirs in names.items()}
 
@@ -63,13 +81,22 @@ def load(name: str, state_dict: Mapping[str, Any]) -> Tracker:
         theirs = names[ours][0] if ours in names else _authors_name(name, ours, names)
         return "" if theirs in (None, ours) else f" (the authors' {theirs})"
 
-    twice = {ours: f"{ours} (by {' and by '.join(theirs)})" for ours, theirs in names.items() if len(theirs) > 1}
+    twice = {
+        ours: f"{ours} (by {' and by '.join(theirs)})"
+        for ours, theirs in names.items()
+        if len(theirs) > 1
+    }
     problems = checkpoints.differences(wanted, found, note)
     problems += [checkpoints.listed("given twice", list(twice), texts=twice)] if twice else []
     if problems:
-        raise CheckpointError(f"the checkpoint for {name} does not fit it; {'; '.join(problems)}{_advice(name, tensors)}")
+        raise CheckpointError(
+            f"the checkpoint for {name} does not fit it; "
+            f"{'; '.join(problems)}{_advice(name, tensors)}"
+        )
     tracker = create(name)
-    tracker.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in found.items()})
+    tracker.load_state_dict(
+        {key: value.float() if value.is_floating_point() else value for key, value in found.items()}
+    )
     return tracker
 
 
@@ -81,12 +108,19 @@ def _unwrapped(content: Any) -> Any:
 
 
 def _tensor(key: str, value: Any) -> Tensor:
-    if isinstance(value, (Tensor, int, float, np.generic, np.ndarray)) and not isinstance(value, (np.object_, np.flexible)):
+    if isinstance(value, (Tensor, int, float, np.generic, np.ndarray)) and not isinstance(
+        value, (np.object_, np.flexible)
+    ):
         try:
             return torch.as_tensor(value)
         except TypeError as error:
-            raise CheckpointError(f"entry {key} is an array of {value.dtype}, not of numbers") from error
-    raise CheckpointError(f"entry {key} is a {type(value).__name__}, not a tensor; official.read leaves aside what is no weight")
+            raise CheckpointError(
+                f"entry {key} is an array of {value.dtype}, not of numbers"
+            ) from error
+    raise CheckpointError(
+        f"entry {key} is a {type(value).__name__}, not a tensor; official.read leaves aside what "
+        "is no weight"
+    )
 
 
 # ---- which trackers fit ----
@@ -106,7 +140,9 @@ def _advice(name: str, tensors: dict[str, Tensor]) -> str:
         return f"; it fits {' and '.join(fits)}"
     nearest = min(misfits, key=lambda other: (misfits[other], other != name)) if misfits else name
     if nearest != name and misfits[nearest] < len(tensors) / 2:
-        return f"; it fits no tracker, but {nearest} best, all but {misfits[nearest]} of the entries"
+        return (
+            f"; it fits no tracker, but {nearest} best, all but {misfits[nearest]} of the entries"
+        )
     return ""
 
 
@@ -114,11 +150,17 @@ def _misfits(name: str, tensors: dict[str, Tensor]) -> int:
     """How many entries are missing, extra, given twice or of another size."""
     wanted, names = _shapes(name), _names(name, tensors)
     twice = sum(len(theirs) - 1 for theirs in names.values())
-    return twice + len(wanted.keys() ^ names.keys()) + sum(tensors[names[k][0]].shape != wanted[k] for k in wanted.keys() & names.keys())
+    return (
+        twice
+        + len(wanted.keys() ^ names.keys())
+        + sum(tensors[names[k][0]].shape != wanted[k] for k in wanted.keys() & names.keys())
+    )
 
 
 def _authors_name(name: str, ours: str, names: dict[str, list[str]]) -> str | None:
-    """What the authors call an entry that is missing, by the example of entries beside it; None if those do not tell."""
+    """What the authors call an entry that is missing, by the example of entries beside it; None if
+    those do not tell.
+    """
     for depth in range(ours.count("."), 0, -1):
         parent = ".".join(ours.split(".")[:depth]) + "."
         for sibling, (theirs, *_) in names.items():
@@ -165,13 +207,25 @@ STMTRACK = (
     ("head.ctr_score.", "head.centre."),
     ("head.reg_offsets.", "head.sides."),
 )
-UNUSED = {  # entries of the authors' checkpoints that their networks never use, by the beginning of the tracker's name
+# entries of the authors' checkpoints that their networks never use, by the beginning of the
+# tracker's name
+UNUSED = {
     "sbt": ("backbone.norm1.*", "backbone.norm2.*"),  # of the single-image form
     "ostrack": ("backbone.cls_token", "backbone.pos_embed"),
     "procontext": ("backbone.cls_token", "backbone.pos_embed"),
-    "stmtrack": ("r_z_k.*", "c_z_k.*", "r_x.*", "c_x.*"),  # adjusters of the framework's Siamese head
+    # adjusters of the framework's Siamese head
+    "stmtrack": ("r_z_k.*", "c_z_k.*", "r_x.*", "c_x.*"),
     # what its transformer inherits from timm, and the score branch of a second training stage
-    **dict.fromkeys(("mixvit", "ustam"), ("backbone.cls_token", "backbone.pos_embed", "backbone.norm.*", "backbone.head.*", "score_branch.*")),
+    **dict.fromkeys(
+        ("mixvit", "ustam"),
+        (
+            "backbone.cls_token",
+            "backbone.pos_embed",
+            "backbone.norm.*",
+            "backbone.head.*",
+            "score_branch.*",
+        ),
+    ),
 }
 
 
@@ -215,8 +269,15 @@ def rename(name: str, key: str) -> str:
 
 
 def _names(name: str, keys: Iterable[str]) -> dict[str, list[str]]:
-    """Our name of each entry -> the authors' names that stand for it, one if all is well; without entries that nothing uses."""
-    unused = [pattern for family, patterns in UNUSED.items() if name.startswith(family) for pattern in patterns]
+    """Our name of each entry -> the authors' names that stand for it, one if all is well; without
+    entries that nothing uses.
+    """
+    unused = [
+        pattern
+        for family, patterns in UNUSED.items()
+        if name.startswith(family)
+        for pattern in patterns
+    ]
     names: dict[str, list[str]] = {}
     for theirs in keys:
         plain = theirs.removeprefix("module.")

@@ -1,8 +1,10 @@
-"""Where things live: the user's home for runs and caches, the data set, and files that are never half written.
+"""Where things live: the user's home for runs and caches, the data set, and files that are never
+half written.
 
 Nothing is remembered in a settings file. A path is an argument, else an environment variable
 (`TRACKKIT_HOME`, `TRACKKIT_GOT10K`), else a default that works on a machine with nothing set up.
 """
+
 from __future__ import annotations
 
 import errno
@@ -15,20 +17,32 @@ from pathlib import Path
 
 from trackkit.errors import DataError, TrackkitError
 
-SAMPLES = Path(__file__).resolve().parent.parent / "data_samples"  # beside the package in a checkout
-_WRITE_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EEXIST, errno.ENOTDIR}
+# beside the package in a checkout
+SAMPLES = Path(__file__).resolve().parent.parent / "data_samples"
+_WRITE_ERRORS = {
+    errno.ENOSPC,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENOTDIR,
+}
 
 
 def home() -> Path:
-    """Folder for runs, results and caches: `TRACKKIT_HOME`, else `~/.cache/trackkit`. Not created here."""
+    """Folder for runs, results and caches: `TRACKKIT_HOME`, else `~/.cache/trackkit`. Not created
+    here.
+    """
     return Path(os.environ.get("TRACKKIT_HOME") or Path.home() / ".cache" / "trackkit").expanduser()
 
 
 def data_root(argument: str | os.PathLike | None = None) -> Path:
-    """Root of the data set: the argument, else `TRACKKIT_GOT10K`, else the samples that come with a checkout.
+    """Root of the data set: the argument, else `TRACKKIT_GOT10K`, else the samples that come with a
+    checkout.
 
-    The first of the three that is given is used; when it does not exist the others are not tried, since a
-    misspelt path must not silently train on other data.
+    The first of the three that is given is used; when it does not exist the others are not tried,
+    since a misspelt path must not silently train on other data.
 
     Raises DataError that says what was looked for and the command that mends it.
     """
@@ -41,18 +55,26 @@ def data_root(argument: str | os.PathLike | None = None) -> Path:
         root, source = SAMPLES, "the samples beside the installed package (nothing else was given)"
     if root.is_dir() and (root != SAMPLES or any(root.iterdir())):
         return root
-    state = "is empty" if root.is_dir() else "is a file, not a folder" if root.exists() else "does not exist"
+    state = (
+        "is empty"
+        if root.is_dir()
+        else "is a file, not a folder"
+        if root.exists()
+        else "does not exist"
+    )
     raise DataError(
-        f"no data set: {root} {state}; it comes from {source}. Give the folder that holds GOT-10k's train/, val/ and "
-        "test/ as an argument or in TRACKKIT_GOT10K, or make a small data set: trackkit synth --samples DIR"
+        f"no data set: {root} {state}; it comes from {source}. Give the folder that holds "
+        "GOT-10k's train/, val/ and "
+        "test/ as an argument or in TRACKKIT_GOT10K, or make a small data set: trackkit synth "
+        "--samples DIR"
     )
 
 
 def writable(path: str | os.PathLike) -> Path:
     """Create the folder `path` if need be and return it once a file could be written in it.
 
-    Raises DataError that names the folder and the reason: no permission, a file in the way, a full or
-    read-only disk.
+    Raises DataError that names the folder and the reason: no permission, a file in the way, a full
+    or read-only disk.
     """
     path = Path(path).expanduser()
     try:
@@ -66,19 +88,22 @@ def writable(path: str | os.PathLike) -> Path:
 
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """Give the block the path of a temporary file to write, which replaces `path` when the block ends well.
+    """Give the block the path of a temporary file to write, which replaces `path` when the block
+    ends well.
 
         with atomic_write("results/boxes.txt") as partial:
             partial.write_text(lines)
 
-    The temporary file exists already, beside the target and with the same suffix. It is flushed to disk and then
-    renamed, so a reader, or a run that was killed, sees the old file or the new one, never a part; after an
-    error nothing has changed. Missing parent folders are created. Of several writers at once the last wins.
+    The temporary file exists already, beside the target and with the same suffix. It is flushed to
+    disk and then renamed, so a reader, or a run that was killed, sees the old file or the new one,
+    never a part; after an error nothing has changed. Missing parent folders are created. Of several
+    writers at once the last wins.
 
     Raises DataError when the place cannot be written.
     """
     path = Path(path).expanduser()
-    # not tempfile: its files are private to the user, this one gets the permissions of any other file
+    # not tempfile: its files are private to the user, this one gets the permissions of any other
+    # file
     partial = path.parent / f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}{path.suffix}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,6 @@
-"""What a tracker costs: parameters, multiply-accumulates and frames per second, each by a stated rule."""
+"""What a tracker costs: parameters, multiply-accumulates and frames per second, each by a stated
+rule.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,10 @@ from trackkit.tracking import now
 def profile(name: str) -> dict:
     """Cost of the tracker called `name` as {"name", "parameters", "macs", "paper"}.
 
-    `parameters` and `macs` are counted as the tracker's paper counts them, and `paper` holds the numbers that
-    it prints, for comparison ({} if none). Papers differ in what they leave out, so a tracker that is to be
-    compared has a method `profile()` that returns these three entries; without one it is counted by `count`.
+    `parameters` and `macs` are counted as the tracker's paper counts them, and `paper` holds the
+    numbers that it prints, for comparison ({} if none). Papers differ in what they leave out, so a
+    tracker that is to be compared has a method `profile()` that returns these three entries;
+    without one it is counted by `count`.
 
     Raises TrackkitError for an unknown name.
     """
@@ -33,13 +36,23 @@ def profile(name: str) -> dict:
 
 
 def table(profiles: list[dict]) -> list[str]:
-    """Lines that show what `profile` says: what is counted here beside the paper's figures, with the deviation in percent."""
-    lines = [f"{'tracker':<16}{'parameters':>14}  {'paper':<17}{'MACs a frame':>18}  {'paper':<17}".rstrip()]
+    """Lines that show what `profile` says: what is counted here beside the paper's figures, with
+    the deviation in percent.
+    """
+    lines = [
+        f"{'tracker':<16}{'parameters':>14}  {'paper':<17}{'MACs a frame':>18}  "
+        f"{'paper':<17}".rstrip()
+    ]
     for row in profiles:
         line = f"{row['name']:<16}"
         for key, width, scale, unit in (("parameters", 14, 1e6, "M"), ("macs", 18, 1e9, "G")):
             printed = row["paper"].get(key)
-            beside = "-" if printed is None else f"{_figure(printed / scale)} {unit}".ljust(9) + _percent(row[key] / printed - 1, "+")
+            beside = (
+                "-"
+                if printed is None
+                else f"{_figure(printed / scale)} {unit}".ljust(9)
+                + _percent(row[key] / printed - 1, "+")
+            )
             line += f"{row[key]:>{width},}  {beside:<17}"
         lines.append((line + "; ".join(_remarks(row["paper"]))).rstrip())
     return lines
@@ -80,18 +93,25 @@ def parameters(module: nn.Module) -> int:
 
 
 def macs(function: Callable[[], object]) -> int:
-    """Multiply-accumulates of a call of `function`: convolutions and matrix products, attention included.
+    """Multiply-accumulates of a call of `function`: convolutions and matrix products, attention
+    included.
 
-    One multiply-accumulate is two floating-point operations; papers call either of the two a FLOP. Additions
-    of biases, norms, activations, softmax and interpolation are not counted. The fused attention kernels of
-    the CPU and nn.MultiheadAttention's fast path are invisible to torch's counter, so both are switched off
-    meanwhile; so is `attention.look_by_few`, which gets the same result with fewer products than the network is said to have.
+    One multiply-accumulate is two floating-point operations; papers call either of the two a FLOP.
+    Additions of biases, norms, activations, softmax and interpolation are not counted. The fused
+    attention kernels of the CPU and nn.MultiheadAttention's fast path are invisible to torch's
+    counter, so both are switched off meanwhile; so is `attention.look_by_few`, which gets the same
+    result with fewer products than the network is said to have.
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         usual = patch("trackkit.attention.look_by_few", lambda layer, *given: layer(*given)[0])
-        with usual, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with (
+            usual,
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
             function()
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -101,9 +121,10 @@ def macs(function: Callable[[], object]) -> int:
 def by_layers(network: nn.Module, function: Callable[[], object], norm: int = 4) -> dict[str, int]:
     """{"parameters", "macs"} of a call of `function` as the counter of the field, thop, has them.
 
-    It sees only layers that the call goes through: linear and convolution layers (without biases), and `norm` for each
-    output of a layer or batch norm (0 in its older versions). So the products of attention are not counted, nor are parameters
-    outside these layers. Works on the device "meta" too.
+    It sees only layers that the call goes through: linear and convolution layers (without biases),
+    and `norm` for each output of a layer or batch norm (0 in its older versions). So the products
+    of attention are not counted, nor are parameters outside these layers. Works on the device
+    "meta" too.
     """
     total, seen = 0, set()
 
@@ -114,7 +135,11 @@ def by_layers(network: nn.Module, function: Callable[[], object], norm: int = 4)
         total += made.numel() * (module.weight[0].numel() if linear else norm)
 
     kinds = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.BatchNorm2d)
-    hooks = [module.register_forward_hook(add) for module in network.modules() if isinstance(module, kinds)]
+    hooks = [
+        module.register_forward_hook(add)
+        for module in network.modules()
+        if isinstance(module, kinds)
+    ]
     try:
         with torch.no_grad():
             function()
@@ -129,8 +154,10 @@ class Speed:
     """How fast a tracker is, and on what.
 
     Attributes:
-        fps: sequence frames per second, frames / seconds. milliseconds: median time of a step with its batch.
-        frames: steps that were timed. batch: sequences in one step. device, threads, precision: where.
+        fps: sequence frames per second, frames / seconds. milliseconds: median time of a step with
+            its batch.
+        frames: steps that were timed. batch: sequences in one step. device, threads, precision:
+            where.
     """
 
     fps: float
@@ -143,7 +170,8 @@ class Speed:
 
     def __str__(self) -> str:
         return (
-            f"{self.fps:.1f} frames/s ({self.milliseconds:.2f} ms a step of {self.batch}, median of "
+            f"{self.fps:.1f} frames/s ({self.milliseconds:.2f} ms a step of {self.batch}, median "
+            "of "
             f"{self.frames}; {self.device}, {self.threads} CPU threads, {self.precision})"
         )
 
@@ -156,17 +184,20 @@ def frames_per_second(
     warm_up: int = 3,
     batch: int = 1,
 ) -> Speed:
-    """Time the steps of a tracker: cropping, network and decoding of the box, not the reading of frames.
+    """Time the steps of a tracker: cropping, network and decoding of the box, not the reading of
+    frames.
 
-    `frames` are consecutive images, uint8 (3, H, W), the first with the target at `box_xywh` (4,), pixels;
-    they are repeated as needed. None: noise of 640x480 with a target of 100x80. `warm_up` steps are not
-    timed. The clock is read when the device has finished its work. On a GPU the transfer of the frame is part
-    of the step. `batch` copies of the sequence are tracked at once.
+    `frames` are consecutive images, uint8 (3, H, W), the first with the target at `box_xywh` (4,),
+    pixels; they are repeated as needed. None: noise of 640x480 with a target of 100x80. `warm_up`
+    steps are not timed. The clock is read when the device has finished its work. On a GPU the
+    transfer of the frame is part of the step. `batch` copies of the sequence are tracked at once.
 
     Raises DataError for counts below 1, frames without a box, or a box outside the first frame.
     """
     if min(repeats, batch) < 1 or warm_up < 0:
-        raise DataError(f"need repeats and batch >= 1, warm_up >= 0; got {repeats}, {batch} and {warm_up}")
+        raise DataError(
+            f"need repeats and batch >= 1, warm_up >= 0; got {repeats}, {batch} and {warm_up}"
+        )
     if (frames is None) != (box_xywh is None):
         raise DataError("give both frames and the first box, or neither")
     if frames is None:
@@ -191,7 +222,9 @@ def frames_per_second(
         batch=batch,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         threads=torch.get_num_threads(),
-        precision=str(next((p.dtype for p in tracker.parameters()), torch.float64)).removeprefix("torch."),
+        precision=str(next((p.dtype for p in tracker.parameters()), torch.float64)).removeprefix(
+            "torch."
+        ),
     )
 
 

@@ -1,11 +1,14 @@
-"""Tracking results as text files in the layout of the GOT-10k server, and the archive that is uploaded.
+"""Tracking results as text files in the layout of the GOT-10k server, and the archive that is
+uploaded.
 
     FOLDER/.trackkit.json                                  which tracker these are the results of
-    FOLDER/<sequence>/<sequence>_001.txt                   N lines left,top,width,height; line 1 is the given box
-    FOLDER/<sequence>/<sequence>_time.txt                  N lines, seconds per frame
+    FOLDER/<sequence>/<sequence>_001.txt                   N lines left,top,width,height; line 1 is
+    the given box FOLDER/<sequence>/<sequence>_time.txt                  N lines, seconds per frame
 
-Written by the rules of the toolkit (got-10k/toolkit, experiments/got10k.py): commas, 3 and 8 decimals.
+Written by the rules of the toolkit (got-10k/toolkit, experiments/got10k.py): commas, 3 and 8
+decimals.
 """
+
 from __future__ import annotations
 
 import json
@@ -26,8 +29,8 @@ MARKER = ".trackkit.json"
 def claim(folder: str | os.PathLike, tracker: str, identity: str) -> Path:
     """Make `folder` the results folder of one tracker and return it; call it before a run starts.
 
-    `tracker` is its name, `identity` a string that changes when its results would (a hash of configuration and
-    weights). Both are kept in `.trackkit.json`.
+    `tracker` is its name, `identity` a string that changes when its results would (a hash of
+    configuration and weights). Both are kept in `.trackkit.json`.
 
     Raises DataError when the folder belongs to another tracker or holds files of unknown origin.
     """
@@ -36,36 +39,53 @@ def claim(folder: str | os.PathLike, tracker: str, identity: str) -> Path:
     marker = folder / MARKER
     if not marker.is_file():
         if folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
-            raise DataError(f"{folder} has files but no {MARKER}, so their tracker is unknown; choose another folder")
+            raise DataError(
+                f"{folder} has files but no {MARKER}, so their tracker is unknown; choose another "
+                "folder"
+            )
         with atomic_write(marker) as partial:
             partial.write_text(json.dumps(mine, indent=1) + "\n", "utf-8")
         return folder
     found = _owner(folder)
     if found != mine:
         raise DataError(
-            f"{folder} holds results of {found['tracker']} ({found['identity']}), not of {tracker} ({identity}); "
+            f"{folder} holds results of {found['tracker']} ({found['identity']}), not of {tracker} "
+            f"({identity}); "
             "choose another folder, or remove this one to run again"
         )
     return folder
 
 
 def write_results(
-    folder: str | os.PathLike, sequence: str, boxes_xywh: Tensor, seconds: Tensor, tracker: str, identity: str
+    folder: str | os.PathLike,
+    sequence: str,
+    boxes_xywh: Tensor,
+    seconds: Tensor,
+    tracker: str,
+    identity: str,
 ) -> None:
-    """Write the boxes (N, 4), in pixels, and seconds (N,) of one sequence; the first box is the given one.
+    """Write the boxes (N, 4), in pixels, and seconds (N,) of one sequence; the first box is the
+    given one.
 
     The folder is claimed for the tracker first. Both files are atomic and the times come last, so
     `has_results` is True only for a sequence that is complete.
 
     Raises DataError for a folder of another tracker, wrong shapes, or numbers that are not finite.
     """
-    boxes, seconds = torch.as_tensor(boxes_xywh).double().cpu(), torch.as_tensor(seconds).double().cpu()
+    boxes, seconds = (
+        torch.as_tensor(boxes_xywh).double().cpu(),
+        torch.as_tensor(seconds).double().cpu(),
+    )
     if boxes.ndim != 2 or boxes.shape[1] != 4 or seconds.shape != boxes.shape[:1]:
         shapes = f"{tuple(boxes.shape)} and {tuple(seconds.shape)}"
-        raise DataError(f"results of {sequence}: expected boxes (N, 4) and seconds (N,), got {shapes}")
+        raise DataError(
+            f"results of {sequence}: expected boxes (N, 4) and seconds (N,), got {shapes}"
+        )
     if not (torch.isfinite(boxes).all() and torch.isfinite(seconds).all()):
         bad = int((~torch.isfinite(boxes).all(1) | ~torch.isfinite(seconds)).nonzero()[0])
-        raise DataError(f"results of {sequence}: frame {bad} is not finite; the tracker has diverged")
+        raise DataError(
+            f"results of {sequence}: frame {bad} is not finite; the tracker has diverged"
+        )
     boxes_file, times_file = _files(claim(folder, tracker, identity), sequence)
     with atomic_write(boxes_file) as partial:
         np.savetxt(partial, boxes.numpy(), fmt="%.3f", delimiter=",", newline="\n")
@@ -78,11 +98,13 @@ def has_results(folder: str | os.PathLike, sequence: str) -> bool:
     return all(file.is_file() for file in _files(Path(folder).expanduser(), sequence))
 
 
-def read_results(folder: str | os.PathLike, sequence: str, frames: int | None = None) -> tuple[Tensor, Tensor]:
+def read_results(
+    folder: str | os.PathLike, sequence: str, frames: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Boxes (N, 4), pixels, and seconds (N,) of one sequence, float64.
 
-    Reads what `write_results` or the toolkit wrote. Raises DataError, with file and line, for a missing or
-    damaged file, or when there are not `frames` rows.
+    Reads what `write_results` or the toolkit wrote. Raises DataError, with file and line, for a
+    missing or damaged file, or when there are not `frames` rows.
     """
     boxes_file, times_file = _files(Path(folder).expanduser(), sequence)
     boxes, seconds = _rows(boxes_file, 4), _rows(times_file, 1)
@@ -94,10 +116,12 @@ def read_results(folder: str | os.PathLike, sequence: str, frames: int | None = 
 
 
 def submission_zip(folder: str | os.PathLike, dataset, out: str | os.PathLike) -> Path:
-    """Check the results of all sequences of `dataset` and pack them for the GOT-10k server; returns `out`.
+    """Check the results of all sequences of `dataset` and pack them for the GOT-10k server; returns
+    `out`.
 
-    The sequence folders lie at the top of the archive. Server pages stay empty without a message when a file is
-    missing, short or separated by blanks (got-10k/toolkit issues 21 and 74), so all of that is checked here.
+    The sequence folders lie at the top of the archive. Server pages stay empty without a message
+    when a file is missing, short or separated by blanks (got-10k/toolkit issues 21 and 74), so all
+    of that is checked here.
 
     Raises DataError that lists what is wrong, before anything is written.
     """
@@ -112,10 +136,13 @@ def submission_zip(folder: str | os.PathLike, dataset, out: str | os.PathLike) -
     if problems:
         shown = problems[:20] + [f"  and {len(problems) - 20} more"] * (len(problems) > 20)
         raise DataError(
-            f"{folder} is not ready to submit, {len(problems)} of {len(dataset)} sequences are missing or damaged:\n"
-            + "\n".join(shown)
+            f"{folder} is not ready to submit, {len(problems)} of {len(dataset)} sequences are "
+            "missing or damaged:\n" + "\n".join(shown)
         )
-    with atomic_write(out) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+    with (
+        atomic_write(out) as partial,
+        zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
         for file in files:  # a fixed date, so that the same results give the same bytes
             info = zipfile.ZipInfo(file.relative_to(folder).as_posix(), (1980, 1, 1, 0, 0, 0))
             info.compress_type = zipfile.ZIP_DEFLATED
@@ -132,7 +159,9 @@ def _owner(folder: Path) -> dict[str, str]:
         found = json.loads((folder / MARKER).read_text("utf-8"))
         return {"tracker": found["tracker"], "identity": found["identity"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder / MARKER} is damaged; remove it together with the results beside it") from error
+        raise DataError(
+            f"{folder / MARKER} is damaged; remove it together with the results beside it"
+        ) from error
 
 
 def _rows(path: Path, columns: int) -> Tensor:
@@ -146,6 +175,9 @@ def _rows(path: Path, columns: int) -> Tensor:
             row = []
         # further columns of a time file are further runs (toolkit); the first run counts
         if not (len(row) == columns or columns == 1 < len(row)) or not np.isfinite(row).all():
-            raise DataError(f"{path}, line {number}: expected {columns} numbers separated by commas, found {line!r}")
+            raise DataError(
+                f"{path}, line {number}: expected {columns} numbers separated by commas, found "
+                f"{line!r}"
+            )
         rows.append(row[:columns])
     return torch.tensor(rows, dtype=torch.float64).reshape(-1, columns)

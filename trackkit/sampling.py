@@ -1,9 +1,11 @@
 """Training samples: which frames of a sequence, which windows in them, which changes to the pixels.
 
-One description, `SampleSpec`, serves all trackers (pairs, triplets, clips) and all data sets. Sample `i` of a
-seed is always the same sample: its random numbers come from (seed, i) and nothing else, so neither the number
-of loader workers nor of GPUs nor an interruption changes what a tracker sees.
+One description, `SampleSpec`, serves all trackers (pairs, triplets, clips) and all data sets.
+Sample `i` of a seed is always the same sample: its random numbers come from (seed, i) and nothing
+else, so neither the number of loader workers nor of GPUs nor an interruption changes what a tracker
+sees.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -43,10 +45,12 @@ class CropSpec:
         context: margin before the factor, see `crops.context_side`.
         shift_px: the window moves by up to this many crop pixels along each axis, uniformly.
         scale: the target appears larger or smaller by up to this share, uniformly.
-        jitter_size, jitter_centre: the crop is taken around a box that is off in size and place, see `jitter_box`.
+        jitter_size, jitter_centre: the crop is taken around a box that is off in size and place,
+            see `jitter_box`.
         fill: grey level 0..255 outside the frame; None is the frame's mean colour.
-        exact: the sample's box lies where the target is (`Windows.to_crop`); False imitates the STARK authors, for
-            whom it is half a crop pixel off (`gt_in_crop`) and the last row and column of a frame are masked.
+        exact: the sample's box lies where the target is (`Windows.to_crop`); False imitates the
+            STARK authors, for whom it is half a crop pixel off (`gt_in_crop`) and the last row and
+            column of a frame are masked.
     """
 
     size: int
@@ -76,22 +80,27 @@ class SampleSpec:
         order: which frames show what.
             "forward": templates come before searches. "any": the frames are mixed.
             "clip": templates come first, then the searches as neighbouring usable frames.
-            "causal": any frame is the template, the searches are drawn from those after it (STARK-S).
-            "trident": first template and search are any two frames, even the same; the other templates lie near the
-            search, on the first one's side, and need not show the target (STARK-ST).
-        max_gap: all frames of a sample lie within this many frames. "causal": the searches lie so near to the
-            template (farther only where none do). "trident": the later templates lie so near to the search.
+            "causal": any frame is the template, the searches are drawn from those after it
+            (STARK-S). "trident": first template and search are any two frames, even the same; the
+            other templates lie near the search, on the first one's side, and need not show the
+            target (STARK-ST).
+        max_gap: all frames of a sample lie within this many frames. "causal": the searches lie so
+            near to the template (farther only where none do). "trident": the later templates lie so
+            near to the search.
         rule: which frames may be used.
         flip, grey: probabilities of mirroring the sample and of removing its colours.
         brightness: each crop is brightened or darkened by up to this share.
         flip_each: probability that a crop is mirrored by itself, after `flip`.
-        masks: the sample says which pixels lie outside their frame. Crops of which a tracker would see nothing
-            else are drawn again.
-        negatives: probability that the searches do not show the target; the sample says whether they do.
-        same_window: later searches are cut from the first one's window, moved by up to `search.shift_px`, so that what was
-            seen in one lies near the same place in the next (USTAM).
-        template_factors: with these, each template frame is cropped once with each of them in place of `template.factor`;
-            the sample has all frames with the first factor, then all with the next (ProContEXT).
+        masks: the sample says which pixels lie outside their frame. Crops of which a tracker would
+            see nothing else are drawn again.
+        negatives: probability that the searches do not show the target; the sample says whether
+            they do.
+        same_window: later searches are cut from the first one's window, moved by up to
+            `search.shift_px`, so that what was seen in one lies near the same place in the next
+            (USTAM).
+        template_factors: with these, each template frame is cropped once with each of them in place
+            of `template.factor`; the sample has all frames with the first factor, then all with the
+            next (ProContEXT).
     """
 
     template: CropSpec
@@ -114,16 +123,23 @@ class SampleSpec:
         if self.order not in ORDERS:
             raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r}")
         if self.templates < 1 or self.searches < 1 or self.max_gap < 1:
-            raise ValueError("a sample needs at least one template, one search and a gap of one frame")
-        if (self.order == "causal" and self.templates > 1) or (self.order == "trident" and self.searches > 1):
+            raise ValueError(
+                "a sample needs at least one template, one search and a gap of one frame"
+            )
+        if (self.order == "causal" and self.templates > 1) or (
+            self.order == "trident" and self.searches > 1
+        ):
             raise ValueError('the order "causal" has one template, "trident" has one search')
 
 
-def jitter_box(box_xywh: Tensor, size: float, centre: float, normal: Tensor, uniform: Tensor) -> Tensor:
+def jitter_box(
+    box_xywh: Tensor, size: float, centre: float, normal: Tensor, uniform: Tensor
+) -> Tensor:
     """A box that is off as a tracker's last one may be: (..., 4) -> (..., 4) for draws (..., 2).
 
-    The sides are multiplied by exp(size * normal), normal ~ N(0, 1). The centre then moves along each axis by
-    centre * (uniform - 1/2) of the new size sqrt(w h), uniform ~ U(0, 1). STARK: 0.5 and 4.5.
+    The sides are multiplied by exp(size * normal), normal ~ N(0, 1). The centre then moves along
+    each axis by centre * (uniform - 1/2) of the new size sqrt(w h), uniform ~ U(0, 1). STARK: 0.5
+    and 4.5.
     """
     old = xywh_to_cxcywh(box_xywh)
     sides = old[..., 2:] * (size * normal).exp()
@@ -131,8 +147,12 @@ def jitter_box(box_xywh: Tensor, size: float, centre: float, normal: Tensor, uni
     return cxcywh_to_xywh(torch.cat([old[..., :2] + move, sides], -1))
 
 
-def choose_window(box_xywh: Tensor, spec: CropSpec, rng: np.random.Generator) -> tuple[Windows, Tensor]:
-    """A jittered window for a target (1, 4), and the target's box in its crop: cxcywh in units of the crop (4,)."""
+def choose_window(
+    box_xywh: Tensor, spec: CropSpec, rng: np.random.Generator
+) -> tuple[Windows, Tensor]:
+    """A jittered window for a target (1, 4), and the target's box in its crop: cxcywh in units of
+    the crop (4,).
+    """
     zoom = 1 + spec.scale * (2 * rng.random() - 1)
     shift = _shift(spec, rng)
     around = box_xywh
@@ -145,9 +165,15 @@ def choose_window(box_xywh: Tensor, spec: CropSpec, rng: np.random.Generator) ->
     return _window(box_xywh, spec, xywh_to_cxcywh(around)[:, :2] + shift * side / spec.size, side)
 
 
-def move_window(window: Windows, box_xywh: Tensor, spec: CropSpec, rng: np.random.Generator) -> tuple[Windows, Tensor]:
-    """A window moved by up to `spec.shift_px`, and the box of a target (1, 4) in its crop: cxcywh in units of the crop (4,)."""
-    centre = torch.stack([window.left, window.top], -1) + window.side[:, None] * (0.5 + _shift(spec, rng) / spec.size)
+def move_window(
+    window: Windows, box_xywh: Tensor, spec: CropSpec, rng: np.random.Generator
+) -> tuple[Windows, Tensor]:
+    """A window moved by up to `spec.shift_px`, and the box of a target (1, 4) in its crop: cxcywh
+    in units of the crop (4,).
+    """
+    centre = torch.stack([window.left, window.top], -1) + window.side[:, None] * (
+        0.5 + _shift(spec, rng) / spec.size
+    )
     return _window(box_xywh, spec, centre, window.side.double())
 
 
@@ -156,15 +182,20 @@ def _shift(spec: CropSpec, rng: np.random.Generator) -> Tensor:
     return torch.from_numpy(spec.shift_px * (2 * rng.random(2) - 1))
 
 
-def _window(box_xywh: Tensor, spec: CropSpec, centre: Tensor, side: Tensor) -> tuple[Windows, Tensor]:
-    """The window of this side (1,) around a centre (1, 2), frame pixels, and where a target's box lies in it."""
+def _window(
+    box_xywh: Tensor, spec: CropSpec, centre: Tensor, side: Tensor
+) -> tuple[Windows, Tensor]:
+    """The window of this side (1,) around a centre (1, 2), frame pixels, and where a target's box
+    lies in it.
+    """
     grid = reduction(float(side), spec.size)
     window = Windows.around(centre, side, spec.size, grid)
     if spec.exact:
         inside = xywh_to_cxcywh(window.to_crop(box_xywh)) / spec.size
     elif grid == 1:
         inside = gt_in_crop(box_xywh, centre, window)
-    else:  # the authors' window, to which their rule belongs, does not lie on the grid of a reduced frame
+    # the authors' window, to which their rule belongs, does not lie on the grid of a reduced frame
+    else:
         theirs = Windows.around(centre, side, spec.size)
         boxes = theirs.to_frame(cxcywh_to_xywh(gt_in_crop(box_xywh, centre, theirs)) * spec.size)
         inside = xywh_to_cxcywh(window.to_crop(boxes)) / spec.size
@@ -172,7 +203,9 @@ def _window(box_xywh: Tensor, spec: CropSpec, centre: Tensor, side: Tensor) -> t
 
 
 class Shot(NamedTuple):
-    """What a crop is made of: a frame of a sequence and the box (1, 4) xywh that counts as the target's."""
+    """What a crop is made of: a frame of a sequence and the box (1, 4) xywh that counts as the
+    target's.
+    """
 
     sequence: Sequence
     frame: int
@@ -180,7 +213,9 @@ class Shot(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a crop is: its window, the box in it (4,) cxcywh in units of the crop, its mask (S, S) if asked for."""
+    """Where a crop is: its window, the box in it (4,) cxcywh in units of the crop, its mask (S, S)
+    if asked for.
+    """
 
     window: Windows
     box: Tensor
@@ -190,16 +225,16 @@ class Place(NamedTuple):
 class Samples(Dataset):
     """Sample `i` of `seed`, for i in 0 .. `length` - 1, as a dict of tensors.
 
-    templates uint8 (T, 3, z, z), template_boxes (T, 4); searches uint8 (N, 3, x, x), search_boxes (N, 4).
-    With K `spec.template_factors` there are T * K templates, the first T with the first factor.
-    Boxes are cxcywh in units of the crop. With `spec.masks` also template_masks bool (T, z, z) and search_masks
-    (N, x, x), True outside the frame. With `spec.negatives` also labels float32 (N,), 1 where the search shows the
-    target and 0 where it does not; the box then means nothing.
+    templates uint8 (T, 3, z, z), template_boxes (T, 4); searches uint8 (N, 3, x, x), search_boxes
+    (N, 4). With K `spec.template_factors` there are T * K templates, the first T with the first
+    factor. Boxes are cxcywh in units of the crop. With `spec.masks` also template_masks bool (T, z,
+    z) and search_masks (N, x, x), True outside the frame. With `spec.negatives` also labels float32
+    (N,), 1 where the search shows the target and 0 where it does not; the box then means nothing.
 
-    A sequence with too few usable frames is not used, and not in silence either: each process names it once in
-    its log, and another one is drawn. (Of a procedural stream, whose sequences nobody can mend, they are named
-    at the level "debug".) A file that cannot be read stops training with an error that names it. DataError when
-    100 draws in a row give nothing to train on.
+    A sequence with too few usable frames is not used, and not in silence either: each process names
+    it once in its log, and another one is drawn. (Of a procedural stream, whose sequences nobody
+    can mend, they are named at the level "debug".) A file that cannot be read stops training with
+    an error that names it. DataError when 100 draws in a row give nothing to train on.
     """
 
     def __init__(self, sequences, spec: SampleSpec, seed: int, length: int):
@@ -209,7 +244,11 @@ class Samples(Dataset):
             raise DataError(f"the seed must not be negative, got {seed}")
         self.sequences, self.spec, self.seed, self.length = sequences, spec, seed, length
         factors = spec.template_factors or (spec.template.factor,)
-        templates = [dataclasses.replace(spec.template, factor=f) for f in factors for _ in range(spec.templates)]
+        templates = [
+            dataclasses.replace(spec.template, factor=f)
+            for f in factors
+            for _ in range(spec.templates)
+        ]
         self._templates, self._crops = len(templates), templates + [spec.search] * spec.searches
         self._named: set[int] = set()
 
@@ -226,14 +265,21 @@ class Samples(Dataset):
         else:
             raise DataError(
                 f"{TRIES} samples drawn, all with a box of no size or a crop outside its frame; "
-                f"the last one of {', '.join(sorted({shot.sequence.name for shot in shots}))}: check the labels"
+                f"the last one of {', '.join(sorted({shot.sequence.name for shot in shots}))}: "
+                "check the labels"
             )
-        fills = [None if crop.fill is None else torch.full((3,), float(crop.fill)) for crop in self._crops]
+        fills = [
+            None if crop.fill is None else torch.full((3,), float(crop.fill))
+            for crop in self._crops
+        ]
         crops = [
             shot.sequence.crop(shot.frame, place.window, fill)
             for shot, place, fill in zip(shots, places, fills, strict=True)
         ]
-        boxes, masks = torch.stack([place.box for place in places]), [place.mask for place in places]
+        boxes, masks = (
+            torch.stack([place.box for place in places]),
+            [place.mask for place in places],
+        )
         crops, boxes, masks = self._augment(crops, boxes, masks, rng)
         t = self._templates
         sample = {
@@ -243,7 +289,10 @@ class Samples(Dataset):
             "search_boxes": boxes[t:],
         }
         if spec.masks:
-            sample |= {"template_masks": torch.stack(masks[:t]), "search_masks": torch.stack(masks[t:])}
+            sample |= {
+                "template_masks": torch.stack(masks[:t]),
+                "search_masks": torch.stack(masks[t:]),
+            }
         if spec.negatives:
             sample["labels"] = torch.full((spec.searches,), float(shown))
         return sample
@@ -272,7 +321,9 @@ class Samples(Dataset):
         return templates + searches, False
 
     def _places(self, shots: list[Shot], rng: np.random.Generator) -> list[Place] | None:
-        """The windows of a sample, or None if one of its boxes has no size or a tracker would see nothing in a crop."""
+        """The windows of a sample, or None if one of its boxes has no size or a tracker would see
+        nothing in a crop.
+        """
         places = []
         for i, ((sequence, frame, box), crop) in enumerate(zip(shots, self._crops, strict=True)):
             if not (torch.isfinite(box).all() and (box[:, 2:] > 0).all()):
@@ -286,7 +337,8 @@ class Samples(Dataset):
                 width, height = sequence.frame_size(frame)
                 lost = 0 if crop.exact else 1
                 mask = outside(window, [(width - lost, height - lost)])[0]
-                # a token reads the pixel in its corner; none would be left to attend to, mirrored or not
+                # a token reads the pixel in its corner; none would be left to attend to, mirrored
+                # or not
                 if mask[::TOKEN, ::TOKEN].all() or mask.flip(-1)[::TOKEN, ::TOKEN].all():
                     return None
             places.append(Place(window, inside, mask))
@@ -303,14 +355,20 @@ class Samples(Dataset):
                 return sequence, usable
             if number not in self._named:
                 self._named.add(number)
-                level = logging.DEBUG if isinstance(self.sequences, SynthDataset) else logging.WARNING
+                level = (
+                    logging.DEBUG if isinstance(self.sequences, SynthDataset) else logging.WARNING
+                )
                 text = "%s: %d of %d frames pass %s; another sequence is drawn"
                 log.log(level, text, sequence.name, len(usable), len(sequence), rule)
         text = f"{TRIES} sequences drawn, none with enough frames that pass {rule}"
         raise DataError(f"{text}; loosen the rule or check the labels")
 
     def _augment(
-        self, crops: list[Tensor], boxes: Tensor, masks: list[Tensor | None], rng: np.random.Generator
+        self,
+        crops: list[Tensor],
+        boxes: Tensor,
+        masks: list[Tensor | None],
+        rng: np.random.Generator,
     ) -> tuple[list[Tensor], Tensor, list[Tensor | None]]:
         spec = self.spec
         flip, grey = rng.random(2) < (spec.flip, spec.grey)
@@ -324,18 +382,27 @@ class Samples(Dataset):
         if grey:
             crops = [grey_levels(crop).expand_as(crop) for crop in crops]
         if spec.brightness:
-            crops = [(c * float(f)).round().clamp(0, 255).to(torch.uint8) for c, f in zip(crops, factors, strict=True)]
+            crops = [
+                (c * float(f)).round().clamp(0, 255).to(torch.uint8)
+                for c, f in zip(crops, factors, strict=True)
+            ]
         return crops, boxes, masks
 
 
 def grey_levels(crop: Tensor) -> Tensor:
-    """Brightness of each pixel as OpenCV's RGB2GRAY has it, bit for bit: uint8 (..., 3, H, W) -> (..., 1, H, W)."""
-    weights = torch.tensor([9798, 19235, 3735], dtype=torch.int32)[:, None, None]  # 0.299, 0.587, 0.114 of 2 ** 15
-    return ((crop * weights).sum(-3, keepdim=True) + (1 << 14)).bitwise_right_shift(15).to(torch.uint8)
+    """Brightness of each pixel as OpenCV's RGB2GRAY has it, bit for bit: uint8 (..., 3, H, W) ->
+    (..., 1, H, W).
+    """
+    # 0.299, 0.587, 0.114 of 2 ** 15
+    weights = torch.tensor([9798, 19235, 3735], dtype=torch.int32)[:, None, None]
+    return (
+        ((crop * weights).sum(-3, keepdim=True) + (1 << 14)).bitwise_right_shift(15).to(torch.uint8)
+    )
 
 
 def training_set(root: str | os.PathLike | None = None, seed: int = 0):
-    """GOT-10k's train split under `root` or TRACKKIT_GOT10K; with neither, an endless procedural stream.
+    """GOT-10k's train split under `root` or TRACKKIT_GOT10K; with neither, an endless procedural
+    stream.
 
     Raises DataError if the path holds no GOT-10k.
     """
@@ -345,12 +412,24 @@ def training_set(root: str | os.PathLike | None = None, seed: int = 0):
 
 
 def batches(
-    samples: Samples, batch: int, first_step: int, steps: int, workers: int = 0, rank: int = 0, world: int = 1, pinned: bool = False
+    samples: Samples,
+    batch: int,
+    first_step: int,
+    steps: int,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    pinned: bool = False,
 ) -> Iterator[dict[str, Tensor]]:
-    """The batches of steps first_step .. steps - 1; process `rank` of `world` gets its share of each step.
+    """The batches of steps first_step .. steps - 1; process `rank` of `world` gets its share of
+    each step.
 
-    `batch` counts samples of one process. Step s is made of samples s * batch * world onwards, so a run that
-    continues at step s sees what it would have seen. `pinned` memory travels to a GPU faster.
+    `batch` counts samples of one process. Step s is made of samples s * batch * world onwards, so a
+    run that continues at step s sees what it would have seen. `pinned` memory travels to a GPU
+    faster.
     """
-    plan = [range((step * world + rank) * batch, (step * world + rank + 1) * batch) for step in range(first_step, steps)]
+    plan = [
+        range((step * world + rank) * batch, (step * world + rank + 1) * batch)
+        for step in range(first_step, steps)
+    ]
     return iter(DataLoader(samples, batch_sampler=plan, num_workers=workers, pin_memory=pinned))

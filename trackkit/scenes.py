@@ -1,4 +1,5 @@
 """Scenes: draws a procedural world, whole frames or windows of them, in integer arithmetic."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -28,10 +29,11 @@ Image = NDArray[np.uint8]
 
 
 class Scene(World):
-    """A world that can be seen: the same arguments give the same pixels and labels, on every machine.
+    """A world that can be seen: the same arguments give the same pixels and labels, on every
+    machine.
 
-    Frames are drawn when asked for, whole or as a window, so a training sample costs just the pixels of its
-    crops. Arguments and attributes are those of `World`.
+    Frames are drawn when asked for, whole or as a window, so a training sample costs just the
+    pixels of its crops. Arguments and attributes are those of `World`.
     """
 
     def __init__(self, config, seed: tuple[int, ...]):
@@ -44,23 +46,27 @@ class Scene(World):
 
     def render(self, t: int, left: float = 0, top: float = 0, side: float | None = None, size: int | None = None,
                fill: tuple[int, int, int] | None = None) -> Image:  # fmt: skip
-        """Frame t: uint8 (3, height, width). With `side` and `size`, the square window of `side` frame pixels
-        whose corner is (left, top), drawn as (3, size, size).
+        """Frame t: uint8 (3, height, width). With `side` and `size`, the square window of `side`
+        frame pixels whose corner is (left, top), drawn as (3, size, size).
 
-        Outside the frame a window shows `fill`, by default the mean colour of the frame's background.
-        Raises ValueError for a window without a positive side and size.
+        Outside the frame a window shows `fill`, by default the mean colour of the frame's
+        background. Raises ValueError for a window without a positive side and size.
         """
         if side is None:
             return self._draw(t, 0.0, 0.0, 1.0, *self.size)
         if size is None or size < 1 or side <= 0:
-            raise ValueError(f"a window needs a positive side and size, got side {side}, size {size}")
+            raise ValueError(
+                f"a window needs a positive side and size, got side {side}, size {size}"
+            )
         step = side / size
         image = self._draw(t, left, top, step, size, size)
         for axis, start in ((2, left), (1, top)):
             at = start + (np.arange(size) + 0.5) * step
             outside = np.nonzero((at < 0) | (at >= self.size[2 - axis]))[0]
             if len(outside):
-                colour = (self.mean_colour(t) if fill is None else np.array(fill, np.uint8))[:, None, None]
+                colour = (self.mean_colour(t) if fill is None else np.array(fill, np.uint8))[
+                    :, None, None
+                ]
                 if axis == 2:
                     image[:, :, outside] = colour
                 else:
@@ -76,11 +82,17 @@ class Scene(World):
         """About the mean colour of frame t: that of its background, uint8 (3,)."""
         step = max(self.size) / 12
         width, height = (int(side / step) for side in self.size)
-        image = _unpack(self._lit(self._backdrop_at(t, 0.0, 0.0, step, width, max(height, 1)), t, 0.0, 0.0, step))
+        image = _unpack(
+            self._lit(
+                self._backdrop_at(t, 0.0, 0.0, step, width, max(height, 1)), t, 0.0, 0.0, step
+            )
+        )
         return (image.reshape(3, -1).sum(1, dtype=np.int64) // image[0].size).astype(np.uint8)
 
     def target_mask(self, t: int) -> Image:
-        """Opacity 0..255 of the whole target in frame t, uint8 (height, width), as if nothing hid it."""
+        """Opacity 0..255 of the whole target in frame t, uint8 (height, width), as if nothing hid
+        it.
+        """
         return self._mask(t, self._target_parts)
 
     def hidden_mask(self, t: int) -> Image:
@@ -96,19 +108,27 @@ class Scene(World):
         return mask
 
     def _draw(self, t: int, left: float, top: float, step: float, width: int, height: int) -> Image:
-        """The world behind a grid of pixels, (3, height, width); pixel (0, 0) starts at (left, top)."""
+        """The world behind a grid of pixels, (3, height, width); pixel (0, 0) starts at (left,
+        top).
+        """
         shifts = []  # of the copies that make the blur, in pixels of this image
         if self.strengths["blur"] > 0:
             taps = (np.arange(BLUR_TAPS) / (BLUR_TAPS - 1) - 0.5)[:, None]
-            shifts = [np.floor(way * taps / step + 0.5).astype(np.int64) for way in self._smear[..., t]]
+            shifts = [
+                np.floor(way * taps / step + 0.5).astype(np.int64) for way in self._smear[..., t]
+            ]
         pad = sum(int(np.abs(s).max()) for s in shifts)
         x, y = left - pad * step, top - pad * step
         canvas = self._backdrop_at(t, x, y, step, width + 2 * pad, height + 2 * pad)
         middle, reach = self._to_frame[2::3, :, t], self._reach[:, :, t]
         corner = np.array([[x], [y]])
         low = np.maximum(np.floor((middle - reach - corner) / step), 0).astype(np.int64)
-        high = np.minimum(np.floor((middle + reach - corner) / step) + 1, [[canvas.shape[1]], [canvas.shape[0]]])
-        for part, (x0, y0, x1, y1) in enumerate(np.concatenate([low, high.astype(np.int64)]).T.tolist()):
+        high = np.minimum(
+            np.floor((middle + reach - corner) / step) + 1, [[canvas.shape[1]], [canvas.shape[0]]]
+        )
+        for part, (x0, y0, x1, y1) in enumerate(
+            np.concatenate([low, high.astype(np.int64)]).T.tolist()
+        ):
             if x0 < x1 and y0 < y1:
                 drawn = self._part_at(part, t, x, y, step, x0, y0, x1, y1)
                 alpha = drawn >> ALPHA
@@ -128,7 +148,9 @@ class Scene(World):
             self._add_noise(image, t, step)
         return image
 
-    def _backdrop_at(self, t: int, left: float, top: float, step: float, width: int, height: int) -> Lanes:
+    def _backdrop_at(
+        self, t: int, left: float, top: float, step: float, width: int, height: int
+    ) -> Lanes:
         m = self._to_backdrop[:, t].tolist()
         levels = self._backdrop.levels
         level = _level((m[0] * m[4] - m[1] * m[3]) * step * step, len(levels))
@@ -141,7 +163,9 @@ class Scene(World):
                  ) -> Lanes:  # fmt: skip
         """A part of a body as the pixels x0..x1, y0..y1 of the grid see it, with its opacity."""
         m = self._to_part[:, part, t].tolist()
-        level = _level(abs(m[0] * m[4] - m[1] * m[3]) * step * step * (SPRITE * SPRITE // 4), SPRITE_LEVELS)
+        level = _level(
+            abs(m[0] * m[4] - m[1] * m[3]) * step * step * (SPRITE * SPRITE // 4), SPRITE_LEVELS
+        )
         n = SPRITE >> level
         half = n / 2
         texels = [k * half for k in m]
@@ -150,7 +174,8 @@ class Scene(World):
         uv = _grid(texels, left, top, step, x0, y0, x1, y1)
         if self._bent_parts[part]:
             waves, centre = _fixed(self._bend_waves[part]), (n << 15) - 32768
-            # texels in 16.16 times waves in 0.16, to steps of 1/4096 turn; half a sprite is one unit
+            # texels in 16.16 times waves in 0.16, to steps of 1/4096 turn; half a sprite is one
+            # unit
             down = 16 + 16 + (SPRITE.bit_length() - 2 - level) - 12
             first, second = (int(phase * 4096) for phase in self._bend_phase[:, part, t].tolist())
             p, q = (_fixed(amount * half) for amount in self._bend[:, part, t].tolist())
@@ -167,7 +192,8 @@ class Scene(World):
         key = (part, level, step)
         if key not in self._sprites:
             n, form = SPRITE >> level, body.skeleton[slot]
-            columns = int(n * min(2 * form.width / form.length, 1))  # a narrow limb wears a narrow piece
+            # a narrow limb wears a narrow piece
+            columns = int(n * min(2 * form.width / form.length, 1))
 
             def piece(which: int, x: int, y: int) -> Lanes:
                 x, y = (x + 2 * step) % (SPRITE + 1) >> level, y >> level  # slides as it turns away
@@ -186,7 +212,9 @@ class Scene(World):
         if self._grey:
             red, green = canvas & np.uint64(255), (canvas >> np.uint64(16)) & np.uint64(255)
             blue = (canvas >> np.uint64(32)) & np.uint64(255)
-            grey = (red * np.uint64(77) + green * np.uint64(150) + blue * np.uint64(29)) >> np.uint64(8)
+            grey = (
+                red * np.uint64(77) + green * np.uint64(150) + blue * np.uint64(29)
+            ) >> np.uint64(8)
             canvas = mix(canvas, grey * ONES, self._grey)
         if self._shadow_depth:
             height, width = canvas.shape
@@ -200,9 +228,15 @@ class Scene(World):
         return canvas
 
     def _add_noise(self, image: Image, t: int, step: float) -> None:
-        """Sensor noise. A pixel of a coarser window would average several of the frame's, so it gets less."""
+        """Sensor noise. A pixel of a coarser window would average several of the frame's, so it
+        gets less.
+        """
         first, tape = self._noise_at[t], noise_tape()
-        grain = tape[first : first + image.size] if image.size <= len(tape) // 2 else np.resize(tape, image.size)
+        grain = (
+            tape[first : first + image.size]
+            if image.size <= len(tape) // 2
+            else np.resize(tape, image.size)
+        )
         grain = grain * np.int16(self._noise * 256 / max(step, 1.0))
         grain >>= 8
         grain = grain.reshape(image.shape)
@@ -224,8 +258,11 @@ def _level(area: float, levels: int) -> int:
     return level
 
 
-def _grid(m: list[float], left: float, top: float, step: float, x0: int, y0: int, x1: int, y1: int) -> Ints:
-    """Where the pixels x0..x1, y0..y1 of a grid look in a texture: texel indices u, v (2, rows, columns), 16.16.
+def _grid(
+    m: list[float], left: float, top: float, step: float, x0: int, y0: int, x1: int, y1: int
+) -> Ints:
+    """Where the pixels x0..x1, y0..y1 of a grid look in a texture: texel indices u, v (2, rows,
+    columns), 16.16.
 
     m = (a, b, e, c, d, f) maps frame pixels to texels; texel k has its centre at k + 0.5.
     """

@@ -1,7 +1,10 @@
-"""A sequence is a named list of frames with boxes; where the frames come from is the sequence's own business.
+"""A sequence is a named list of frames with boxes; where the frames come from is the sequence's own
+business.
 
-Frames are decoded when asked for and never kept, so a sequence of 10,000 frames costs nothing to open.
+Frames are decoded when asked for and never kept, so a sequence of 10,000 frames costs nothing to
+open.
 """
+
 from __future__ import annotations
 
 import os
@@ -23,9 +26,10 @@ class Sequence:
 
     Attributes:
         name: unique inside its data set; result files are named after it.
-        boxes_xywh: (N, 4) float64, pixels. Only (1, 4) when just the first box is given (a test sequence),
-            (0, 4) when there is none (a video of one's own before a box is drawn).
-        absent, cut: (N,) bool. cover: (N,) int64, visible share of the target in GOT-10k's levels 0..8.
+        boxes_xywh: (N, 4) float64, pixels. Only (1, 4) when just the first box is given (a test
+            sequence), (0, 4) when there is none (a video of one's own before a box is drawn).
+        absent, cut: (N,) bool. cover: (N,) int64, visible share of the target in GOT-10k's levels
+            0..8.
         attributes: words for tables by attribute. meta: the data set's own remarks.
     """
 
@@ -45,14 +49,22 @@ class Sequence:
         if frames < 1:
             raise DataError(f"sequence {name} has no frames")
         if len(self.boxes_xywh) not in (0, 1, frames):
-            raise DataError(f"sequence {name}: {frames} frames but {len(self.boxes_xywh)} boxes; give {frames}, or 1")
+            raise DataError(
+                f"sequence {name}: {frames} frames but {len(self.boxes_xywh)} boxes; give "
+                f"{frames}, or 1"
+            )
         self._frames = frames
         self.absent = torch.zeros(frames, dtype=torch.bool) if absent is None else absent.bool()
         self.cover = torch.full((frames,), 8) if cover is None else cover.long()
-        self.cut = torch.zeros(frames, dtype=torch.bool) if cut_by_image is None else cut_by_image.bool()
+        self.cut = (
+            torch.zeros(frames, dtype=torch.bool) if cut_by_image is None else cut_by_image.bool()
+        )
         for what in ("absent", "cover", "cut"):
             if getattr(self, what).shape != (frames,):
-                raise DataError(f"sequence {name}: {frames} frames but {len(getattr(self, what))} labels `{what}`")
+                raise DataError(
+                    f"sequence {name}: {frames} frames but {len(getattr(self, what))} labels "
+                    f"`{what}`"
+                )
         self.attributes = attributes
         self.meta = meta or {}
 
@@ -69,19 +81,26 @@ class Sequence:
 
     @property
     def visible(self) -> Tensor:
-        """(N,) bool: frames whose target can be trained on: present, not fully covered, with a real box.
+        """(N,) bool: frames whose target can be trained on: present, not fully covered, with a real
+        box.
 
-        Real: finite, with positive width and height, and not entirely left of or above the frame. Frames
-        without a box are not visible.
+        Real: finite, with positive width and height, and not entirely left of or above the frame.
+        Frames without a box are not visible.
         """
         boxes = self.boxes_xywh
-        real = torch.isfinite(boxes).all(-1) & (boxes[:, 2:] > 0).all(-1) & (boxes[:, :2] + boxes[:, 2:] > 0).all(-1)
+        real = (
+            torch.isfinite(boxes).all(-1)
+            & (boxes[:, 2:] > 0).all(-1)
+            & (boxes[:, :2] + boxes[:, 2:] > 0).all(-1)
+        )
         known = torch.zeros(len(self), dtype=torch.bool)
         known[: len(boxes)] = real
         return known & ~self.absent & (self.cover > 0)
 
     def frame(self, index: int, reduce: int = 1) -> Tensor:
-        """Frame `index` as uint8 (3, H, W), RGB. `reduce` in 1, 2, 4, 8 asks for 1/reduce of the size, rounded up."""
+        """Frame `index` as uint8 (3, H, W), RGB. `reduce` in 1, 2, 4, 8 asks for 1/reduce of the
+        size, rounded up.
+        """
         raise NotImplementedError
 
     def frame_size(self, index: int) -> tuple[int, int]:
@@ -91,8 +110,9 @@ class Sequence:
     def crop(self, index: int, window: Windows, fill: Tensor | None = None) -> Tensor:
         """The pixels of `window` (a batch of one) in frame `index`: uint8 (3, size, size).
 
-        Decodes at the smallest size that still has a pixel for each pixel of the crop and in which the
-        window lies on whole pixels. `fill` is the colour outside the frame, (3,); None: the frame's mean.
+        Decodes at the smallest size that still has a pixel for each pixel of the crop and in which
+        the window lies on whole pixels. `fill` is the colour outside the frame, (3,); None: the
+        frame's mean.
         """
         reduce = reduction(int(window.side), window.size)
         while not window.divisible(reduce):
@@ -106,12 +126,17 @@ class Sequence:
         elif part[0] >= part[2] or part[1] >= part[3]:
             part = 0, 0, 1, 1  # the window shows none of the frame
         pixels = self.part(index, reduce, part)
-        return cut([pixels], Windows(window.left - part[0], window.top - part[1], window.side, window.size), fill)[0]
+        return cut(
+            [pixels],
+            Windows(window.left - part[0], window.top - part[1], window.side, window.size),
+            fill,
+        )[0]
 
     def part(self, index: int, reduce: int, box: tuple[int, int, int, int]) -> Tensor:
         """Pixels left, top, right, bottom (`box`) of `frame(index, reduce)`."""
         left, top, right, bottom = box
         return self.frame(index, reduce)[:, top:bottom, left:right]
+
     def _check_index(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {self.name} has frames 0 to {len(self) - 1}, not {index}")
@@ -136,9 +161,9 @@ class ArraySequence(Sequence):
 class FolderSequence(Sequence):
     """The images of a folder, in the natural order of their names (2.png before 10.png).
 
-    Frames may differ in size. `files` are the names of the frames when they are known already; else the
-    folder is listed, where hidden files and files that are no images are left out. `labels` are those of
-    `Sequence`.
+    Frames may differ in size. `files` are the names of the frames when they are known already; else
+    the folder is listed, where hidden files and files that are no images are left out. `labels` are
+    those of `Sequence`.
 
     Raises DataError when the folder does not exist or holds no image.
     """
@@ -154,7 +179,10 @@ class FolderSequence(Sequence):
         self.folder = Path(folder)
         self.files = list_images(self.folder) if files is None else files
         if not self.files:
-            raise DataError(f"{folder}: no frames in this folder; expected images ({', '.join(sorted(SUFFIXES))})")
+            raise DataError(
+                f"{folder}: no frames in this folder; expected images "
+                f"({', '.join(sorted(SUFFIXES))})"
+            )
         boxes = torch.zeros(0, 4) if boxes_xywh is None else boxes_xywh
         super().__init__(name or self.folder.resolve().name, len(self.files), boxes, **labels)
 
@@ -172,23 +200,31 @@ class FolderSequence(Sequence):
         return self.folder / self.files[self._check_index(index)]
 
 
-def open_sequence(path: str | os.PathLike, first_box_xywh: Tensor | list[float] | None = None) -> Sequence:
+def open_sequence(
+    path: str | os.PathLike, first_box_xywh: Tensor | list[float] | None = None
+) -> Sequence:
     """Open what a user has: a folder in the GOT-10k layout, a folder of images, or a video file.
 
-    With `first_box_xywh` (left, top, width, height in pixels of the first frame) the sequence has this box
-    only, even if the folder has labels. Without it the labels are read; images and videos then have no box.
+    With `first_box_xywh` (left, top, width, height in pixels of the first frame) the sequence has
+    this box only, even if the folder has labels. Without it the labels are read; images and videos
+    then have no box.
 
     Raises DataError for a path that is none of these, or a box that no tracker can start from.
     """
     path = Path(path).expanduser()
     if path.is_file():
         if path.suffix.lower() in SUFFIXES:
-            raise DataError(f"{path} is one image; give the folder that holds all frames, or a video file")
+            raise DataError(
+                f"{path} is one image; give the folder that holds all frames, or a video file"
+            )
         from trackkit.video import VideoSequence  # needs PyAV
 
         sequence = VideoSequence(path)
     elif not path.is_dir():
-        raise DataError(f"{path} does not exist; expected a video file, a folder of images or a GOT-10k sequence")
+        raise DataError(
+            f"{path} does not exist; expected a video file, a folder of images or a GOT-10k "
+            "sequence"
+        )
     elif first_box_xywh is None and (path / "groundtruth.txt").is_file():
         from trackkit.got10k import read_sequence
 
@@ -202,10 +238,16 @@ def open_sequence(path: str | os.PathLike, first_box_xywh: Tensor | list[float] 
 
 
 def list_images(folder: Path) -> list[str]:
-    """Names of the images in a folder in natural order. Raises DataError when there is no such folder."""
+    """Names of the images in a folder in natural order. Raises DataError when there is no such
+    folder.
+    """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of frames")
-    names = (n for n in os.listdir(folder) if os.path.splitext(n)[1].lower() in SUFFIXES and not n.startswith("."))
+    names = (
+        n
+        for n in os.listdir(folder)
+        if os.path.splitext(n)[1].lower() in SUFFIXES and not n.startswith(".")
+    )
     return sorted(names, key=natural_key)
 
 
@@ -215,7 +257,9 @@ def natural_key(name: str) -> list:
 
 
 def block_mean(image: Tensor, reduce: int) -> Tensor:
-    """Mean over blocks of reduce x reduce pixels: uint8 (3, H, W) -> (3, ceil(H / reduce), ceil(W / reduce))."""
+    """Mean over blocks of reduce x reduce pixels: uint8 (3, H, W) -> (3, ceil(H / reduce), ceil(W /
+    reduce)).
+    """
     if reduce == 1:
         return image
     pooled = F.avg_pool2d(image[None].float(), reduce, ceil_mode=True, count_include_pad=False)

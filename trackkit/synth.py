@@ -1,14 +1,17 @@
-"""Procedural video with dials: the embedded default data set, and an endless stream of training samples.
+"""Procedural video with dials: the embedded default data set, and an endless stream of training
+samples.
 
-A scene has a textured background, a target, clutter, things that look like the target and things that pass
-in front of it; a dial for each attribute sets how much of it there is, and every label is computed rather
-than annotated. The same seed gives the same bytes on every machine (see `trackkit.textures`).
+A scene has a textured background, a target, clutter, things that look like the target and things
+that pass in front of it; a dial for each attribute sets how much of it there is, and every label is
+computed rather than annotated. The same seed gives the same bytes on every machine (see
+`trackkit.textures`).
 
     config = SynthConfig()                        # a bit of everything
     config = SynthConfig.only("occlusion")        # one attribute, all else still
     dataset = SynthDataset(config, seed=0, length=1000)
     dataset[7].frame(3), dataset[7].boxes_xywh    # sequence 7 depends on (config, seed, 7) alone
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -34,19 +37,24 @@ BANKS = ("train", "val", "test")  # each has textures and outlines of its own
 
 @dataclass(frozen=True)
 class SynthConfig:
-    """A world: the size of its videos and a dial 0..1 for each attribute; the defaults mix them all.
+    """A world: the size of its videos and a dial 0..1 for each attribute; the defaults mix them
+    all.
 
     Attributes:
-        width, height: pixels. frames: frames of a video. split: "train", "val" or "test", three worlds with
-            different textures and outlines.
-        vary: draw the strength of each attribute anew for each video, between 0 and its dial (0 in half
-            of the videos); otherwise all videos have exactly the dials.
-        motion: smooth motion. fast: jerky motion of the target, a shaking camera. camera: pan, zoom and roll.
-        scale, rotation, aspect: of the target, in the plane. deformation: its outline and texture bend.
-        articulation: it has parts that swing (limbs, wings, a chain). appearance: it takes on another
-            texture and turns out of the plane. occlusion: things pass in front. out_of_view: it leaves the
-            frame for a while. distractors: others of its kind nearby. clutter: things in the background.
-        illumination: brightness, colour cast, a moving shadow. low_contrast, colourless: grey, soft pictures.
+        width, height: pixels. frames: frames of a video. split: "train", "val" or "test", three
+            worlds with different textures and outlines.
+        vary: draw the strength of each attribute anew for each video, between 0 and its dial (0 in
+            half of the videos); otherwise all videos have exactly the dials.
+        motion: smooth motion. fast: jerky motion of the target, a shaking camera. camera: pan, zoom
+            and roll.
+        scale, rotation, aspect: of the target, in the plane. deformation: its outline and texture
+            bend.
+        articulation: it has parts that swing (limbs, wings, a chain). appearance: it takes on
+            another texture and turns out of the plane. occlusion: things pass in front.
+            out_of_view: it leaves the frame for a while. distractors: others of its kind nearby.
+            clutter: things in the background.
+        illumination: brightness, colour cast, a moving shadow. low_contrast, colourless: grey, soft
+            pictures.
         blur: of motion and focus. noise: of the sensor.
 
     Raises DataError for a dial outside 0..1, an unknown split, or a size that makes no video.
@@ -80,13 +88,19 @@ class SynthConfig:
         for name, low in (("width", 32), ("height", 32), ("frames", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
-                raise DataError(f"SynthConfig: {name} must be an integer of at least {low}, got {value!r}")
+                raise DataError(
+                    f"SynthConfig: {name} must be an integer of at least {low}, got {value!r}"
+                )
         if self.split not in BANKS:
-            raise DataError(f"SynthConfig: split must be one of {', '.join(BANKS)}, got {self.split!r}")
+            raise DataError(
+                f"SynthConfig: split must be one of {', '.join(BANKS)}, got {self.split!r}"
+            )
         for name in ATTRIBUTES:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise DataError(f"SynthConfig: the dial {name} must be a number in 0..1, got {value!r}")
+                raise DataError(
+                    f"SynthConfig: the dial {name} must be a number in 0..1, got {value!r}"
+                )
 
     @classmethod
     def still(cls, **changes) -> SynthConfig:
@@ -113,7 +127,9 @@ class SynthConfig:
         """The strength of each attribute in one video."""
         u = draw.unit(len(ATTRIBUTES))
         share = np.maximum(u * 2 - 1, 0.0) if self.vary else np.ones(len(ATTRIBUTES))
-        return {name: float(getattr(self, name) * x) for name, x in zip(ATTRIBUTES, share, strict=True)}
+        return {
+            name: float(getattr(self, name) * x) for name, x in zip(ATTRIBUTES, share, strict=True)
+        }
 
 
 ATTRIBUTES = tuple(f.name for f in fields(SynthConfig) if f.type == "float")
@@ -122,7 +138,8 @@ ATTRIBUTES = tuple(f.name for f in fields(SynthConfig) if f.type == "float")
 class SynthSequence(Sequence):
     """One procedural video. Frames and windows are drawn when asked for; the labels are exact.
 
-    `scene` gives what a data set cannot: the outline behind occluders, masks, the strength of each dial.
+    `scene` gives what a data set cannot: the outline behind occluders, masks, the strength of each
+    dial.
     """
 
     def __init__(self, config: SynthConfig, *seed: int, name: str = ""):
@@ -136,7 +153,11 @@ class SynthSequence(Sequence):
             cover=torch.from_numpy(scene.cover),
             cut_by_image=torch.from_numpy(scene.cut),
             attributes=scene.attributes,
-            meta={"object_class": scene.object_class, "anno_fps": "10Hz", "attributes": ", ".join(scene.attributes)},
+            meta={
+                "object_class": scene.object_class,
+                "anno_fps": "10Hz",
+                "attributes": ", ".join(scene.attributes),
+            },
         )
 
     @property
@@ -146,13 +167,17 @@ class SynthSequence(Sequence):
 
     def frame(self, index: int, reduce: int = 1) -> Tensor:
         index = self._check_index(index)
-        return torch.from_numpy(self.scene.render(index) if reduce == 1 else self.scene.reduced(index, reduce))
+        return torch.from_numpy(
+            self.scene.render(index) if reduce == 1 else self.scene.reduced(index, reduce)
+        )
 
     def frame_size(self, index: int) -> tuple[int, int]:
         return self.scene.size
 
     def crop(self, index: int, window: Windows, fill: Tensor | None = None) -> Tensor:
-        """The pixels of a window, drawn directly at the resolution of the crop: uint8 (3, size, size)."""
+        """The pixels of a window, drawn directly at the resolution of the crop: uint8 (3, size,
+        size).
+        """
         index = self._check_index(index)
         colour = None if fill is None else tuple(fill.round().to(torch.uint8).flatten().tolist())
         left, top, side = int(window.left[0]), int(window.top[0]), int(window.side[0])
@@ -160,10 +185,11 @@ class SynthSequence(Sequence):
 
 
 class SynthDataset:
-    """`length` procedural videos; number i depends on (config, seed, i) alone and is made when asked for.
+    """`length` procedural videos; number i depends on (config, seed, i) alone and is made when
+    asked for.
 
-    With a large length this is an endless stream: making a video costs about a millisecond once the textures
-    of its split have been drawn (two seconds a process, spread over the first videos).
+    With a large length this is an endless stream: making a video costs about a millisecond once the
+    textures of its split have been drawn (two seconds a process, spread over the first videos).
     """
 
     def __init__(self, config: SynthConfig | None = None, seed: int = 0, length: int = 10_000):
@@ -184,7 +210,9 @@ class SynthDataset:
         if not -self.length <= index < self.length:
             raise IndexError(f"sequence {index} of {self.length}")
         index %= self.length
-        return SynthSequence(self.config, self.seed, index, name=f"{self.name}_{self.seed}_{index:06d}")
+        return SynthSequence(
+            self.config, self.seed, index, name=f"{self.name}_{self.seed}_{index:06d}"
+        )
 
 
 # The embedded set: for each sequence of a split, the attributes it shows and its seed.
@@ -219,7 +247,9 @@ SAMPLE_FRAMES, SAMPLE_QUALITY = 40, 62
 
 
 def sample(split: str, key: str, seed: int | None = None) -> SynthSequence:
-    """Sequence `key` of a split of the embedded set (`EMBEDDED`), before it is written; another seed, another of its kind."""
+    """Sequence `key` of a split of the embedded set (`EMBEDDED`), before it is written; another
+    seed, another of its kind.
+    """
     attributes, own = EMBEDDED[split][key]
     if attributes:
         dials = BASELINE | dict.fromkeys(attributes, 0.9)
@@ -231,11 +261,14 @@ def sample(split: str, key: str, seed: int | None = None) -> SynthSequence:
     return SynthSequence(config, 2024, seed, name=f"synth_{split}_{key}_{seed}")
 
 
-def write_dataset(root: str | os.PathLike, split: str, sequences: Iterable[SynthSequence], quality: int = 90) -> Path:
-    """Write procedural videos as a split of a data set in GOT-10k's layout; return the split's folder.
+def write_dataset(
+    root: str | os.PathLike, split: str, sequences: Iterable[SynthSequence], quality: int = 90
+) -> Path:
+    """Write procedural videos as a split of a data set in GOT-10k's layout; return the split's
+    folder.
 
-    The folder root/split gets list.txt and a folder for each sequence. As in GOT-10k, the split "test" has the
-    first box only, without the other labels. quality: of the JPEG files.
+    The folder root/split gets list.txt and a folder for each sequence. As in GOT-10k, the split
+    "test" has the first box only, without the other labels. quality: of the JPEG files.
 
     Raises DataError when a sequence's folder exists already or the place cannot be written.
     """
@@ -249,18 +282,27 @@ def write_dataset(root: str | os.PathLike, split: str, sequences: Iterable[Synth
         else:
             labels = {"boxes_xywh": sequence.boxes_xywh, "absent": sequence.absent, "cover": sequence.cover,
                       "cut": sequence.cut}  # fmt: skip
-        write_sequence(folder / sequence.name, frames, meta=sequence.meta, quality=quality, **labels)
+        write_sequence(
+            folder / sequence.name, frames, meta=sequence.meta, quality=quality, **labels
+        )
         names.append(sequence.name)
     (folder / "list.txt").write_text("\n".join(names) + "\n", "utf-8", newline="\n")
     return folder
 
 
 def make_samples(root: str | os.PathLike) -> Path:
-    """Write the embedded set, the same bytes every time, and SHA256SUMS, which `sha256sum -c` checks."""
+    """Write the embedded set, the same bytes every time, and SHA256SUMS, which `sha256sum -c`
+    checks.
+    """
     root = Path(root)
     for split, sequences in EMBEDDED.items():
         write_dataset(root, split, (sample(split, key) for key in sequences), SAMPLE_QUALITY)
-    files = sorted(path for split in EMBEDDED for path in (root / split).rglob("*") if path.is_file())
-    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(root).as_posix()}" for path in files]
+    files = sorted(
+        path for split in EMBEDDED for path in (root / split).rglob("*") if path.is_file()
+    )
+    lines = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(root).as_posix()}"
+        for path in files
+    ]
     (root / "SHA256SUMS").write_text("\n".join(lines) + "\n", "utf-8", newline="\n")
     return root

@@ -1,13 +1,14 @@
 """Procedural textures, outlines and the integer arithmetic that draws them, for `trackkit.synth`.
 
-Everything is bit-identical on every machine. Random numbers are raw PCG64 words (a stream that numpy
-guarantees); parameters are computed with + - * / and square roots in float64, which IEEE 754 rounds
-the same way everywhere; pixels are integers.
+Everything is bit-identical on every machine. Random numbers are raw PCG64 words (a stream that
+numpy guarantees); parameters are computed with + - * / and square roots in float64, which IEEE 754
+rounds the same way everywhere; pixels are integers.
 
-A colour is one uint64 with four 16-bit lanes (red, green, blue, alpha from the low end), of which the
-low 8 bits carry the value. A lane times a weight up to 256 stays inside its lane, so one multiplication
-weighs all four channels: bilinear sampling and blending need no loop over channels.
+A colour is one uint64 with four 16-bit lanes (red, green, blue, alpha from the low end), of which
+the low 8 bits carry the value. A lane times a weight up to 256 stays inside its lane, so one
+multiplication weighs all four channels: bilinear sampling and blending need no loop over channels.
 """
+
 from __future__ import annotations
 
 import math
@@ -95,7 +96,9 @@ def spline(control: Floats, interval: int, frames: int) -> Floats:
     )
 
 
-# --- lanes ------------------------------------------------------------------------------------------
+# --- lanes
+# ------------------------------------------------------------------------------------------
+
 
 def pack(rgb: Ints) -> Lanes:
     """(..., 3) integers 0..255 -> lanes with alpha 0."""
@@ -115,7 +118,8 @@ def halve(lanes: Lanes) -> Lanes:
 
 
 def bilinear(flat: Lanes, stride: int, uv: Ints) -> Lanes:
-    """Sample a texture of `stride` columns, stored flat, at texel coordinates u, v (2, rows, columns), 16.16.
+    """Sample a texture of `stride` columns, stored flat, at texel coordinates u, v (2, rows,
+    columns), 16.16.
 
     The caller keeps them inside, with one column and one row to spare.
     """
@@ -136,7 +140,9 @@ def bilinear(flat: Lanes, stride: int, uv: Ints) -> Lanes:
     return upper
 
 
-# --- textures ---------------------------------------------------------------------------------------
+# --- textures
+# ---------------------------------------------------------------------------------------
+
 
 def _smooth(image: Ints, times: int) -> Ints:
     """Binomial blur of (n, n, ...) integers that wraps around."""
@@ -147,7 +153,9 @@ def _smooth(image: Ints, times: int) -> Ints:
 
 
 def _cloud(draw: Draw, n: int, coarsest: int) -> Ints:
-    """(n, n) noise that wraps, about -128..127, with as much contrast at every scale up to `coarsest`."""
+    """(n, n) noise that wraps, about -128..127, with as much contrast at every scale up to
+    `coarsest`.
+    """
     total, cell, octaves = np.zeros((n, n), np.int64), coarsest, 0
     while cell >= 1:
         grid = np.floor(draw.unit(n // cell, n // cell) * 256).astype(np.int64) - 128
@@ -164,22 +172,32 @@ def _palette(draw: Draw, colours: int, chroma: float, low: float, high: float) -
 
 
 def dead_leaves(
-    draw: Draw, n: int, leaves: int, small: float, large: float, palette: Floats, shading: float, detail: float,
-    blur: int, corners: float,
+    draw: Draw,
+    n: int,
+    leaves: int,
+    small: float,
+    large: float,
+    palette: Floats,
+    shading: float,
+    detail: float,
+    blur: int,
+    corners: float,
 ) -> Lanes:
     """A texture of overlapping leaves whose radii follow the power law r**-3, which wraps around.
 
-    Such images share the scale invariance, edges and occlusions of natural images (Lee, Mumford and Huang,
-    "Occlusion models for natural images", IJCV 2001). n: texels along a side, a power of two. small, large:
-    radii in texels. shading: slope of brightness across a leaf. detail: contrast of the grain inside leaves.
-    blur: passes of a binomial filter. corners: share of rectangles among the ellipses.
+    Such images share the scale invariance, edges and occlusions of natural images (Lee, Mumford and
+    Huang, "Occlusion models for natural images", IJCV 2001). n: texels along a side, a power of
+    two. small, large: radii in texels. shading: slope of brightness across a leaf. detail: contrast
+    of the grain inside leaves. blur: passes of a binomial filter. corners: share of rectangles
+    among the ellipses.
     """
     owner = np.zeros((n, n), np.int64)
     u = draw.unit(leaves, 8)
     ratio = (small / large) * (small / large)
     radius = small / np.sqrt(1 - u[:, 0] * (1 - ratio))
     ground = min(leaves // 4, int(3 * n * n / (large * large)) + 4)
-    radius[:ground] = large * (0.5 + 0.5 * u[:ground, 0])  # large ones at the bottom cover the ground
+    # large ones at the bottom cover the ground
+    radius[:ground] = large * (0.5 + 0.5 * u[:ground, 0])
     thin = 0.35 + 0.65 * u[:, 1]
     cos, sin = circle(u[:, 2])
     centre = np.floor(u[:, 3:5] * n)
@@ -199,7 +217,12 @@ def dead_leaves(
         for oy in (0, n, -n):
             for ox in (0, n, -n):
                 top, left = y + oy, x + ox
-                y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + len(line), n), min(left + len(line), n)
+                y0, x0, y1, x1 = (
+                    max(top, 0),
+                    max(left, 0),
+                    min(top + len(line), n),
+                    min(left + len(line), n),
+                )
                 if y0 < y1 and x0 < x1:
                     part = inside[y0 - top : y1 - top, x0 - left : x1 - left]
                     np.copyto(owner[y0:y1, x0:x1], leaf, where=part)
@@ -220,7 +243,9 @@ def dead_leaves(
 
 @dataclass(frozen=True)
 class Texture:
-    """A texture at 1, 1/2, 1/4 ... of its size, (n, n) lanes each, and its mean colour (red, green, blue)."""
+    """A texture at 1, 1/2, 1/4 ... of its size, (n, n) lanes each, and its mean colour (red, green,
+    blue).
+    """
 
     levels: tuple[Lanes, ...]
     mean: tuple[int, int, int]
@@ -231,17 +256,27 @@ def _pyramid(lanes: Lanes, count: int) -> Texture:
     while len(levels) < count:
         levels.append(halve(levels[-1]))
     last = levels[-1]
-    mean = [int(((last >> np.uint64(16 * channel)) & np.uint64(255)).sum()) // last.size for channel in range(3)]
+    mean = [
+        int(((last >> np.uint64(16 * channel)) & np.uint64(255)).sum()) // last.size
+        for channel in range(3)
+    ]
     return Texture(tuple(levels), tuple(mean))
 
 
 @lru_cache(maxsize=3 * BACKGROUNDS)
 def background(bank: int, index: int) -> Texture:
-    """Background `index` of a bank: 512 texels along a side at level 0, every level with its first row and
-    column repeated at the end."""
+    """Background `index` of a bank: 512 texels along a side at level 0, every level with its first
+    row and column repeated at the end.
+    """
     draw = Draw(11, bank, index)
     middle, spread = draw.between(75, 180), draw.between(25, 80)
-    palette = _palette(draw, 3 + draw.below(5), (10.0, 24.0, 40.0, 4.0)[index % 4], middle - spread, middle + spread)
+    palette = _palette(
+        draw,
+        3 + draw.below(5),
+        (10.0, 24.0, 40.0, 4.0)[index % 4],
+        middle - spread,
+        middle + spread,
+    )
     soft = draw.below(4)
     style = index // 4 % 4
     if style == 0:  # busy
@@ -261,7 +296,13 @@ def texture(bank: int, index: int) -> Texture:
     """Texture `index` for objects, 256 texels along a side; a sprite wears a 128 x 128 piece of it."""
     draw = Draw(12, bank, index)
     middle, spread = draw.between(70, 185), draw.between(25, 90)
-    palette = _palette(draw, 2 + draw.below(4), (10.0, 35.0, 65.0, 5.0)[index % 4], middle - spread, middle + spread)
+    palette = _palette(
+        draw,
+        2 + draw.below(4),
+        (10.0, 35.0, 65.0, 5.0)[index % 4],
+        middle - spread,
+        middle + spread,
+    )
     style = index // 4 % 5
     if style == 0:
         lanes = dead_leaves(draw, 256, 200, 6, 60, palette, 0.7, 40, 1, 0.3)
@@ -276,15 +317,17 @@ def texture(bank: int, index: int) -> Texture:
     return _pyramid(lanes, SPRITE_LEVELS)
 
 
-# --- outlines ---------------------------------------------------------------------------------------
+# --- outlines
+# ---------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Shape:
     """An outline inside the square from -1 to 1, drawn on a sprite.
 
-    outline: (OUTLINE, 2) vertices. points: (N, 2) inside it, evenly spread, and so are the first n of them.
-    area: its area, of 4. inside: (SPRITE, SPRITE) bool. For each level: alpha (n, n), already in its lane,
-    and shade (n, n), a weight 0..256 that rounds the object off.
+    outline: (OUTLINE, 2) vertices. points: (N, 2) inside it, evenly spread, and so are the first n
+    of them. area: its area, of 4. inside: (SPRITE, SPRITE) bool. For each level: alpha (n, n),
+    already in its lane, and shade (n, n), a weight 0..256 that rounds the object off.
     """
 
     outline: Floats
@@ -310,7 +353,9 @@ def _angle(x: Floats, y: Floats) -> Floats:
 
 @lru_cache(maxsize=3 * SHAPES)
 def shape(bank: int, index: int) -> Shape:
-    """Outline `index` of a bank: wavy blobs, rounded boxes, and mixtures. 0..7 are plain (limbs, poles)."""
+    """Outline `index` of a bank: wavy blobs, rounded boxes, and mixtures. 0..7 are plain (limbs,
+    poles).
+    """
     draw = Draw(13, bank, index)
     turns = np.arange(1024) / 1024
     c, s = circle(turns)
@@ -345,9 +390,13 @@ def shape(bank: int, index: int) -> Shape:
     for level in alphas:  # sampling clamps at the rim, which must be clear
         level[0] = level[-1] = level[:, 0] = level[:, -1] = 0
     # Roberts' R2 sequence: every beginning of it fills the square evenly.
-    spread = (np.arange(1, 1501)[:, None] * np.array([0.7548776662466927, 0.5698402909980532])) % 1.0 * 2 - 1
+    spread = (
+        np.arange(1, 1501)[:, None] * np.array([0.7548776662466927, 0.5698402909980532])
+    ) % 1.0 * 2 - 1
     far = np.sqrt(spread[:, 0] * spread[:, 0] + spread[:, 1] * spread[:, 1])
-    points = spread[far < radius[np.floor(_angle(spread[:, 0], spread[:, 1]) * 1024).astype(np.int64) & 1023]]
+    points = spread[
+        far < radius[np.floor(_angle(spread[:, 0], spread[:, 1]) * 1024).astype(np.int64) & 1023]
+    ]
     area = 4 * int((away < edge).sum()) / (SPRITE * SPRITE)
     return Shape(outline, points, area, away < edge, tuple(alphas), tuple(shades))
 

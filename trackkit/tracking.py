@@ -1,4 +1,5 @@
 """The tracking loop: one sequence, many in lock-step, or the frames of a user's own loop."""
+
 from __future__ import annotations
 
 import time
@@ -23,8 +24,8 @@ class Track:
 
     Attributes:
         boxes_xywh: (N, 4) float64, frame pixels. scores: (N,), the first is 1.
-        seconds: (N,), time spent by the tracker, reading of frames excluded. In lock-step with others it is
-            this sequence's share of the time of the whole batch.
+        seconds: (N,), time spent by the tracker, reading of frames excluded. In lock-step with
+            others it is this sequence's share of the time of the whole batch.
     """
 
     boxes_xywh: Tensor
@@ -37,11 +38,14 @@ def track(tracker: Tracker, sequence: Sequence) -> Track:
     return next(track_many(tracker, [sequence], batch=1))[1]
 
 
-def track_many(tracker: Tracker, sequences, batch: int = 8, progress: bool = False) -> Iterator[tuple[int, Track]]:
-    """Follow many sequences, `batch` at a time as one batch; yields (index, Track) as each one ends.
+def track_many(
+    tracker: Tracker, sequences, batch: int = 8, progress: bool = False
+) -> Iterator[tuple[int, Track]]:
+    """Follow many sequences, `batch` at a time as one batch; yields (index, Track) as each one
+    ends.
 
-    When a sequence ends the next takes its place, so the batch stays full. The boxes do not depend on `batch`
-    beyond float rounding. `progress` shows a bar that counts frames.
+    When a sequence ends the next takes its place, so the batch stays full. The boxes do not depend
+    on `batch` beyond float rounding. `progress` shows a bar that counts frames.
     """
     if batch < 1:
         raise TrackkitError(f"batch must be at least 1, got {batch}")
@@ -104,7 +108,11 @@ class _Slot:
         self.seconds.append(seconds)
 
     def track(self) -> Track:
-        return Track(torch.stack(self.boxes), torch.stack(self.scores), torch.tensor(self.seconds, dtype=torch.float64))
+        return Track(
+            torch.stack(self.boxes),
+            torch.stack(self.scores),
+            torch.tensor(self.seconds, dtype=torch.float64),
+        )
 
 
 def now(device: torch.device) -> float:
@@ -121,7 +129,8 @@ class Online:
         online.init(image, (x, y, w, h))
         box = online.update(next_image)
 
-    Images are uint8, (3, H, W) tensors or (H, W, 3) arrays, RGB. Boxes are left, top, width, height in pixels.
+    Images are uint8, (3, H, W) tensors or (H, W, 3) arrays, RGB. Boxes are left, top, width, height
+    in pixels.
     """
 
     def __init__(self, tracker: Tracker):
@@ -131,7 +140,9 @@ class Online:
 
     def init(self, image, box) -> None:
         """Start at this box in this image."""
-        self.state = self.tracker.start([_as_frame(image)], torch.as_tensor(box, dtype=torch.float64).reshape(1, -1))
+        self.state = self.tracker.start(
+            [_as_frame(image)], torch.as_tensor(box, dtype=torch.float64).reshape(1, -1)
+        )
 
     def update(self, image, maps: bool = False) -> tuple[float, float, float, float]:
         """The target's box in the next image; `prediction` keeps the score and, if asked, the maps."""
@@ -143,5 +154,10 @@ class Online:
 
 def _as_frame(image) -> Tensor:
     if not isinstance(image, Tensor):
-        image = torch.from_numpy(np.ascontiguousarray(image))  # image[..., ::-1] makes RGB of OpenCV's BGR
-    return image.permute(2, 0, 1) if image.ndim == 3 and image.shape[-1] == 3 and image.shape[0] != 3 else image
+        # image[..., ::-1] makes RGB of OpenCV's BGR
+        image = torch.from_numpy(np.ascontiguousarray(image))
+    return (
+        image.permute(2, 0, 1)
+        if image.ndim == 3 and image.shape[-1] == 3 and image.shape[0] != 3
+        else image
+    )

@@ -1,11 +1,12 @@
 """One training loop for all trackers: stages, mixed precision, several GPUs, exact resume.
 
-A run is a folder: `log.jsonl` (one line every few steps), `state.safetensors` (everything needed to go on; also
-loads as a tracker) and, when the last stage is done, `tracker.safetensors`. Files are replaced whole, so a run that
-is killed at any moment continues from its last state with the same command, and on a CPU ends with the same
-weights as one that was never interrupted: each sample depends only on (seed, its number), each step's other
-random numbers only on (seed, the step).
+A run is a folder: `log.jsonl` (one line every few steps), `state.safetensors` (everything needed to
+go on; also loads as a tracker) and, when the last stage is done, `tracker.safetensors`. Files are
+replaced whole, so a run that is killed at any moment continues from its last state with the same
+command, and on a CPU ends with the same weights as one that was never interrupted: each sample
+depends only on (seed, its number), each step's other random numbers only on (seed, the step).
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -43,18 +44,22 @@ class Stage:
         name: shown in the progress bar and the log.
         steps: optimiser steps. batch: samples in a step, over all processes together.
         sample: what a sample is.
-        lr: learning rate at the start. It falls exponentially to `lr_end`; without `lr_end` it falls to a tenth after
-            each of `drops` (steps of this stage), and without either it stays.
-        cosine: the rate falls along half a cosine instead, `lr` at its top and `lr_end` at its bottom, of which the stage covers the
-            part from the first to the second of these shares. (0, 1) is all of it; below 0 the rate stays at the top.
-        schedule_steps: the exponential rate changes once in so many steps (an epoch, in the papers' words).
+        lr: learning rate at the start. It falls exponentially to `lr_end`; without `lr_end` it
+            falls to a tenth after each of `drops` (steps of this stage), and without either it
+            stays.
+        cosine: the rate falls along half a cosine instead, `lr` at its top and `lr_end` at its
+            bottom, of which the stage covers the part from the first to the second of these shares.
+            (0, 1) is all of it; below 0 the rate stays at the top.
+        schedule_steps: the exponential rate changes once in so many steps (an epoch, in the papers'
+            words).
         warmup: steps over which the rate rises linearly from 0.
-        rates: (pattern, factor): the rate of the parameters whose names match (`fnmatch`) is multiplied. The first
-            pattern that matches counts.
+        rates: (pattern, factor): the rate of the parameters whose names match (`fnmatch`) is
+            multiplied. The first pattern that matches counts.
         momentum: of SGD with weight decay; None means AdamW.
         weight_decay: on all trainable parameters.
         clip: largest gradient norm, or None.
-        trainable: patterns (`fnmatch`) of parameter names; all others are frozen, with their norms' statistics.
+        trainable: patterns (`fnmatch`) of parameter names; all others are frozen, with their norms'
+            statistics.
         loss: handed to the tracker's `loss`.
     """
 
@@ -77,15 +82,28 @@ class Stage:
 
     def __post_init__(self):
         if min(self.steps, self.batch, self.schedule_steps) < 1:
-            raise TrackkitError(f"stage {self.name}: steps, batch and schedule_steps must be at least 1")
+            raise TrackkitError(
+                f"stage {self.name}: steps, batch and schedule_steps must be at least 1"
+            )
         if not 0 < (self.lr if self.lr_end is None else self.lr_end) <= self.lr:
-            raise TrackkitError(f"stage {self.name}: need 0 < lr_end <= lr, got {self.lr_end} and {self.lr}")
+            raise TrackkitError(
+                f"stage {self.name}: need 0 < lr_end <= lr, got {self.lr_end} and {self.lr}"
+            )
         if self.drops and (self.lr_end is not None or min(self.drops) < 1):
-            raise TrackkitError(f"stage {self.name}: drops are steps from 1 on, in place of lr_end; got {self.drops}, {self.lr_end}")
+            raise TrackkitError(
+                f"stage {self.name}: drops are steps from 1 on, in place of lr_end; got "
+                f"{self.drops}, {self.lr_end}"
+            )
         if self.cosine and (self.lr_end is None or not self.cosine[0] < self.cosine[1] <= 1):
-            raise TrackkitError(f"stage {self.name}: a cosine needs lr_end and two shares up to 1, the smaller first; got {self.cosine}")
+            raise TrackkitError(
+                f"stage {self.name}: a cosine needs lr_end and two shares up to 1, the smaller "
+                f"first; got {self.cosine}"
+            )
         if any(factor <= 0 for _, factor in self.rates):
-            raise TrackkitError(f"stage {self.name}: rates must be factors above 0 (`trainable` freezes); got {self.rates}")
+            raise TrackkitError(
+                f"stage {self.name}: rates must be factors above 0 (`trainable` freezes); got "
+                f"{self.rates}"
+            )
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, 0-based."""
@@ -103,13 +121,19 @@ class Stage:
         return self.lr * fall * rise
 
     def resized(self, steps: int) -> Stage:
-        """The same stage in another number of steps; its warm-up and its drops keep their shares of them."""
+        """The same stage in another number of steps; its warm-up and its drops keep their shares of
+        them.
+        """
         drops = tuple(max(1, round(drop * steps / self.steps)) for drop in self.drops)
-        return dataclasses.replace(self, steps=steps, drops=drops, warmup=round(self.warmup * steps / self.steps))
+        return dataclasses.replace(
+            self, steps=steps, drops=drops, warmup=round(self.warmup * steps / self.steps)
+        )
 
 
 def shortened(stages: list[Stage], steps: int) -> list[Stage]:
-    """The stages in the same proportion, the longest of them with `steps` steps (>= 1, else TrackkitError)."""
+    """The stages in the same proportion, the longest of them with `steps` steps (>= 1, else
+    TrackkitError).
+    """
     if steps < 1:
         raise TrackkitError(f"the number of steps must be at least 1; got {steps}")
     longest = max(stage.steps for stage in stages)
@@ -117,7 +141,9 @@ def shortened(stages: list[Stage], steps: int) -> list[Stage]:
 
 
 class _Loss(nn.Module):
-    """The tracker's loss as a `forward`, which is what data-parallel wrappers and autocast take hold of."""
+    """The tracker's loss as a `forward`, which is what data-parallel wrappers and autocast take
+    hold of.
+    """
 
     def __init__(self, tracker: Tracker, kind: str):
         super().__init__()
@@ -150,16 +176,17 @@ def train(
         seed: of the samples and of dropout. (Seed the initial weights before making the tracker.)
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         precision: "no" (float32), "bf16" or "fp16".
-        workers: loader processes; they change the speed, not the samples. (On a CPU each takes a core from torch, whose
-            number of threads changes the last bits of the weights: for an exact resume keep it.)
+        workers: loader processes; they change the speed, not the samples. (On a CPU each takes a
+            core from torch, whose number of threads changes the last bits of the weights: for an
+            exact resume keep it.)
         save_seconds: least time between two saved states.
         log_steps: steps between two lines of the log.
 
-    Returns the log as a list of {"stage", "step", "loss", ..., "lr", "samples_per_second"}; `step` counts over
-    all stages, the losses are means since the last line.
+    Returns the log as a list of {"stage", "step", "loss", ..., "lr", "samples_per_second"}; `step`
+    counts over all stages, the losses are means since the last line.
 
-    Raises CheckpointError if `out` holds another run, TrackkitError for a stage with a pattern that matches no
-    parameter, or if the loss stops being finite.
+    Raises CheckpointError if `out` holds another run, TrackkitError for a stage with a pattern that
+    matches no parameter, or if the loss stops being finite.
     """
     for stage in stages:  # now, not after the stages before it
         _groups(tracker, stage)
@@ -170,17 +197,22 @@ def train(
     if accelerator.scaler is not None and run.scaler is not None:
         accelerator.scaler.load_state_dict(run.scaler)
     threads = torch.get_num_threads()
-    if accelerator.device.type == "cpu":  # threads that wait for a core which a worker has make all of them wait
+    # threads that wait for a core which a worker has make all of them wait
+    if accelerator.device.type == "cpu":
         torch.set_num_threads(max(1, min(threads, _cores() - workers)))
     tracker.to(memory_format=torch.channels_last)  # convolutions are a quarter faster
     total = sum(stage.steps for stage in stages)
     main = accelerator.is_main_process
-    bar = tqdm(total=total, initial=position, desc=type(tracker).__name__, disable=not progress or not main)
+    bar = tqdm(
+        total=total, initial=position, desc=type(tracker).__name__, disable=not progress or not main
+    )
     try:
         first = 0  # step at which the stage begins, counted over all stages
         for stage in stages:
             if position < first + stage.steps:
-                _train_stage(run, stage, first, position, accelerator, workers, save_seconds, log_steps, bar)
+                _train_stage(
+                    run, stage, first, position, accelerator, workers, save_seconds, log_steps, bar
+                )
                 position = first + stage.steps
             first += stage.steps
     finally:
@@ -193,30 +225,49 @@ def train(
     return run.log
 
 
-def _train_stage(run: _Run, stage: Stage, first: int, position: int, accelerator, workers, save_seconds, log_steps, bar):
+def _train_stage(
+    run: _Run,
+    stage: Stage,
+    first: int,
+    position: int,
+    accelerator,
+    workers,
+    save_seconds,
+    log_steps,
+    bar,
+):
     tracker, world, rank = run.tracker, accelerator.num_processes, accelerator.process_index
     if stage.batch % world:
-        raise TrackkitError(f"stage {stage.name}: its batch of {stage.batch} cannot be shared by {world} processes")
+        raise TrackkitError(
+            f"stage {stage.name}: its batch of {stage.batch} cannot be shared by {world} processes"
+        )
     freeze(tracker, stage.trainable)
     optimizer = _optimizer(stage, tracker)
     model, optimizer = accelerator.prepare(_Loss(tracker, stage.loss), optimizer)
     if position > first:
         run.restore_optimizer(optimizer)
     # offset by `first`, so that two stages never see the same samples
-    samples = Samples(run.sequences, stage.sample, run.seed + 1_000_003 * first, stage.steps * stage.batch)
+    samples = Samples(
+        run.sequences, stage.sample, run.seed + 1_000_003 * first, stage.steps * stage.batch
+    )
     pinned = accelerator.device.type == "cuda"
-    loader = batches(samples, stage.batch // world, position - first, stage.steps, workers, rank, world, pinned)
+    loader = batches(
+        samples, stage.batch // world, position - first, stage.steps, workers, rank, world, pinned
+    )
     sums, count, since, saved = {}, 0, time.perf_counter(), time.perf_counter()
     for step, batch in enumerate(loader, start=position):
         torch.manual_seed((run.seed * 1_000_003 + step) * world + rank)
         rate = stage.rate(step - first)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        batch["progress"] = torch.tensor((step - first) / stage.steps)  # for losses that change on the way
+        # for losses that change on the way
+        batch["progress"] = torch.tensor((step - first) / stage.steps)
         losses = model({k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()})
         accelerator.backward(losses["loss"])
         if stage.clip is not None:
-            accelerator.clip_grad_norm_([p for p in tracker.parameters() if p.requires_grad], stage.clip)
+            accelerator.clip_grad_norm_(
+                [p for p in tracker.parameters() if p.requires_grad], stage.clip
+            )
         optimizer.step()
         optimizer.zero_grad()
         for key, value in losses.items():
@@ -225,7 +276,9 @@ def _train_stage(run: _Run, stage: Stage, first: int, position: int, accelerator
         bar.update()
         last = step + 1 == first + stage.steps
         if (step + 1) % log_steps == 0 or last:
-            means = {key: accelerator.reduce(value, "mean").item() / count for key, value in sums.items()}
+            means = {
+                key: accelerator.reduce(value, "mean").item() / count for key, value in sums.items()
+            }
             run.check(step + 1, means["loss"])
             now = time.perf_counter()
             record = {"stage": stage.name, "step": step + 1, "lr": rate}
@@ -239,17 +292,24 @@ def _train_stage(run: _Run, stage: Stage, first: int, position: int, accelerator
                 run.check(step + 1, losses["loss"].item())
                 run.save(step + 1, optimizer, accelerator)
             saved = time.perf_counter()
-    accelerator.free_memory()  # or the next stage's gradients would be unscaled once for each optimiser so far
+    # or the next stage's gradients would be unscaled once for each optimiser so far
+    accelerator.free_memory()
 
 
 class _Run:
     """The files of one run and what identifies it."""
 
-    def __init__(self, tracker: Tracker, stages: list[Stage], sequences, out: Path, seed: int, precision: str):
+    def __init__(
+        self, tracker: Tracker, stages: list[Stage], sequences, out: Path, seed: int, precision: str
+    ):
         from trackkit.trackers import describe
 
         self.tracker, self.sequences, self.seed = tracker, sequences, seed
-        self.state_path, self.final_path, self.log_path = out / "state.safetensors", out / "tracker.safetensors", out / "log.jsonl"
+        self.state_path, self.final_path, self.log_path = (
+            out / "state.safetensors",
+            out / "tracker.safetensors",
+            out / "log.jsonl",
+        )
         self.log: list[dict] = []
         identity = {
             **describe(tracker),
@@ -258,14 +318,16 @@ class _Run:
             "precision": precision,
             "data": repr(sequences),
         }
-        self.identity = json.loads(json.dumps(identity))  # as it comes back from a file: lists for tuples
+        # as it comes back from a file: lists for tuples
+        self.identity = json.loads(json.dumps(identity))
         self.scaler: dict | None = None  # of a restored run in fp16
         self._loaded: dict[str, Tensor] = {}
 
     def restore(self) -> int:
         """Load the state if there is one; returns the number of steps done."""
         for path in (self.state_path, self.final_path, self.log_path):
-            for partial in path.parent.glob(f".{path.stem}.*"):  # of a run that was killed while it wrote
+            # of a run that was killed while it wrote
+            for partial in path.parent.glob(f".{path.stem}.*"):
                 partial.unlink(missing_ok=True)
         if not self.state_path.exists():
             return 0
@@ -273,12 +335,17 @@ class _Run:
         odd = [key for key, value in self.identity.items() if about.get(key) != value]
         if odd:
             raise CheckpointError(
-                f"{self.state_path.parent} holds another run (other {', '.join(odd)}); choose another folder (--out), or delete this one to start anew"
+                f"{self.state_path.parent} holds another run (other {', '.join(odd)}); choose "
+                "another folder (--out), or delete this one to start anew"
             )
-        weights = {k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")}
+        weights = {
+            k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")
+        }
         checkpoints.load_strictly(self.tracker, weights, str(self.state_path))
         self._loaded, self.scaler = tensors, about["scaler"]
-        self.log = [record for record in read_log(self.state_path.parent) if record["step"] <= about["step"]]
+        self.log = [
+            record for record in read_log(self.state_path.parent) if record["step"] <= about["step"]
+        ]
         return about["step"]
 
     def restore_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
@@ -291,33 +358,48 @@ class _Run:
         optimizer.load_state_dict({"state": entries, "param_groups": state["param_groups"]})
 
     def check(self, step: int, loss: float) -> None:
-        """Stop if the loss or a weight is not finite, before it is saved. Under fp16 the scaler skips such steps."""
+        """Stop if the loss or a weight is not finite, before it is saved. Under fp16 the scaler
+        skips such steps.
+        """
         weights = (p for p in self.tracker.parameters())
-        if (math.isfinite(loss) or self.identity["precision"] == "fp16") and all(torch.isfinite(p).all() for p in weights):
+        if (math.isfinite(loss) or self.identity["precision"] == "fp16") and all(
+            torch.isfinite(p).all() for p in weights
+        ):
             return
         raise TrackkitError(
-            f"the loss is {loss} at step {step}, or a weight has become infinite; {self.state_path} keeps the last good "
+            f"the loss is {loss} at step {step}, or a weight has become infinite; "
+            f"{self.state_path} keeps the last good "
             "state, if there was one. Lower the rate, set a clip, or try precision no"
         )
 
     def save(self, step: int, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
         tensors = {f"weights.{k}": v for k, v in self.tracker.state_dict().items()}
         for index, entry in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{k}": v for k, v in entry.items() if isinstance(v, Tensor)}
+            tensors |= {
+                f"optimizer.{index}.{k}": v for k, v in entry.items() if isinstance(v, Tensor)
+            }
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        # the log first: lines beyond the state are dropped on resume, missing ones could not be made up
+        # the log first: lines beyond the state are dropped on resume, missing ones could not be
+        # made up
         with atomic_write(self.log_path) as partial:
             partial.write_text("".join(json.dumps(record) + "\n" for record in self.log))
-        checkpoints.write(self.state_path, tensors, {**self.identity, "step": step, "scaler": scaler})
+        checkpoints.write(
+            self.state_path, tensors, {**self.identity, "step": step, "scaler": scaler}
+        )
 
     def finish(self) -> None:
         from trackkit.trackers import save
 
-        save(self.tracker, self.final_path, trained={k: self.identity[k] for k in ("seed", "precision", "data")})
+        save(
+            self.tracker,
+            self.final_path,
+            trained={k: self.identity[k] for k in ("seed", "precision", "data")},
+        )
 
 
 def freeze(tracker: nn.Module, trainable: tuple[str, ...]) -> None:
-    """Let only the parameters whose names match a pattern learn; frozen batch norms keep their statistics.
+    """Let only the parameters whose names match a pattern learn; frozen batch norms keep their
+    statistics.
 
     Raises TrackkitError for a pattern that matches nothing.
     """
@@ -327,7 +409,9 @@ def freeze(tracker: nn.Module, trainable: tuple[str, ...]) -> None:
         parameter.requires_grad_(name in learning)
     tracker.train()
     for module in tracker.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in module.parameters()):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
+            p.requires_grad for p in module.parameters()
+        ):
             module.eval()
 
 
@@ -353,18 +437,27 @@ def _groups(tracker: nn.Module, stage: Stage) -> list[dict]:
     parameters, kind = dict(tracker.named_parameters()), type(tracker).__name__
     learning = _matching(list(parameters), stage.trainable, f"parameter of {kind}")
     patterns = tuple(pattern for pattern, _ in stage.rates)
-    special = _matching(list(learning), patterns, f"parameter of {kind} that stage {stage.name} trains")
+    special = _matching(
+        list(learning), patterns, f"parameter of {kind} that stage {stage.name} trains"
+    )
     groups: dict[float, list[nn.Parameter]] = {}
     for name in (name for name in parameters if name in learning):
-        groups.setdefault(stage.rates[special[name]][1] if name in special else 1.0, []).append(parameters[name])
-    return [{"params": group, "lr": stage.lr * factor, "factor": factor} for factor, group in groups.items()]
+        groups.setdefault(stage.rates[special[name]][1] if name in special else 1.0, []).append(
+            parameters[name]
+        )
+    return [
+        {"params": group, "lr": stage.lr * factor, "factor": factor}
+        for factor, group in groups.items()
+    ]
 
 
 def _optimizer(stage: Stage, tracker: nn.Module) -> torch.optim.Optimizer:
     groups = _groups(tracker, stage)
     if stage.momentum is None:
         return torch.optim.AdamW(groups, lr=stage.lr, weight_decay=stage.weight_decay)
-    return torch.optim.SGD(groups, lr=stage.lr, momentum=stage.momentum, weight_decay=stage.weight_decay)
+    return torch.optim.SGD(
+        groups, lr=stage.lr, momentum=stage.momentum, weight_decay=stage.weight_decay
+    )
 
 
 def _accelerator(device: str, precision: str) -> Accelerator:
@@ -374,10 +467,13 @@ def _accelerator(device: str, precision: str) -> Accelerator:
     if device not in ("auto", "cpu", "cuda"):
         raise TrackkitError(f'device must be "auto", "cpu" or "cuda", got {device!r}')
     if device == "cuda" and not torch.cuda.is_available():
-        raise TrackkitError("device cuda: torch sees no GPU here; `trackkit doctor` says what it sees")
+        raise TrackkitError(
+            "device cuda: torch sees no GPU here; `trackkit doctor` says what it sees"
+        )
     # "auto" means CUDA or the CPU: geometry is kept in float64, which Apple's GPUs do not have
     cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
-    if "WORLD_SIZE" not in os.environ:  # accelerate keeps the first call's choices for the whole process
+    # accelerate keeps the first call's choices for the whole process
+    if "WORLD_SIZE" not in os.environ:
         AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=cpu, mixed_precision=precision)
 

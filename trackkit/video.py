@@ -1,4 +1,5 @@
 """Video files <-> sequences, through PyAV (ffmpeg): any container and codec that ffmpeg reads."""
+
 from __future__ import annotations
 
 import bisect
@@ -22,9 +23,9 @@ CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 class VideoSequence(Sequence):
     """The first video stream of a file.
 
-    Frames are counted from the packets, without decoding. Reading in order decodes each frame once; any
-    other frame is reached from the last key frame before it, so `frame(i)` is the same picture in whatever
-    order frames are asked for. The display rotation that phones store is applied.
+    Frames are counted from the packets, without decoding. Reading in order decodes each frame once;
+    any other frame is reached from the last key frame before it, so `frame(i)` is the same picture
+    in whatever order frames are asked for. The display rotation that phones store is applied.
 
     Attributes:
         fps: mean frame rate, frames per second.
@@ -32,13 +33,23 @@ class VideoSequence(Sequence):
     Raises DataError when the file is missing, no video, or has no frame that can be decoded.
     """
 
-    def __init__(self, path: str | os.PathLike, boxes_xywh: Tensor | None = None, name: str | None = None, **labels):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        boxes_xywh: Tensor | None = None,
+        name: str | None = None,
+        **labels,
+    ):
         self.path = Path(path)
         self._reset()
         try:
             with self._open() as container:
                 stream = container.streams.video[0]
-                packets = [p for p in container.demux(stream) if p.size and not p.is_discard and _stamp(p) is not None]
+                packets = [
+                    p
+                    for p in container.demux(stream)
+                    if p.size and not p.is_discard and _stamp(p) is not None
+                ]
                 self.fps = float(stream.average_rate or 0)
         except (av.FFmpegError, OSError) as error:
             raise self._broken(error) from error
@@ -48,7 +59,8 @@ class VideoSequence(Sequence):
             raise DataError(f"{path}: the video has no frames; record or convert it again")
         boxes = torch.zeros(0, 4) if boxes_xywh is None else boxes_xywh
         super().__init__(name or self.path.stem, len(self._stamps), boxes, **labels)
-        self._size = tuple(self.frame(0).shape[:0:-1])  # also finds out now whether it can be decoded
+        # also finds out now whether it can be decoded
+        self._size = tuple(self.frame(0).shape[:0:-1])
 
     def frame(self, index: int, reduce: int = 1) -> Tensor:
         index = self._check_index(index)
@@ -66,7 +78,11 @@ class VideoSequence(Sequence):
 
     def _decode(self, index: int) -> None:
         wanted = self._stamps[index]
-        key = self._keys[max(bisect.bisect_right(self._keys, wanted) - 1, 0)] if self._keys else self._stamps[0]
+        key = (
+            self._keys[max(bisect.bisect_right(self._keys, wanted) - 1, 0)]
+            if self._keys
+            else self._stamps[0]
+        )
         # go on decoding unless the frame lies behind, or a key frame ahead is a shorter way
         if self._pictures is None or index <= self._index or key > self._stamps[self._index]:
             self._seek(key)
@@ -108,17 +124,25 @@ class VideoSequence(Sequence):
     def _reset(self) -> None:
         self._container, self._pictures, self._picture, self._index = None, None, None, -1
 
-    def __getstate__(self) -> dict:  # an open file does not travel to a worker process; it is opened again there
-        return self.__dict__ | {"_container": None, "_pictures": None, "_picture": None, "_index": -1}
+    # an open file does not travel to a worker process; it is opened again there
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {
+            "_container": None,
+            "_pictures": None,
+            "_picture": None,
+            "_index": -1,
+        }
 
 
 def write_video(path: str | os.PathLike, frames: Iterable[Tensor], fps: float) -> Path:
-    """Write uint8 (3, H, W) frames of one size as H.264 (yuv420p, which browsers play) and return the path.
+    """Write uint8 (3, H, W) frames of one size as H.264 (yuv420p, which browsers play) and return
+    the path.
 
-    The suffix .mp4, .mov or .mkv chooses the container. H.264 in 4:2:0 needs even sides, so the last row or
-    column is repeated where a side is odd. The file appears only when it is complete.
+    The suffix .mp4, .mov or .mkv chooses the container. H.264 in 4:2:0 needs even sides, so the
+    last row or column is repeated where a side is odd. The file appears only when it is complete.
 
-    Raises DataError for no frames, frames of different sizes, another suffix, or a place that cannot be written.
+    Raises DataError for no frames, frames of different sizes, another suffix, or a place that
+    cannot be written.
     """
     path = Path(path)
     if path.suffix.lower() not in CONTAINERS:
@@ -126,18 +150,28 @@ def write_video(path: str | os.PathLike, frames: Iterable[Tensor], fps: float) -
     size = None
     with atomic_write(path) as partial:
         options = {"movflags": "+faststart"} if path.suffix.lower() != ".mkv" else {}
-        with av.open(str(partial), "w", format=CONTAINERS[path.suffix.lower()], container_options=options) as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "18"})
+        with av.open(
+            str(partial), "w", format=CONTAINERS[path.suffix.lower()], container_options=options
+        ) as container:
+            stream = container.add_stream(
+                "libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "18"}
+            )
             stream.pix_fmt = "yuv420p"
             for index, frame in enumerate(frames):
                 if size is None:
                     size = frame.shape
                     stream.height, stream.width = size[1] + size[1] % 2, size[2] + size[2] % 2
                 if frame.shape != size:
-                    raise DataError(f"{path}: frame {index} is {tuple(frame.shape)}, the first is {tuple(size)}")
+                    raise DataError(
+                        f"{path}: frame {index} is {tuple(frame.shape)}, the first is {tuple(size)}"
+                    )
                 pixels = frame.cpu().permute(1, 2, 0).numpy()
                 pixels = np.pad(pixels, ((0, size[1] % 2), (0, size[2] % 2), (0, 0)), mode="edge")
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")))
+                container.mux(
+                    stream.encode(
+                        av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+                    )
+                )
             if size is None:
                 raise DataError(f"{path}: no frames to write")
             container.mux(stream.encode())

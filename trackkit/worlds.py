@@ -1,7 +1,9 @@
-"""Worlds: what is in a procedural video, where everything moves, and the labels that follow from it.
+"""Worlds: what is in a procedural video, where everything moves, and the labels that follow from
+it.
 
 `World` decides; `trackkit.scenes.Scene` draws it; `trackkit.synth` has the dials and the data sets.
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -45,10 +47,13 @@ class World:
     Attributes:
         strengths: the strength of each dial in this video, 0..1. attributes: those of at least 0.5.
         object_class: a name of `SKELETONS`, or blob.
-        outline_xywh (T, 4): tight box of the target's whole outline, also where it is hidden or outside.
-        boxes_xywh (T, 4): its part inside the frame, as GOT-10k labels it; all zero where nothing is inside.
-        cover (T,): GOT-10k's levels 0..8 of the visible share of the target's area, measured on some hundred
-            points that move with it. absent (T,): nothing is visible. cut (T,): the outline crosses the border.
+        outline_xywh (T, 4): tight box of the target's whole outline, also where it is hidden or
+            outside.
+        boxes_xywh (T, 4): its part inside the frame, as GOT-10k labels it; all zero where nothing
+            is inside.
+        cover (T,): GOT-10k's levels 0..8 of the visible share of the target's area, measured on
+            some hundred points that move with it. absent (T,): nothing is visible. cut (T,): the
+            outline crosses the border.
     """
 
     def __init__(self, config, seed: tuple[int, ...]):
@@ -67,11 +72,14 @@ class World:
         self._label()
         self._light(draw)
 
-    # --- who is in it -------------------------------------------------------------------------------
+    # --- who is in it
+    # -------------------------------------------------------------------------------
 
     def _cast(self, draw: Draw) -> list[Body]:
         s = self.strengths
-        self.object_class = list(SKELETONS)[draw.below(len(SKELETONS))] if s["articulation"] > 0 else "blob"
+        self.object_class = (
+            list(SKELETONS)[draw.below(len(SKELETONS))] if s["articulation"] > 0 else "blob"
+        )
         skeleton = SKELETONS.get(self.object_class, RIGID)
         wears = self._choose(draw)
         target = self._body("target", draw, skeleton, wears)
@@ -79,7 +87,10 @@ class World:
                   for _ in range(int(s["clutter"] * 7 + 0.5))]  # fmt: skip
         for k in range(int(s["distractors"] * 2 + 0.9)):
             twin = self._body("distractor", draw, skeleton, wears)
-            twin.textures = [(which, (x + 29 * k + 17) % PIECE, (y + 41) % PIECE) for which, x, y in target.textures]
+            twin.textures = [
+                (which, (x + 29 * k + 17) % PIECE, (y + 41) % PIECE)
+                for which, x, y in target.textures
+            ]
             twin.later, twin.tint, twin.tint_weight = twin.textures, target.tint, target.tint_weight
             if draw.below(2):
                 twin.shapes = target.shapes
@@ -90,7 +101,10 @@ class World:
         return bodies
 
     def _choose(self, draw: Draw) -> int:
-        """The target's texture: of three, the one least like the background; in dull worlds the middle one."""
+        """The target's texture: of three, the one least like the background; in dull worlds the
+        middle one.
+        """
+
         def distance(which: int) -> int:
             pair = zip(texture(self.config.bank, which).mean, self._backdrop.mean, strict=True)
             return sum(abs(a - b) for a, b in pair)
@@ -100,22 +114,29 @@ class World:
 
     def _body(self, role: str, draw: Draw, skeleton: tuple[Part, ...], wears: int) -> Body:
         def dresses(first: int) -> list[tuple[int, int, int]]:
-            whole = [first] + [first if draw.below(3) == 0 else draw.below(TEXTURES) for _ in range(3)]
+            whole = [first] + [
+                first if draw.below(3) == 0 else draw.below(TEXTURES) for _ in range(3)
+            ]
             return [(which, draw.below(PIECE), draw.below(PIECE)) for which in whole]
 
         now, later = dresses(wears), dresses(draw.below(TEXTURES))
         plain = role == "occluder" and draw.below(2) == 0
-        shapes = [draw.below(8) if part.plain or plain else 8 + draw.below(SHAPES - 8) for part in skeleton]
+        shapes = [
+            draw.below(8) if part.plain or plain else 8 + draw.below(SHAPES - 8)
+            for part in skeleton
+        ]
         tint = pack(np.array([40 + draw.below(176) for _ in range(3)]))
         return Body(role, skeleton, shapes, [now[p.dress] for p in skeleton], [later[p.dress] for p in skeleton],
                     tint, np.uint64(draw.below(110)))  # fmt: skip
 
-    # --- where it moves -----------------------------------------------------------------------------
+    # --- where it moves
+    # -----------------------------------------------------------------------------
 
     def _move(self, draw: Draw) -> None:
         s, count, frames = self.strengths, len(self.bodies), self.frames
         short = min(self.size)
-        # Smooth curves in -1..1: 7 for each body, and the last row for the camera; then 4 jerky ones.
+        # Smooth curves in -1..1: 7 for each body, and the last row for the camera; then 4 jerky
+        # ones.
         slow = spline(draw.unit(count + 1, 7, frames // SLOW + 4) * 2 - 1, SLOW, frames)
         quick = spline(draw.unit(4, frames // QUICK + 4) * 2 - 1, QUICK, frames)
         slow_0, quick_0 = slow - slow[..., :1], quick - quick[..., :1]
@@ -129,7 +150,9 @@ class World:
         base = np.full(count, size)
         base[roles == "clutter"] *= (0.4 + 0.8 * u[:, 0])[roles == "clutter"]
         base[twin] *= (0.85 + 0.3 * u[:, 0])[twin]
-        base[roles == "occluder"] *= (0.55 + 0.35 * u[:, 0] + 0.45 * s["occlusion"])[roles == "occluder"]
+        base[roles == "occluder"] *= (0.55 + 0.35 * u[:, 0] + 0.45 * s["occlusion"])[
+            roles == "occluder"
+        ]
         zoom = _swell(s["camera"] * 0.14 * slow[count, 2])
         radius = base[:, None] * _swell(alive * s["scale"] * 0.5 * slow[:count, 2]) * zoom
         radius[target] = np.minimum(radius[target], 0.42 * short)
@@ -140,15 +163,19 @@ class World:
         angle = lean[:, None] + alive * s["rotation"] * 0.6 * slow_0[:count, 3] + roll
 
         slim = 0.3 * (u[:, 2] - 0.5)
-        slim[roles == "occluder"] = np.where(u[:, 2] < 0.5, -0.3, 0.1)[roles == "occluder"]  # poles and boards
+        # poles and boards
+        slim[roles == "occluder"] = np.where(u[:, 2] < 0.5, -0.3, 0.1)[roles == "occluder"]
         stretch = _swell(slim[:, None] + alive * 0.34 * s["aspect"] * slow[:count, 4])
         half_w, half_h = radius * stretch, radius / stretch
         time = np.arange(frames) / max(frames - 1, 1)
         drift = s["appearance"] * np.clip(time * 1.15 + 0.15 * slow_0[target, 5], 0, 1)
-        half_w[target] *= 1 - 1.6 * s["appearance"] * drift * (1 - drift)  # turns out of the plane half-way
+        # turns out of the plane half-way
+        half_w[target] *= 1 - 1.6 * s["appearance"] * drift * (1 - drift)
         self._drift = np.floor(drift * 16 + 0.5).astype(np.int64)
 
-        centre = self._travel(draw, u, slow_0, quick_0, size, roll, zoom, np.stack([half_w, half_h]), roles)
+        centre = self._travel(
+            draw, u, slow_0, quick_0, size, roll, zoom, np.stack([half_w, half_h]), roles
+        )
         self._join(u, slow, angle, half_w, half_h, centre)
         # The background, from frame to texels.
         k = draw.between(0.75, 1.4)
@@ -163,10 +190,13 @@ class World:
         """Centres of all bodies in the frame, (count, 2, T). First the world, then the camera."""
         s, count, frames, target = self.strengths, len(self.bodies), self.frames, self.target
         middle = np.array([[self.size[0] / 2], [self.size[1] / 2]])
-        self._camera = min(self.size) * (0.3 * s["camera"] * slow[count, :2] + 0.05 * s["fast"] * quick[2:])
+        self._camera = min(self.size) * (
+            0.3 * s["camera"] * slow[count, :2] + 0.05 * s["fast"] * quick[2:]
+        )
         c, d = (k * zoom for k in circle(roll))
 
-        def view(place: Floats) -> Floats:  # (..., 2, T): the camera turns and zooms about the frame's middle
+        # (..., 2, T): the camera turns and zooms about the frame's middle
+        def view(place: Floats) -> Floats:
             x, y = place[..., 0, :] - middle[0], place[..., 1, :] - middle[1]
             return np.stack([c * x - d * y, d * x + c * y], -2) + middle + self._camera
 
@@ -174,7 +204,8 @@ class World:
         start = margin + u[:, 3:5, None] * (2 * middle - 2 * margin)
         path = start[target] + 3 * size * s["motion"] * slow[target, :2]
         seen = view(path + s["fast"] * 3.6 * size * quick[:2])
-        for axis, length in enumerate(self.size):  # the target is reflected before it leaves the frame
+        # the target is reflected before it leaves the frame
+        for axis, length in enumerate(self.size):
             span = length - 2 * margin
             folded = (seen[axis] - margin) % (2 * span)
             seen[axis] = margin + np.where(folded > span, 2 * span - folded, folded)
@@ -189,13 +220,15 @@ class World:
             centre[body] = seen + far * np.stack(circle(away))
             centre[body] += (0.5 + 0.5 * u[body, 7]) * size * near * slow[body, :2]
         occluders = np.nonzero(roles == "occluder")[0]
-        for k, body in enumerate(occluders):  # each crosses the target's path at a moment of its own
+        # each crosses the target's path at a moment of its own
+        for k, body in enumerate(occluders):
             moment = (0.35 + 0.45 * (k + u[body, 5]) / len(occluders)) * (frames - 1)
             extent = half[:, body].max(-1) + half[:, target].max(-1)
             ahead = np.array(circle(u[body, 6]))
             miss = 0.9 * size * (1 - s["occlusion"]) * (1 if u[body, 8] < 0.5 else -1)
             aside = np.array([-ahead[1], ahead[0]]) * miss
-            clear = 1.3 * np.sqrt(extent[0] * extent[0] + extent[1] * extent[1])  # not in the way at first
+            # not in the way at first
+            clear = 1.3 * np.sqrt(extent[0] * extent[0] + extent[1] * extent[1])
             speed = max(clear / max(moment, 1.0), size * (0.1 + 0.12 * u[body, 7]))
             meet = (seen[:, int(moment)] + aside)[:, None]
             centre[body] = meet + ahead[:, None] * (speed * (np.arange(frames) - moment))
@@ -211,8 +244,12 @@ class World:
         x = x * x * (3 - 2 * x) * self.strengths["out_of_view"]
         seen[axis] += x * (outside - seen[axis])
 
-    def _join(self, u: Floats, slow: Floats, angle: Floats, half_w: Floats, half_h: Floats, centre: Floats) -> None:
-        """Maps between the frame and every part's square, (6, P, T): x' = a u + b v + e, y' = c u + d v + f."""
+    def _join(
+        self, u: Floats, slow: Floats, angle: Floats, half_w: Floats, half_h: Floats, centre: Floats
+    ) -> None:
+        """Maps between the frame and every part's square, (6, P, T): x' = a u + b v + e, y' = c u +
+        d v + f.
+        """
         s, own, frames = self.strengths, self._owner, np.arange(self.frames)
         cos, sin = circle(angle)
         a, b, e = (cos * half_w)[own], (-sin * half_h)[own], centre[own, 0]
@@ -222,7 +259,9 @@ class World:
             [[p.x, p.y, p.length, p.width, p.turn, p.swing, p.phase] for p in parts]
         ).T[..., None]
         beat = (u[:, 9:10] + (0.05 + 0.07 * u[:, 10:11]) * frames)[own] + phase
-        turn = turn + swing * s["articulation"] * (0.7 + 0.3 * slow[:-1, 6])[own] * sine(beat) - 0.25
+        turn = (
+            turn + swing * s["articulation"] * (0.7 + 0.3 * slow[:-1, 6])[own] * sine(beat) - 0.25
+        )
         # A part's own axes: u across, v from the hinge outwards.
         cos, sin = circle(turn)
         pa, pb, pc, pd = cos * width, -sin * length / 2, sin * width, cos * length / 2
@@ -232,10 +271,18 @@ class World:
                       c * pa + d * pc, c * pb + d * pd, c * pe + d * pf + f])  # fmt: skip
         det = m[0] * m[4] - m[1] * m[3]
         self._to_frame = m
-        self._to_part = np.stack([m[4], -m[1], m[1] * m[5] - m[4] * m[2], -m[3], m[0], m[3] * m[2] - m[0] * m[5]]) / det
-        # Bending: two shears of the part's square, u + p sin(v), then v + q sin(u); each has an exact inverse.
+        self._to_part = (
+            np.stack(
+                [m[4], -m[1], m[1] * m[5] - m[4] * m[2], -m[3], m[0], m[3] * m[2] - m[0] * m[5]]
+            )
+            / det
+        )
+        # Bending: two shears of the part's square, u + p sin(v), then v + q sin(u); each has an
+        # exact inverse.
         soft = np.array([body.role in ("target", "distractor") for body in self.bodies])[own, None]
-        amount = soft * s["deformation"] * np.where(whole, 0.2, 0.12) * (0.75 + 0.25 * slow[:-1, 5][own])
+        amount = (
+            soft * s["deformation"] * np.where(whole, 0.2, 0.12) * (0.75 + 0.25 * slow[:-1, 5][own])
+        )
         self._bend = np.stack([amount, 0.8 * amount])
         self._bent_parts = (amount != 0).any(1)
         self._bend_waves = 0.18 + 0.15 * u[own, 11]  # turns of the sine for each unit of the square
@@ -244,7 +291,8 @@ class World:
         self._reach = np.stack([np.abs(m[0]) * (1 + amount) + np.abs(m[1]) * (1 + amount),
                                 np.abs(m[3]) * (1 + amount) + np.abs(m[4]) * (1 + amount)])  # fmt: skip
 
-    # --- labels -------------------------------------------------------------------------------------
+    # --- labels
+    # -------------------------------------------------------------------------------------
 
     def _shape(self, part: int) -> Shape:
         return shape(self.config.bank, self.bodies[self._owner[part]].shapes[self._slot[part]])
@@ -253,7 +301,10 @@ class World:
         """Points (P', N, 2) of some parts' squares in the pixels of all frames: (2, P', T, N)."""
         u, v = points[:, None, :, 0], points[:, None, :, 1]
         if self._bent_parts[parts].any():
-            (p, q), (first, second) = self._bend[:, parts, :, None], self._bend_phase[:, parts, :, None]
+            (p, q), (first, second) = (
+                self._bend[:, parts, :, None],
+                self._bend_phase[:, parts, :, None],
+            )
             waves = self._bend_waves[parts, None, None]
             u = u + p * sine(v * waves + first)
             v = v + q * sine(u * waves + second)
@@ -265,7 +316,10 @@ class World:
         m = self._to_part[:, part, frames, None]
         u, v = m[0] * x + m[1] * y + m[2], m[3] * x + m[4] * y + m[5]
         if self._bent_parts[part]:
-            (p, q), (first, second) = self._bend[:, part, frames, None], self._bend_phase[:, part, frames, None]
+            (p, q), (first, second) = (
+                self._bend[:, part, frames, None],
+                self._bend_phase[:, part, frames, None],
+            )
             v = v - q * sine(u * self._bend_waves[part] + second)
             u = u - p * sine(v * self._bend_waves[part] + first)
         column = np.clip((u + 1) * (SPRITE // 2), 0, SPRITE - 1).astype(np.int64)
@@ -276,7 +330,9 @@ class World:
         parts = self._target_parts
         shapes = [self._shape(part) for part in parts]
         each = POINTS // len(parts)
-        placed = self._place(parts, np.stack([np.concatenate([x.outline, x.points[:each]]) for x in shapes]))
+        placed = self._place(
+            parts, np.stack([np.concatenate([x.outline, x.points[:each]]) for x in shapes])
+        )
         edge, points = placed[..., :OUTLINE], placed[..., OUTLINE:]
         low, high, limit = edge.min((1, 3)), edge.max((1, 3)), np.array(self.size)[:, None]
         self.outline_xywh = np.concatenate([low, high - low]).T
@@ -285,15 +341,19 @@ class World:
         self.boxes_xywh[(seen_high <= seen_low).any(0)] = 0
         self.cut = ((low < 0) | (high > limit)).any(0)
 
-        # A point stands for its share of its part's area; one under a later part of the target for nothing.
+        # A point stands for its share of its part's area; one under a later part of the target for
+        # nothing.
         m = self._to_frame[:, parts, 0]
         area = np.abs(m[0] * m[4] - m[1] * m[3]) * [x.area for x in shapes]
-        share = np.floor(area[:, None] * np.ones(each) * (1e6 / (area.sum() * each))).astype(np.int64)
+        share = np.floor(area[:, None] * np.ones(each) * (1e6 / (area.sum() * each))).astype(
+            np.int64
+        )
         if len(parts) > 1:
             m = self._to_part[:, parts, 0][..., None, None]
             x, y = points[:, :, 0]
             u, v = m[0] * x + m[1] * y + m[2], m[3] * x + m[4] * y + m[5]
-            under = u * u * u * u + v * v * v * v < 0.6  # (later part, part, point), as if all were plain
+            # (later part, part, point), as if all were plain
+            under = u * u * u * u + v * v * v * v < 0.6
             later = np.arange(len(parts))[:, None] > np.arange(len(parts))
             share[(under & later[..., None]).any(0)] = 0
         x, y = points
@@ -309,7 +369,8 @@ class World:
         self.cover = np.where(count == total, 8, np.minimum(steps, 7))
         self.absent = count == 0
 
-    # --- light --------------------------------------------------------------------------------------
+    # --- light
+    # --------------------------------------------------------------------------------------
 
     def _light(self, draw: Draw) -> None:
         s, frames = self.strengths, self.frames
@@ -330,7 +391,8 @@ class World:
         length = np.sqrt((along * along).sum(0))
         along = along * np.minimum(1, 9 / np.maximum(length, 1e-9))
         soft = s["blur"] * (1.6 + 1.4 * wave[6])
-        self._smear = np.stack([along, np.stack([soft, 0.6 * soft]) * 0.7071], 0)  # (2 passes, 2, T) pixels
+        # (2 passes, 2, T) pixels
+        self._smear = np.stack([along, np.stack([soft, 0.6 * soft]) * 0.7071], 0)
         self._smear[1, 1] += 0.4 * soft
         self._noise = s["noise"] * 0.17  # of the tape: a standard deviation of up to 12
         self._noise_at = np.floor(draw.unit(frames) * (1 << 18)).astype(np.int64)

@@ -1,8 +1,10 @@
 """What lessons are made of: figures, widgets, exercise checks and the notebook tools.
 
-The rest of the library does not need this package (the command line borrows `drawing` and `lessons`). Lessons
-use the names below; matplotlib and nbclient are imported when they are first needed.
+The rest of the library does not need this package (the command line borrows `drawing` and
+`lessons`). Lessons use the names below; matplotlib and nbclient are imported when they are first
+needed.
 """
+
 from __future__ import annotations
 
 from trackkit.course.checks import check

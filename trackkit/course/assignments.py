@@ -1,8 +1,9 @@
 """Hand lessons out: the student version, a copy to work on, and the solutions for tests.
 
-The rules for markers are those of nbgrader's ClearSolutions, ClearHiddenTests and LockCells, so a course that uses
-nbgrader gets the same cells from the same file; nbgrader itself is not needed.
+The rules for markers are those of nbgrader's ClearSolutions, ClearHiddenTests and LockCells, so a
+course that uses nbgrader gets the same cells from the same file; nbgrader itself is not needed.
 """
+
 from __future__ import annotations
 
 import ast
@@ -20,7 +21,10 @@ from nbformat import NotebookNode
 
 from trackkit.errors import TrackkitError
 
-_STUB = {"code": ["# YOUR CODE HERE", "raise NotImplementedError()"], "markdown": ["YOUR ANSWER HERE"]}
+_STUB = {
+    "code": ["# YOUR CODE HERE", "raise NotImplementedError()"],
+    "markdown": ["YOUR ANSWER HERE"],
+}
 
 
 class LessonError(TrackkitError):
@@ -30,9 +34,10 @@ class LessonError(TrackkitError):
 def student(path: Path, out: Path, /) -> Path:
     """Write the version of a lesson that learners get, and return its path.
 
-    As nbgrader's generate_assignment: what stands between BEGIN SOLUTION and END SOLUTION becomes a stub with the
-    same indentation, a solution cell without markers becomes a stub as a whole, what stands between BEGIN HIDDEN
-    TESTS and END HIDDEN TESTS goes, outputs go, and graded cells cannot be deleted or (tests) edited.
+    As nbgrader's generate_assignment: what stands between BEGIN SOLUTION and END SOLUTION becomes a
+    stub with the same indentation, a solution cell without markers becomes a stub as a whole, what
+    stands between BEGIN HIDDEN TESTS and END HIDDEN TESTS goes, outputs go, and graded cells cannot
+    be deleted or (tests) edited.
 
     Raises LessonError for unbalanced markers or markers in a cell without the metadata for them.
 
@@ -59,9 +64,11 @@ def student(path: Path, out: Path, /) -> Path:
 
 
 def start(lesson: str, folder: Path = Path("work"), /) -> Path:
-    """Give a learner a copy of a lesson to work on, under its own name; prints and returns its path.
+    """Give a learner a copy of a lesson to work on, under its own name; prints and returns its
+    path.
 
-    Raises LessonError if there is no such lesson, or if the copy is already there, so that no work is lost.
+    Raises LessonError if there is no such lesson, or if the copy is already there, so that no work
+    is lost.
 
     Args:
         lesson: its number, such as 01, or a notebook.
@@ -87,10 +94,14 @@ def _numbered(number: int) -> Path:
 
 
 def student_source(cell: NotebookNode) -> str:
-    """Source of a cell in the student version. Raises ValueError for markers that nbgrader would reject."""
+    """Source of a cell in the student version. Raises ValueError for markers that nbgrader would
+    reject.
+    """
     grader = cell.metadata.get("nbgrader", {})
     stub = _STUB["code" if cell.cell_type == "code" else "markdown"]
-    source, solved = _replace(cell.source, "SOLUTION", lambda indent: [indent + line for line in stub])
+    source, solved = _replace(
+        cell.source, "SOLUTION", lambda indent: [indent + line for line in stub]
+    )
     if solved and not grader.get("solution"):
         raise ValueError("a solution region in a cell without nbgrader's solution metadata")
     if grader.get("solution") and not solved:
@@ -125,15 +136,21 @@ def solution_cells(path: str | Path) -> dict[str, str]:
     cells = {}
     for cell in nbformat.read(path, as_version=4).cells:
         if cell.cell_type == "code" and cell.metadata.get("nbgrader", {}).get("solution"):
-            kept = [line for line in cell.source.split("\n") if not re.search(r"(BEGIN|END) SOLUTION", line)]
+            kept = [
+                line
+                for line in cell.source.split("\n")
+                if not re.search(r"(BEGIN|END) SOLUTION", line)
+            ]
             cells[cell.metadata.nbgrader.grade_id] = "\n".join(kept)
     return cells
 
 
 def same_code(source: str, function: Callable[..., Any]) -> bool:
-    """Whether `source` defines a function of the same name, arguments and statements as a library function.
+    """Whether `source` defines a function of the same name, arguments and statements as a library
+    function.
 
-    Comments, docstrings, annotations and layout do not count. Raises ValueError if it defines no such function.
+    Comments, docstrings, annotations and layout do not count. Raises ValueError if it defines no
+    such function.
     """
     name = function.__name__
     for node in ast.parse(source).body:

@@ -1,10 +1,13 @@
-"""Checks that name the mistake: `check("iou", iou)` compares a learner's function with the library's.
+"""Checks that name the mistake: `check("iou", iou)` compares a learner's function with the
+library's.
 
-An exercise has a reference (the library's function), seeded inputs from small to large, and the mistakes that
-learners are likely to make, each as a function that makes it and a hint. When an answer is wrong and equals
-what one of those functions returns on every input, the hint is shown; otherwise the first, so the smallest,
-input on which it is wrong. The exercises of each lesson are registered in `trackkit.course.exercises`.
+An exercise has a reference (the library's function), seeded inputs from small to large, and the
+mistakes that learners are likely to make, each as a function that makes it and a hint. When an
+answer is wrong and equals what one of those functions returns on every input, the hint is shown;
+otherwise the first, so the smallest, input on which it is wrong. The exercises of each lesson are
+registered in `trackkit.course.exercises`.
 """
+
 from __future__ import annotations
 
 import copy
@@ -33,7 +36,9 @@ class NotDone(CheckFailed, NotImplementedError):
 
 @dataclass(frozen=True)
 class Mistake:
-    """A likely wrong answer: `function` has the exercise's signature, `hint` tells the learner what is wrong."""
+    """A likely wrong answer: `function` has the exercise's signature, `hint` tells the learner what
+    is wrong.
+    """
 
     function: Callable[..., Any]
     hint: str
@@ -45,8 +50,10 @@ class Exercise:
 
     Attributes:
         reference: the library's function. Its parameter names are used in messages.
-        inputs: generator -> list of argument tuples, the smallest first, so that the shown failure is readable.
-        mistakes: tried in this order; the first one that returns the learner's answers on all inputs is named.
+        inputs: generator -> list of argument tuples, the smallest first, so that the shown failure
+            is readable.
+        mistakes: tried in this order; the first one that returns the learner's answers on all
+            inputs is named.
         tolerance: allowed absolute difference, and relative to the largest expected number.
     """
 
@@ -69,8 +76,8 @@ def exercise(
 ) -> Callable[[Callable], Callable]:
     """Register an exercise; decorates the function that makes its inputs.
 
-        @exercise("iou", reference=boxes.iou, mistakes={"The boxes are read as corners.": iou_of_corners})
-        def _(generator):
+        @exercise("iou", reference=boxes.iou, mistakes={"The boxes are read as corners.":
+        iou_of_corners}) def _(generator):
             return [(a, b), ...]  # argument tuples, the smallest first
 
     Raises ValueError when the name is taken.
@@ -122,7 +129,8 @@ def run_check(item: Exercise, function: Callable[..., Any], seed: int = 0) -> No
     index = next(i for i, problem in enumerate(problems) if problem)
     inputs = _describe_inputs(item.reference, cases[index])
     raise CheckFailed(
-        f"{item.name}: not yet. Wrong on input {index + 1} of {len(cases)}: {problems[index]}\n{inputs}\n"
+        f"{item.name}: not yet. Wrong on input {index + 1} of {len(cases)}: "
+        f"{problems[index]}\n{inputs}\n"
         f"  expected {_describe(expected[index])}\n  got      {_describe(answers[index])}"
     )
 
@@ -132,7 +140,8 @@ def _answer(item: Exercise, function: Callable[..., Any], case: tuple) -> Any:
         answer = function(*copy.deepcopy(case))
     except NotImplementedError:
         raise NotDone(
-            f"{item.name}: not done yet. Replace `raise NotImplementedError()` with your code and run both cells."
+            f"{item.name}: not done yet. Replace `raise NotImplementedError()` with your code and "
+            "run both cells."
         ) from None
     if answer is None:
         raise CheckFailed(f"{item.name}: your function returned None. Is the `return` missing?")
@@ -173,7 +182,8 @@ def _tensor_difference(answer: Any, expected: Any, tolerance: float) -> str:
         return f"{count} of {got.numel()} numbers are NaN or infinite. Is there a division by zero?"
     if want.numel() == 0:
         return ""
-    same = (got == want) | (got.isnan() & want.isnan())  # a mistake may return NaN, and then so does the learner
+    # a mistake may return NaN, and then so does the learner
+    same = (got == want) | (got.isnan() & want.isnan())
     gap = torch.where(same, 0.0, (got - want).abs()).nan_to_num(nan=torch.inf)
     if gap.max() <= tolerance * max(1.0, float(want.nan_to_num().abs().max())):
         return ""
@@ -181,7 +191,11 @@ def _tensor_difference(answer: Any, expected: Any, tolerance: float) -> str:
         return "the number differs."
     place = np.unravel_index(int(gap.argmax()), tuple(want.shape))
     at = ", ".join(str(int(i)) for i in place)
-    return f"the largest difference is at [{at}]: {want[place]:.4g} was expected, {got[place]:.4g} returned."
+    return (
+        f"the largest difference is at [{at}]: {want[place]:.4g} was expected, "
+        f"{got[place]:.4g} "
+        "returned."
+    )
 
 
 def _shape(value: Tensor) -> str:
@@ -190,7 +204,9 @@ def _shape(value: Tensor) -> str:
 
 def _describe_inputs(reference: Callable[..., Any], case: tuple) -> str:
     names = list(inspect.signature(reference).parameters)
-    return "\n".join(f"  {name} = {_describe(value)}" for name, value in zip(names, case, strict=False))
+    return "\n".join(
+        f"  {name} = {_describe(value)}" for name, value in zip(names, case, strict=False)
+    )
 
 
 def _describe(value: Any) -> str:
@@ -203,7 +219,10 @@ def _describe(value: Any) -> str:
         return f"{value:.4g}" if isinstance(value, (float, np.floating)) else repr(value)
     if value.numel() <= 25:
         return _nested(value.detach().tolist())
-    return f"tensor of shape {tuple(value.shape)}, {float(value.min()):.4g} to {float(value.max()):.4g}"
+    return (
+        f"tensor of shape {tuple(value.shape)}, {float(value.min()):.4g} to "
+        f"{float(value.max()):.4g}"
+    )
 
 
 def _nested(value: Any) -> str:

@@ -1,7 +1,9 @@
 """Frames with boxes, and pictures as small PNG files, with Pillow alone.
 
-The command line uses this module without matplotlib; a figure comes in as an object that knows `savefig`.
+The command line uses this module without matplotlib; a figure comes in as an object that knows
+`savefig`.
 """
+
 from __future__ import annotations
 
 import io
@@ -21,10 +23,12 @@ if TYPE_CHECKING:
     Picture = Figure | Image.Image | Tensor | np.ndarray
 
 MAX_WIDTH = 640
-# Okabe and Ito's colours: told apart with any colour vision. Every colour also has its own line pattern.
+# Okabe and Ito's colours: told apart with any colour vision. Every colour also has its own line
+# pattern.
 COLOURS = ("#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442", "#D55E00", "#0072B2")
 _DARK, _LIGHT = "#202020", "#FFFFFF"
-_DASHES = ((1, 0), (8, 4), (3, 3), (12, 3))  # drawn and skipped lengths in line widths; (1, 0) is solid
+# drawn and skipped lengths in line widths; (1, 0) is solid
+_DASHES = ((1, 0), (8, 4), (3, 3), (12, 3))
 
 
 def to_image(frame: Tensor | np.ndarray) -> Image.Image:
@@ -38,7 +42,9 @@ def to_image(frame: Tensor | np.ndarray) -> Image.Image:
     if array.ndim == 3 and array.shape[0] == 3:
         array = array.transpose(1, 2, 0)
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
-        raise ValueError(f"a picture has shape (3, H, W), (H, W, 3) or (H, W), got {tuple(array.shape)}")
+        raise ValueError(
+            f"a picture has shape (3, H, W), (H, W, 3) or (H, W), got {tuple(array.shape)}"
+        )
     return Image.fromarray(np.ascontiguousarray(array))
 
 
@@ -48,11 +54,13 @@ def draw_boxes(
     legend: bool = True,
     scale: float = 1.0,
 ) -> Tensor:
-    """Draw named boxes on a frame: uint8 (3, H, W) -> uint8 (3, round(H * scale), round(W * scale)).
+    """Draw named boxes on a frame: uint8 (3, H, W) -> uint8 (3, round(H * scale), round(W *
+    scale)).
 
-    `boxes` maps a name to `xywh` in frame pixels, shape (4,). A box that is None, not finite or empty is not
-    drawn and keeps its colour, which follows from its place in the mapping, as does its line pattern.
-    Outlines stay thin when the frame is resized by `scale`. `legend` writes the names in the corner.
+    `boxes` maps a name to `xywh` in frame pixels, shape (4,). A box that is None, not finite or
+    empty is not drawn and keeps its colour, which follows from its place in the mapping, as does
+    its line pattern. Outlines stay thin when the frame is resized by `scale`. `legend` writes the
+    names in the corner.
     """
     image = to_image(frame).convert("RGB")
     if scale != 1:
@@ -62,7 +70,8 @@ def draw_boxes(
     line = max(2, round(image.width / 240))
     rings = [_ring(box, scale) for box in boxes.values()]
     for ring in filter(None, rings):
-        draw.line(ring, fill=_DARK, width=line + 2)  # a dark rim keeps light colours visible on light frames
+        # a dark rim keeps light colours visible on light frames
+        draw.line(ring, fill=_DARK, width=line + 2)
     for index, ring in enumerate(rings):
         for start, end in itertools.pairwise(ring):
             _dashed(draw, start, end, *_style(index), line)
@@ -76,7 +85,9 @@ def _ring(box: Tensor | ListLike[float] | None, scale: float) -> list[tuple[int,
     values = [] if box is None else [float(v) * scale for v in box]
     if not values or not np.isfinite(values).all() or min(values[2:]) <= 0:
         return []
-    x1, y1, x2, y2 = (round(v) for v in (values[0], values[1], values[0] + values[2], values[1] + values[3]))
+    x1, y1, x2, y2 = (
+        round(v) for v in (values[0], values[1], values[0] + values[2], values[1] + values[3])
+    )
     return [(x1, y1), (x2, y1), (x2, y2), (x1, y2), (x1, y1)]
 
 
@@ -105,12 +116,16 @@ def _legend(draw: ImageDraw.ImageDraw, names: list[str], width: int, line: int) 
     for index, name in enumerate(names):
         colour, dash = _style(index)
         middle = row * index + row // 2 + 2
-        _dashed(draw, (size // 3, middle), (size // 3 + round(1.3 * size), middle), colour, dash, line)
+        _dashed(
+            draw, (size // 3, middle), (size // 3 + round(1.3 * size), middle), colour, dash, line
+        )
         draw.text((swatch, middle), name, fill=_LIGHT, font=font, anchor="lm")
 
 
 def to_png(picture: Picture) -> bytes:
-    """A figure, Pillow image or uint8 array as PNG bytes, at most 640 px wide, with at most 128 colours."""
+    """A figure, Pillow image or uint8 array as PNG bytes, at most 640 px wide, with at most 128
+    colours.
+    """
     if isinstance(picture, (Tensor, np.ndarray)):
         picture = to_image(picture)
     if not isinstance(picture, Image.Image):
@@ -120,7 +135,9 @@ def to_png(picture: Picture) -> bytes:
         picture = Image.open(buffer)
     image = picture.convert("RGB")
     if image.width > MAX_WIDTH:
-        image = image.resize((MAX_WIDTH, round(image.height * MAX_WIDTH / image.width)), Image.Resampling.BILINEAR)
+        image = image.resize(
+            (MAX_WIDTH, round(image.height * MAX_WIDTH / image.width)), Image.Resampling.BILINEAR
+        )
     buffer = io.BytesIO()
     palette = _palette(image, 128, (*COLOURS, "#000000", _DARK, _LIGHT))
     image.quantize(palette=palette, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
@@ -128,10 +145,17 @@ def to_png(picture: Picture) -> bytes:
 
 
 def _palette(image: Image.Image, colours: int, kept: tuple[str, ...]) -> Image.Image:
-    """A palette of the image's colours in which the colours `kept`, those of thin lines, stay as they are."""
-    fitted = image.quantize(colours - len(kept), Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).getpalette()
+    """A palette of the image's colours in which the colours `kept`, those of thin lines, stay as
+    they are.
+    """
+    fitted = image.quantize(
+        colours - len(kept), Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE
+    ).getpalette()
     holder = Image.new("P", (1, 1))
-    holder.putpalette(fitted[: 3 * (colours - len(kept))] + [v for colour in kept for v in ImageColor.getrgb(colour)])
+    holder.putpalette(
+        fitted[: 3 * (colours - len(kept))]
+        + [v for colour in kept for v in ImageColor.getrgb(colour)]
+    )
     return holder
 
 
@@ -145,7 +169,8 @@ def spoken(kind: str, alt: str) -> str:
 class APNG:
     """A short animation that a notebook stores and plays as one PNG file.
 
-    Attributes: data, the bytes of the file; alt, its text for screen readers; frames, how many it was given.
+    Attributes: data, the bytes of the file; alt, its text for screen readers; frames, how many it
+    was given.
     """
 
     def __init__(self, data: bytes, alt: str, frames: int):
@@ -170,12 +195,14 @@ def animation(
 ) -> APNG:
     """Frames with moving boxes as an animated PNG of at most `max_bytes`.
 
-    frames: T uint8 (3, H, W) of one size. boxes_by_name: name -> (T, 4) `xywh` in frame pixels (None or NaN
-    rows are not drawn). Starts with all frames at `width` pixels in 64 colours; what is too large loses first
-    colours (down to 16), then width (down to 60 %), then frames (down to every fourth, at the same speed): a
-    still camera keeps everything, a moving one does not. All frames share a palette, so nothing flickers.
+    frames: T uint8 (3, H, W) of one size. boxes_by_name: name -> (T, 4) `xywh` in frame pixels
+    (None or NaN rows are not drawn). Starts with all frames at `width` pixels in 64 colours; what
+    is too large loses first colours (down to 16), then width (down to 60 %), then frames (down to
+    every fourth, at the same speed): a still camera keeps everything, a moving one does not. All
+    frames share a palette, so nothing flickers.
 
-    Raises ValueError for no frames, tracks of another length, or when even the smallest version is too large.
+    Raises ValueError for no frames, tracks of another length, or when even the smallest version is
+    too large.
     """
     frames = list(frames)
     tracks = dict(boxes_by_name or {})
@@ -188,14 +215,19 @@ def animation(
     for every, part, colours in _QUALITIES:
         scale = width * part / frames[0].shape[2]
         drawn = [
-            to_image(draw_boxes(frames[i], {name: track[i] for name, track in tracks.items()}, scale=scale))
+            to_image(
+                draw_boxes(
+                    frames[i], {name: track[i] for name, track in tracks.items()}, scale=scale
+                )
+            )
             for i in range(0, len(frames), every)
         ]
         data = _encode(drawn, colours, kept, fps / every)
         if len(data) <= max_bytes:
             return APNG(data, alt, len(frames))
     raise ValueError(
-        f"{len(frames)} frames need {len(data) // 1000} kB at the lowest quality, {max_bytes // 1000} kB are allowed; "
+        f"{len(frames)} frames need {len(data) // 1000} kB at the lowest quality, "
+        f"{max_bytes // 1000} kB are allowed; "
         "give fewer frames, or a smaller width"
     )
 

@@ -1,8 +1,9 @@
 """Figures for lessons, and how a notebook shows them.
 
-Functions called `figure_*` return a matplotlib `Figure`; `show` puts it into a notebook as a small PNG with a
-text for screen readers. matplotlib is imported when the first figure is made.
+Functions called `figure_*` return a matplotlib `Figure`; `show` puts it into a notebook as a small
+PNG with a text for screen readers. matplotlib is imported when the first figure is made.
 """
+
 from __future__ import annotations
 
 import inspect
@@ -30,8 +31,9 @@ _LINESTYLES = ("-", "--", ":", "-.")
 def show(picture: Picture, *, alt: str, caption: str | None = None) -> None:
     """Display a figure, Pillow image or uint8 frame in a notebook as a PNG of at most 640 px.
 
-    `alt` says in words what the picture shows, with the numbers that matter: screen readers read it, and
-    strict nbval compares it (but not the pixels). `caption` is set below in italics. A pyplot figure is closed.
+    `alt` says in words what the picture shows, with the numbers that matter: screen readers read
+    it, and strict nbval compares it (but not the pixels). `caption` is set below in italics. A
+    pyplot figure is closed.
     """
     from IPython.display import display
 
@@ -39,21 +41,28 @@ def show(picture: Picture, *, alt: str, caption: str | None = None) -> None:
     display(bundle, metadata={"image/png": {"alt": alt}}, raw=True)
     if caption is not None:
         display({"text/markdown": f"*{caption}*", "text/plain": caption}, raw=True)
-    if "matplotlib.pyplot" in sys.modules and not isinstance(picture, (Image.Image, Tensor, np.ndarray)):
-        sys.modules["matplotlib.pyplot"].close(picture)  # or the inline backend shows it a second time
+    if "matplotlib.pyplot" in sys.modules and not isinstance(
+        picture, (Image.Image, Tensor, np.ndarray)
+    ):
+        # or the inline backend shows it a second time
+        sys.modules["matplotlib.pyplot"].close(picture)
 
 
 def show_source(*objects: Any) -> None:
     """Display the source of library functions or classes as highlighted code.
 
-    The listing is part of the notebook's compared output, so a lesson that shows old code fails strict nbval.
+    The listing is part of the notebook's compared output, so a lesson that shows old code fails
+    strict nbval.
     """
     from IPython.display import display
 
     for item in objects:
         source = inspect.getsource(item).rstrip()
         title = f"{item.__module__}.{item.__qualname__}"
-        display({"text/markdown": f"`{title}`\n```python\n{source}\n```", "text/plain": source}, raw=True)
+        display(
+            {"text/markdown": f"`{title}`\n```python\n{source}\n```", "text/plain": source},
+            raw=True,
+        )
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -70,7 +79,8 @@ def figure_frames(
 ) -> Figure:
     """A contact sheet: frames side by side, `columns` in a row, with named boxes and titles.
 
-    frames: uint8 (3, H, W). boxes: for each frame a mapping from name to `xywh`; the legend is on the first.
+    frames: uint8 (3, H, W). boxes: for each frame a mapping from name to `xywh`; the legend is on
+    the first.
     """
     columns = min(columns, len(frames))
     rows = -(-len(frames) // columns)
@@ -80,18 +90,24 @@ def figure_frames(
     for index, frame in enumerate(frames):
         ax = fig.add_subplot(rows, columns, index + 1)
         scale = cell * 100 / frame.shape[2]
-        ax.imshow(to_image(draw_boxes(frame, boxes[index] if boxes else {}, legend=index == 0, scale=scale)))
+        ax.imshow(
+            to_image(
+                draw_boxes(frame, boxes[index] if boxes else {}, legend=index == 0, scale=scale)
+            )
+        )
         ax.set_axis_off()
         if titles:
             ax.set_title(titles[index], fontsize=8)
     return fig
 
 
-def figure_heatmap(maps: Mapping[str, Tensor], image: Tensor | None = None, mark_peak: bool = True) -> Figure:
+def figure_heatmap(
+    maps: Mapping[str, Tensor], image: Tensor | None = None, mark_peak: bool = True
+) -> Figure:
     """Score, label or attention maps side by side, each with its own colour bar.
 
-    maps: title -> float (h, w). image: a uint8 (3, H, W) picture shown first, such as the search crop.
-    `mark_peak` puts a cross on each map's maximum.
+    maps: title -> float (h, w). image: a uint8 (3, H, W) picture shown first, such as the search
+    crop. `mark_peak` puts a cross on each map's maximum.
     """
     panels = len(maps) + (image is not None)
     fig = _figure(6.4, 6.4 / panels * (0.8 if panels > 1 else 0.6) + 0.2)
@@ -102,7 +118,9 @@ def figure_heatmap(maps: Mapping[str, Tensor], image: Tensor | None = None, mark
     for index, (title, values) in enumerate(maps.items(), start=panels - len(maps) + 1):
         values = torch.as_tensor(values).detach().cpu().numpy()
         ax = fig.add_subplot(1, panels, index)
-        fig.colorbar(ax.imshow(values, cmap="viridis"), ax=ax, shrink=0.8).ax.tick_params(labelsize=7)
+        fig.colorbar(ax.imshow(values, cmap="viridis"), ax=ax, shrink=0.8).ax.tick_params(
+            labelsize=7
+        )
         ax.set_title(title, fontsize=9)
         ax.tick_params(labelsize=7)
         ax.locator_params(integer=True)
@@ -118,14 +136,18 @@ def figure_lines(
     xlabel: str = "",
     ylabel: str = "",
 ) -> Figure:
-    """Curves over a common axis: name -> values, all of one length, each with its own colour and line pattern.
+    """Curves over a common axis: name -> values, all of one length, each with its own colour and
+    line pattern.
 
     x: their positions; None numbers them from 0.
     """
     fig = _figure(6.4, 3.0)
     ax = fig.add_subplot()
     for index, (name, values) in enumerate(curves.items()):
-        style = {"color": COLOURS[index % len(COLOURS)], "linestyle": _LINESTYLES[index % len(_LINESTYLES)]}
+        style = {
+            "color": COLOURS[index % len(COLOURS)],
+            "linestyle": _LINESTYLES[index % len(_LINESTYLES)],
+        }
         ax.plot(range(len(values)) if x is None else x, values, label=name, **style)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.grid(alpha=0.3)
@@ -134,7 +156,8 @@ def figure_lines(
 
 
 def figure_curves(log: ListLike[Mapping[str, Any]], keys: ListLike[str] = ("loss",)) -> Figure:
-    """Training curves from the log that `training.train` returns: rows with "step" and the given keys.
+    """Training curves from the log that `training.train` returns: rows with "step" and the given
+    keys.
 
     Rows without a key (another stage) leave a gap in its curve.
     """
@@ -143,15 +166,20 @@ def figure_curves(log: ListLike[Mapping[str, Any]], keys: ListLike[str] = ("loss
 
 
 def figure_success(scores: Mapping[str, Scores | Tensor]) -> Figure:
-    """Success plot: for each tracker the share of frames whose overlap exceeds the threshold on the x-axis.
+    """Success plot: for each tracker the share of frames whose overlap exceeds the threshold on the
+    x-axis.
 
-    scores: name -> `evaluation.Scores`, or (N,) IoU of each frame that counts. The legend states the average
-    overlap (AO).
+    scores: name -> `evaluation.Scores`, or (N,) IoU of each frame that counts. The legend states
+    the average overlap (AO).
     """
     curves = {}
     for name, score in scores.items():
         whole = isinstance(score, Scores)
-        ao, curve = (score.ao, Tensor(score.curve)) if whole else (average_overlap(score), success_curve(score))
+        ao, curve = (
+            (score.ao, Tensor(score.curve))
+            if whole
+            else (average_overlap(score), success_curve(score))
+        )
         curves[f"{name} (AO {ao:.3f})"] = curve
     fig = figure_lines(curves, THRESHOLDS, xlabel="overlap threshold", ylabel="success rate")
     fig.axes[0].set(xlim=(0, 1), ylim=(0, 1))

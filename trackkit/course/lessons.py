@@ -1,9 +1,11 @@
 """The notebook tools; `trackkit lessons build | check | student | start` calls them.
 
-A lesson's .ipynb is its source, its test (strict nbval) and its assignment (nbgrader's cell metadata). `build`
-runs a notebook and writes it back in the one form in which it is committed, `check` finds what will break,
-`student` takes the solutions out, `start` gives a learner a copy to work on.
+A lesson's .ipynb is its source, its test (strict nbval) and its assignment (nbgrader's cell
+metadata). `build` runs a notebook and writes it back in the one form in which it is committed,
+`check` finds what will break, `student` takes the solutions out, `start` gives a learner a copy to
+work on.
 """
+
 from __future__ import annotations
 
 import os
@@ -15,7 +17,15 @@ import nbformat
 import tyro
 from nbformat import NotebookNode
 
-from trackkit.course.assignments import LessonError, clear, same_code, solution_cells, start, student, write
+from trackkit.course.assignments import (
+    LessonError,
+    clear,
+    same_code,
+    solution_cells,
+    start,
+    student,
+    write,
+)
 from trackkit.course.lint import Finding, findings, lint
 
 __all__ = [
@@ -31,7 +41,8 @@ __all__ = [
     "student",
 ]
 
-# One thread and the tiny scale: what strict nbval and CI use too, so outputs agree to the printed digit.
+# One thread and the tiny scale: what strict nbval and CI use too, so outputs agree to the printed
+# digit.
 ENVIRONMENT = {
     "TRACKKIT_SCALE": "tiny",
     "OMP_NUM_THREADS": "1",
@@ -43,8 +54,9 @@ ENVIRONMENT = {
 def build(*paths: tyro.conf.Positional[Path], timeout: int = 120) -> None:
     """Run lessons in fresh kernels and write them back in normal form; prints a line for each.
 
-    A kernel works in the lesson's folder at TRACKKIT_SCALE=tiny with one thread. A file is replaced only if all
-    went well. Raises LessonError when a cell fails, or when the result has findings of `lint`.
+    A kernel works in the lesson's folder at TRACKKIT_SCALE=tiny with one thread. A file is replaced
+    only if all went well. Raises LessonError when a cell fails, or when the result has findings of
+    `lint`.
 
     Args:
         paths: notebooks.
@@ -56,7 +68,8 @@ def build(*paths: tyro.conf.Positional[Path], timeout: int = 120) -> None:
 
 
 def check(*paths: tyro.conf.Positional[Path]) -> None:
-    """Look for what will break in built lessons, without running them; prints a line if there is nothing.
+    """Look for what will break in built lessons, without running them; prints a line if there is
+    nothing.
 
     Raises LessonError that lists all findings.
 
@@ -109,8 +122,8 @@ def _build(path: Path, timeout: int) -> float:
 def normalise(notebook: NotebookNode) -> None:
     """Bring an executed notebook into the form in which it is committed, in place.
 
-    Cell ids become cell-1..n, kernelspec python3, volatile metadata goes. Widget views, which mean nothing
-    without their kernel, go too, so that every page shows the PNG beside them.
+    Cell ids become cell-1..n, kernelspec python3, volatile metadata goes. Widget views, which mean
+    nothing without their kernel, go too, so that every page shows the PNG beside them.
     """
     notebook.metadata = NotebookNode(
         kernelspec={"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -119,7 +132,9 @@ def normalise(notebook: NotebookNode) -> None:
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     for index, cell in enumerate(notebook.cells, start=1):
         cell.id = f"cell-{index}"
-        cell.metadata = NotebookNode({k: v for k, v in cell.metadata.items() if k in ("tags", "nbgrader", "jupyter")})
+        cell.metadata = NotebookNode(
+            {k: v for k, v in cell.metadata.items() if k in ("tags", "nbgrader", "jupyter")}
+        )
         if cell.cell_type == "code":
             cell.outputs = _merged(cell.outputs)
         for output in cell.get("outputs", []):
@@ -127,7 +142,9 @@ def normalise(notebook: NotebookNode) -> None:
 
 
 def _merged(outputs: list[NotebookNode]) -> list[NotebookNode]:
-    """Neighbouring pieces of one stream as one: where a slow cell's text is cut depends on the moment."""
+    """Neighbouring pieces of one stream as one: where a slow cell's text is cut depends on the
+    moment.
+    """
     merged: list[NotebookNode] = []
     for output in outputs:
         last = merged[-1] if merged else None
@@ -151,5 +168,7 @@ def _seconds(cell: NotebookNode) -> float:
     times = cell.metadata.get("execution", {})
     if "shell.execute_reply" not in times:
         return 0.0
-    begin, end = (datetime.fromisoformat(times[key]) for key in ("iopub.execute_input", "shell.execute_reply"))
+    begin, end = (
+        datetime.fromisoformat(times[key]) for key in ("iopub.execute_input", "shell.execute_reply")
+    )
     return (end - begin).total_seconds()

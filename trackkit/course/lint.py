@@ -2,6 +2,7 @@
 
 `lint` reads a built notebook and runs nothing. What it cannot see, strict nbval does.
 """
+
 from __future__ import annotations
 
 import ast
@@ -20,7 +21,9 @@ from trackkit.course.assignments import student_source
 MAX_BYTES = 300_000
 TAGS = {"nbval-ignore-output"}
 _GRADER_KEYS = {"schema_version", "solution", "grade", "locked", "task", "grade_id"}
-_ABSOLUTE = re.compile(r"(?<![\w.:/])/(home|Users|root|tmp|work|mnt|content|var|opt)/|\b[A-Za-z]:\\\\?\w")
+_ABSOLUTE = re.compile(
+    r"(?<![\w.:/])/(home|Users|root|tmp|work|mnt|content|var|opt)/|\b[A-Za-z]:\\\\?\w"
+)
 _IMAGE = re.compile(r"!\[(?P<alt>[^\]]*)\]\((?P<target>[^)\s]+)[^)]*\)")
 _TAG = re.compile(r"<img\b[^>]*>", re.IGNORECASE)
 _MARK = re.compile(r"\b(TODO|FIXME|XXX)\b")
@@ -35,11 +38,17 @@ class Finding:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.path}: cell {self.cell}: {self.message}" if self.cell else f"{self.path}: {self.message}"
+        return (
+            f"{self.path}: cell {self.cell}: {self.message}"
+            if self.cell
+            else f"{self.path}: {self.message}"
+        )
 
 
 def lint(path: str | Path) -> list[Finding]:
-    """All findings in a built lesson, in the order of its cells; empty for one that may be committed."""
+    """All findings in a built lesson, in the order of its cells; empty for one that may be
+    committed.
+    """
     # nbformat.read would mend what is to be found
     return findings(nbformat.v4.reads(Path(path).read_text(encoding="utf-8")), Path(path))
 
@@ -66,7 +75,10 @@ def _notebook(notebook: NotebookNode) -> Iterator[str]:
         yield "the kernelspec is not python3; build the lesson"
     size = len(nbformat.v4.writes(notebook).encode())
     if size > MAX_BYTES:
-        yield f"{size // 1000} kB; at most {MAX_BYTES // 1000} kB are allowed (fewer or smaller pictures)"
+        yield (
+            f"{size // 1000} kB; at most {MAX_BYTES // 1000} kB are allowed (fewer or smaller "
+            "pictures)"
+        )
     ids = [cell.get("id") for cell in notebook.cells]
     if len(set(ids)) != len(ids):
         yield "cell ids are missing or not unique; build the lesson"
@@ -104,7 +116,11 @@ def _metadata(cell: NotebookNode) -> Iterator[str]:
 
 def _count(cell: NotebookNode, expected: int) -> Iterator[str]:
     if cell.execution_count != expected:
-        yield f"execution count {cell.execution_count}, expected {expected}; build the lesson (nbval skips it otherwise)"
+        yield (
+            f"execution count {cell.execution_count}, expected {expected}; build the lesson "
+            "(nbval "
+            "skips it otherwise)"
+        )
 
 
 def _tree(source: str) -> ast.Module | None:
@@ -121,7 +137,11 @@ def _code(cell: NotebookNode) -> Iterator[str]:
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
-            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            name = (
+                node.func.attr
+                if isinstance(node.func, ast.Attribute)
+                else getattr(node.func, "id", "")
+            )
             if name in (
                 "Output",
                 "interact",
@@ -137,7 +157,9 @@ def _code(cell: NotebookNode) -> Iterator[str]:
         if {"tqdm", "tqdm.std"} & set(modules) and not auto:
             yield "plain tqdm prints rates to stderr; import it from tqdm.auto"
     if tree.body and isinstance(tree.body[-1], ast.Expr) and _last_token(cell.source) == ";":
-        yield "the last expression ends in a semicolon, which nbval ignores; assign it, or use show()"
+        yield (
+            "the last expression ends in a semicolon, which nbval ignores; assign it, or use show()"
+        )
 
 
 def _last_token(source: str) -> str:
@@ -189,7 +211,10 @@ def _exercises(notebook: NotebookNode) -> Iterator[tuple[int, str]]:
         seen.add(name)
         if cell.cell_type == "code" and grader.get("solution"):
             if open_exercise:
-                yield open_exercise[0], f"exercise {open_exercise[1]!r} has no graded check cell after it"
+                yield (
+                    open_exercise[0],
+                    f"exercise {open_exercise[1]!r} has no graded check cell after it",
+                )
             open_exercise = (index, name)
         elif cell.cell_type == "code" and grader.get("grade"):
             if "check(" not in cell.source:

@@ -1,4 +1,5 @@
 """The trackers by name, and their weight files."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -54,7 +55,9 @@ TRACKERS: dict[str, Callable[[], Tracker]] = {
 
 
 def create(name: str) -> Tracker:
-    """A new tracker with random weights, in evaluation mode; TrackkitError lists the names if there is none."""
+    """A new tracker with random weights, in evaluation mode; TrackkitError lists the names if there
+    is none.
+    """
     if name not in TRACKERS:
         raise TrackkitError(f"no tracker is called {name!r}; there are {', '.join(TRACKERS)}")
     return TRACKERS[name]().eval()
@@ -78,17 +81,27 @@ def load(source: str | Path) -> Tracker:
     if str(source) in TRACKERS:
         return create(str(source))
     tensors, about = checkpoints.read(source)
-    classes = {cls.__name__: cls for cls in (SiamFC, SiamFCCA, Stark, SBT, ProContext, DASTM, Ustam)}
+    classes = {
+        cls.__name__: cls for cls in (SiamFC, SiamFCCA, Stark, SBT, ProContext, DASTM, Ustam)
+    }
     if about.get("tracker") not in classes:
-        raise CheckpointError(f"{source}: made for the tracker {about.get('tracker')!r}; this trackkit has {', '.join(classes)}")
+        raise CheckpointError(
+            f"{source}: made for the tracker {about.get('tracker')!r}; this trackkit has "
+            f"{', '.join(classes)}"
+        )
     cls = classes[about["tracker"]]
     known = {field.name for field in dataclasses.fields(cls.Config)}
     config = about.get("config", {})
     if set(config) != known:
         odd = ", ".join(sorted(set(config) ^ known))
-        raise CheckpointError(f"{source}: its config and this version's differ in {odd}; train again or use the version that made it")
+        raise CheckpointError(
+            f"{source}: its config and this version's differ in {odd}; train again or use the "
+            "version that made it"
+        )
     config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     tracker = cls(cls.Config(**config))
-    weights = {k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")} or tensors
+    weights = {
+        k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")
+    } or tensors
     checkpoints.load_strictly(tracker, weights, str(source))
     return tracker.eval()

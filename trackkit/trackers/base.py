@@ -3,9 +3,10 @@
     state = tracker.start(frames, boxes_xywh)          # frames: B images, boxes: (B, 4)
     state, prediction = tracker.step(state, frames)    # the next image of each of the B sequences
 
-Nothing about a sequence is kept on the module, so one tracker follows many sequences at once and any run can
-be copied, edited and continued from any frame.
+Nothing about a sequence is kept on the module, so one tracker follows many sequences at once and
+any run can be copied, edited and continued from any frame.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -39,9 +40,11 @@ class Prediction:
 
 
 class Tracker(nn.Module):
-    """Base class. A subclass has a `Config` dataclass and gives `start`, `step`, `loss` and `recipe`.
+    """Base class. A subclass has a `Config` dataclass and gives `start`, `step`, `loss` and
+    `recipe`.
 
-    Every `step` is checked: as many frames as targets come in, and numbers come out. See `_checked`.
+    Every `step` is checked: as many frames as targets come in, and numbers come out. See
+    `_checked`.
     """
 
     Config: ClassVar[type]
@@ -61,7 +64,8 @@ class Tracker(nn.Module):
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     def start(self, frames: list[Tensor], boxes_xywh: Tensor) -> Any:
-        """State after the first frame of B sequences: frames uint8 (3, H, W), boxes (B, 4) in pixels.
+        """State after the first frame of B sequences: frames uint8 (3, H, W), boxes (B, 4) in
+        pixels.
 
         Raises DataError for a box that is not finite, has no area or lies outside its frame.
         """
@@ -70,14 +74,17 @@ class Tracker(nn.Module):
     def step(self, state: Any, frames: list[Tensor], maps: bool = False) -> tuple[Any, Prediction]:
         """Follow the B targets into their next frames. The state given is left unchanged.
 
-        Raises DataError for frames that are not uint8 (3, H, W) or not B, and if the network's answer is NaN or infinite.
+        Raises DataError for frames that are not uint8 (3, H, W) or not B, and if the network's
+        answer is NaN or infinite.
         """
         raise NotImplementedError
 
     def loss(self, batch: dict[str, Tensor], kind: str = "") -> dict[str, Tensor]:
-        """Losses of a batch from `sampling`; the entry "loss" is minimised. `kind` is the stage's `loss`.
+        """Losses of a batch from `sampling`; the entry "loss" is minimised. `kind` is the stage's
+        `loss`.
 
-        In training the batch also has "progress", the share of the stage's steps that are done, a tensor () in [0, 1).
+        In training the batch also has "progress", the share of the stage's steps that are done, a
+        tensor () in [0, 1).
         """
         raise TrackkitError(f"{type(self).__name__} has nothing to train")
 
@@ -86,9 +93,11 @@ class Tracker(nn.Module):
         raise TrackkitError(f"{type(self).__name__} has nothing to train")
 
     def load_pretrained(self) -> bool:
-        """Take the backbone's weights from where the paper's training starts; False if it starts from random ones.
+        """Take the backbone's weights from where the paper's training starts; False if it starts
+        from random ones.
 
-        They come from torchvision's or timm's cache or, once, from the network; TrackkitError if neither has them.
+        They come from torchvision's or timm's cache or, once, from the network; TrackkitError if
+        neither has them.
         """
         return False
 
@@ -96,19 +105,35 @@ class Tracker(nn.Module):
         """Frames on the tracker's device and boxes as float64 (B, 4), or DataError. For `start`."""
         boxes = torch.as_tensor(boxes_xywh, dtype=torch.float64)
         if len(frames) != len(boxes):
-            raise DataError(f"start: {len(frames)} frames but {len(boxes)} boxes; give one box for each frame")
+            raise DataError(
+                f"start: {len(frames)} frames but {len(boxes)} boxes; give one box for each frame"
+            )
         if not len(frames):
             raise DataError("start: no frames; give at least one, and its box")
         frames = self.moved(frames)
         for index, frame in enumerate(frames):
-            check_boxes(boxes[index : index + 1], f"first box of sequence {index}", (frame.shape[2], frame.shape[1]))
+            check_boxes(
+                boxes[index : index + 1],
+                f"first box of sequence {index}",
+                (frame.shape[2], frame.shape[1]),
+            )
         return frames, boxes
 
     def moved(self, frames: list[Tensor]) -> list[Tensor]:
         """The frames on the tracker's device; DataError if they are not uint8 (3, H, W)."""
         for frame in frames:
-            if not isinstance(frame, Tensor) or frame.dtype != torch.uint8 or frame.ndim != 3 or frame.shape[0] != 3 or not frame.numel():
-                got = f"{frame.dtype} {tuple(frame.shape)}" if isinstance(frame, Tensor) else f"a {type(frame).__name__}"
+            if (
+                not isinstance(frame, Tensor)
+                or frame.dtype != torch.uint8
+                or frame.ndim != 3
+                or frame.shape[0] != 3
+                or not frame.numel()
+            ):
+                got = (
+                    f"{frame.dtype} {tuple(frame.shape)}"
+                    if isinstance(frame, Tensor)
+                    else f"a {type(frame).__name__}"
+                )
                 raise DataError(f"a frame must be uint8 (3, H, W), RGB; got {got}{_remedy(frame)}")
         return [frame.to(self.device, non_blocking=True) for frame in frames]
 
@@ -130,18 +155,28 @@ def _remedy(frame: Any) -> str:
 
 
 def _checked(step: Callable) -> Callable:
-    """`step` that refuses another number of frames than there are targets in the state, and answers that are no numbers."""
+    """`step` that refuses another number of frames than there are targets in the state, and answers
+    that are no numbers.
+    """
 
     @functools.wraps(step)
-    def checked_step(self: Tracker, state: Any, frames: list[Tensor], *rest: Any, **named: Any) -> tuple[Any, Prediction]:
+    def checked_step(
+        self: Tracker, state: Any, frames: list[Tensor], *rest: Any, **named: Any
+    ) -> tuple[Any, Prediction]:
         batch = _batch(state)
         if batch is not None and len(frames) != batch:
-            raise DataError(f"step: {len(frames)} frames for the state of {batch} targets; give the next frame of each, in the same order")
+            raise DataError(
+                f"step: {len(frames)} frames for the state of {batch} targets; give the next frame "
+                "of each, in the same order"
+            )
         state, prediction = step(self, state, frames, *rest, **named)
         fine = torch.isfinite(prediction.box).all(-1) & torch.isfinite(prediction.score)
         if not fine.all():
             which = int((~fine).nonzero()[0])
-            raise DataError(f"step: the network's answer for target {which} is NaN or infinite; are its weights sound, is the precision enough?")
+            raise DataError(
+                f"step: the network's answer for target {which} is NaN or infinite; are its "
+                "weights sound, is the precision enough?"
+            )
         return state, prediction
 
     return checked_step
@@ -163,7 +198,9 @@ def take(state: State, indices: list[int]) -> State:
 
 
 def join(first: State, second: State) -> State:
-    """Two batches of states as one. States that differ in the number of their parts say with `fitted` how to fill up."""
+    """Two batches of states as one. States that differ in the number of their parts say with
+    `fitted` how to fill up.
+    """
     if hasattr(first, "fitted"):
         first, second = first.fitted(second), second.fitted(first)
     return _map(lambda a, b: torch.cat([a, b]), first, second)

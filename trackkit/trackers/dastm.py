@@ -1,18 +1,23 @@
-"""STMTrack: a memory of past frames in place of a template. DASTM: the memory decides how to look at each of them.
+"""STMTrack: a memory of past frames in place of a template. DASTM: the memory decides how to look
+at each of them.
 
-Fu, Liu, Fu, Wang: "STMTrack: Template-Free Visual Tracking with Space-Time Memory Networks", CVPR 2021. Past frames are
-encoded with a map of where the target was, and kept. Each cell of the present frame (query) gathers from all cells of the
-memory what resembles it, and a head says for each cell whether the target is there and how far its sides are.
+Fu, Liu, Fu, Wang: "STMTrack: Template-Free Visual Tracking with Space-Time Memory Networks", CVPR
+2021. Past frames are encoded with a map of where the target was, and kept. Each cell of the present
+frame (query) gathers from all cells of the memory what resembles it, and a head says for each cell
+whether the target is there and how far its sides are.
 
-Zhou, Xie, Xu: "Dynamic Attention Mechanism in Spatiotemporal Memory Networks for Object Tracking" (DASTM). MobileOne
-encodes the frames, and a module of channel and spatial attention strengthens the features of each memory frame before
-they are kept: SE, coordinate attention or CBAM, chosen by a gate that looks at the frame (DASTM), or all three (SASTM).
+Zhou, Xie, Xu: "Dynamic Attention Mechanism in Spatiotemporal Memory Networks for Object Tracking"
+(DASTM). MobileOne encodes the frames, and a module of channel and spatial attention strengthens the
+features of each memory frame before they are kept: SE, coordinate attention or CBAM, chosen by a
+gate that looks at the frame (DASTM), or all three (SASTM).
 
-STMTrack is that of the authors' code (fzh0917/STMTrack), whose checkpoints load by `trackkit.official`; two of its faults
-are not kept: its label map wraps around where a box is larger than the crop, and its memory grows without end. There is
-no code of DASTM. Where its paper is silent we follow STMTrack, and DyFPN, which it names as the model of its gate; each
-such choice is a field of the config.
+STMTrack is that of the authors' code (fzh0917/STMTrack), whose checkpoints load by
+`trackkit.official`; two of its faults are not kept: its label map wraps around where a box is
+larger than the crop, and its memory grows without end. There is no code of DASTM. Where its paper
+is silent we follow STMTrack, and DyFPN, which it names as the model of its gate; each such choice
+is a field of the config.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -41,45 +46,56 @@ class DASTMConfig:
     """Numbers of the network, of training and of tracking; the defaults are DASTM.
 
     Attributes:
-        trunk: "mobileone_s0" to "_s4", "inception" (STMTrack) or "tiny". The paper does not say which MobileOne.
-        trunk_stage: stage of MobileOne whose output is used, 3 or 2; both are at stride 8 here. No effect with other trunks.
+        trunk: "mobileone_s0" to "_s4", "inception" (STMTrack) or "tiny". The paper does not say
+            which MobileOne.
+        trunk_stage: stage of MobileOne whose output is used, 3 or 2; both are at stride 8 here. No
+            effect with other trunks.
         size: side of the crops of memory frames, and of all crops in training, pixels; at least 33.
         factor: side of the memory's windows in units of the square root of the target's area.
-        query_size: side of the crops of queries in tracking, pixels; at least 33. (The paper tracks with 160 and does not
-            say how. Here the target is as large as in memory frames, so a smaller query shows less.)
+        query_size: side of the crops of queries in tracking, pixels; at least 33. (The paper tracks
+            with 160 and does not say how. Here the target is as large as in memory frames, so a
+            smaller query shows less.)
         trim: cells that are cut off on each side of the trunk's output for crops of `size`.
         query_trim: the same for queries of another size; equal to `trim` if `query_size` is `size`.
         width: channels of memory and query; at least 16.
         head_width: channels of the head's towers.
         head_layers: convolutions in each of the head's towers.
         attention: modules for the memory, out of "se", "ca" and "cbam"; none is STMTrack.
-        gate: "none" (all modules, as `static` says), "hard" (one module or none, learned straight through a Gumbel softmax), "soft" (a
-            weighted sum, as Eq. 2 is written), "random" (Table 3).
-        test_gate: another gate for tracking, "hard", "soft" or "random"; "" for the same. Only with a gate.
+        gate: "none" (all modules, as `static` says), "hard" (one module or none, learned straight
+            through a Gumbel softmax), "soft" (a weighted sum, as Eq. 2 is written), "random" (Table
+            3).
+        test_gate: another gate for tracking, "hard", "soft" or "random"; "" for the same. Only with
+            a gate.
         seed: of a random gate's decisions in tracking; no effect with other gates.
-        static: "mean" or "sum" of the modules' outputs. A sum triples the logits of the read-out. Only with gate "none".
+        static: "mean" or "sum" of the modules' outputs. A sum triples the logits of the read-out.
+            Only with gate "none".
         tau: temperature of the gate (Eq. 2), above 0; no effect with gate "none".
-        tau_end: what the temperature falls to in training, geometrically, in the stage in which all learns; 0 leaves it at `tau`. No
-            effect with gate "none".
+        tau_end: what the temperature falls to in training, geometrically, in the stage in which all
+            learns; 0 leaves it at `tau`. No effect with gate "none".
         gate_reduction: d, the gate's hidden layer has `width` / d units; 1 to `width`.
         gate_bias: the gate's first biases, of "none" and of each module.
-        granularity: "frame", a decision for each memory frame when it is stored; "memory", one for all the frames that
-            are looked at, made anew at each look.
-        cost_weight: adds cost_weight * |expected cost - `cost_share`| to the loss (after DyFPN); 0 adds nothing. Only with a gate.
-        cost_share: the wanted cost of the gate's choice, in units of the dearest module's, 0 to 1; no effect if `cost_weight` is 0.
-        memory: "bounded" to `capacity` frames (`trackkit.memory`) or "unbounded", the authors' rule.
+        granularity: "frame", a decision for each memory frame when it is stored; "memory", one for
+            all the frames that are looked at, made anew at each look.
+        cost_weight: adds cost_weight * |expected cost - `cost_share`| to the loss (after DyFPN); 0
+            adds nothing. Only with a gate.
+        cost_share: the wanted cost of the gate's choice, in units of the dearest module's, 0 to 1;
+            no effect if `cost_weight` is 0.
+        memory: "bounded" to `capacity` frames (`trackkit.memory`) or "unbounded", the authors'
+            rule.
         capacity: frames that are kept, at least `segments` + 2; no effect with memory "unbounded".
-        segments: the stored frames are parted in so many, of each of which the middle is looked at, and the first of all.
+        segments: the stored frames are parted in so many, of each of which the middle is looked at,
+            and the first of all.
         confidence: the latest frame is looked at too if its score exceeded this, 0 to 1.
         train_frames: memory frames of a training sample.
-        epoch_steps: steps of an epoch, of which there are 20; 30,000 in the paper, which is six times STMTrack's. Only at
-            the scale paper, and not with trunk "tiny".
+        epoch_steps: steps of an epoch, of which there are 20; 30,000 in the paper, which is six
+            times STMTrack's. Only at the scale paper, and not with trunk "tiny".
         rate: how much of a change the box's size follows, 0 to 1, times the cell's score.
         window: share of a cosine window in the score by which a cell is chosen, 0 to 1.
         penalty: strength of the penalty on changes of size and shape, 0 for none (`_choose`).
         min_size: least width and height of a box, frame pixels.
-        exact: boxes go into and out of crops by the crops' own geometry (`crops.Windows`). The authors' crop (`crops.warped`)
-            ignores on the way out that windows are snapped to whole pixels; False does as they do.
+        exact: boxes go into and out of crops by the crops' own geometry (`crops.Windows`). The
+            authors' crop (`crops.warped`) ignores on the way out that windows are snapped to whole
+            pixels; False does as they do.
     """
 
     trunk: str = "mobileone_s1"
@@ -128,29 +144,67 @@ class DASTMConfig:
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} must be one of {', '.join(map(str, allowed))}; got {getattr(self, field)!r}")
+                raise ValueError(
+                    f"{field} must be one of {', '.join(map(str, allowed))}; got "
+                    f"{getattr(self, field)!r}"
+                )
         if sorted(set(self.attention) & set(MODULES)) != sorted(self.attention):
-            raise ValueError(f"attention must name each of {', '.join(MODULES)} at most once; got {self.attention}")
+            raise ValueError(
+                f"attention must name each of {', '.join(MODULES)} at most once; got "
+                f"{self.attention}"
+            )
         if self.gate != "none" and not self.attention:
-            raise ValueError('a gate needs attention modules to choose from; without them gate must be "none"')
+            raise ValueError(
+                'a gate needs attention modules to choose from; without them gate must be "none"'
+            )
         if self.test_gate and self.gate == "none":
             raise ValueError("test_gate replaces a gate, and there is none")
         if self.cost_weight and self.gate == "none":
-            raise ValueError("cost_weight weighs the cost of a gate's choices, and there is no gate; make it 0")
-        if min(self.segments, self.train_frames, self.head_layers, self.epoch_steps) < 1 or self.capacity < self.segments + 2:
-            raise ValueError("need segments, train_frames, head_layers, epoch_steps >= 1, and a capacity of at least segments + 2")
-        if min(self.tau, self.factor) <= 0 or self.tau_end < 0 or not 1 <= self.gate_reduction <= self.width or self.width < 16:
-            raise ValueError("tau and factor must be above 0, tau_end not below; width at least 16, gate_reduction between 1 and it")
+            raise ValueError(
+                "cost_weight weighs the cost of a gate's choices, and there is no gate; make it 0"
+            )
+        if (
+            min(self.segments, self.train_frames, self.head_layers, self.epoch_steps) < 1
+            or self.capacity < self.segments + 2
+        ):
+            raise ValueError(
+                "need segments, train_frames, head_layers, epoch_steps >= 1, and a capacity of at "
+                "least segments + 2"
+            )
+        if (
+            min(self.tau, self.factor) <= 0
+            or self.tau_end < 0
+            or not 1 <= self.gate_reduction <= self.width
+            or self.width < 16
+        ):
+            raise ValueError(
+                "tau and factor must be above 0, tau_end not below; width at least 16, "
+                "gate_reduction between 1 and it"
+            )
         if self.size == self.query_size and self.trim != self.query_trim:
-            raise ValueError(f"memory and query crops are of one size, so trim and query_trim must be equal; got {self.trim}, {self.query_trim}")
+            raise ValueError(
+                "memory and query crops are of one size, so trim and query_trim must be equal; "
+                f"got {self.trim}, {self.query_trim}"
+            )
         for size, trim in ((self.size, self.trim), (self.query_size, self.query_trim)):
             if size < 33 or cells_of(self.trunk, size) - 2 * trim < 1:
-                raise ValueError(f"a crop of {size} px leaves no cells when {trim} are cut off on each side")
+                raise ValueError(
+                    f"a crop of {size} px leaves no cells when {trim} are cut off on each side"
+                )
 
     @classmethod
     def stmtrack(cls, **changes) -> DASTMConfig:
-        """STMTrack with the numbers for GOT-10k, LaSOT and TrackingNet; those for others are in `STMTRACK_SEARCHED`."""
-        plain = {"trunk": "inception", "trim": 4, "query_trim": 4, "attention": (), "gate": "none", "epoch_steps": 150_000 // 32}
+        """STMTrack with the numbers for GOT-10k, LaSOT and TrackingNet; those for others are in
+        `STMTRACK_SEARCHED`.
+        """
+        plain = {
+            "trunk": "inception",
+            "trim": 4,
+            "query_trim": 4,
+            "attention": (),
+            "gate": "none",
+            "epoch_steps": 150_000 // 32,
+        }
         return cls(**{**plain, **changes})
 
     @classmethod
@@ -185,7 +239,9 @@ STMTRACK_SEARCHED = {
 
 
 def cells_of(trunk: str, size: int) -> int:
-    """Cells along each side of the trunk's output for a crop of `size` pixels: 33 for 289 in Inception, 37 in the others."""
+    """Cells along each side of the trunk's output for a crop of `size` pixels: 33 for 289 in
+    Inception, 37 in the others.
+    """
     if trunk == "inception":
         for kernel, stride in ((3, 2), (3, 1), (3, 2), (3, 1), (3, 2)):
             size = (size - kernel) // stride + 1
@@ -194,29 +250,37 @@ def cells_of(trunk: str, size: int) -> int:
 
 
 def cell_centres(config: DASTMConfig, size: int) -> Tensor:
-    """Where the cells of a query crop of `size` are: x and y (N, 2), crop pixels, row by row. For 289: 25 x 25 of them,
-    at 48, 56, ... 240.
+    """Where the cells of a query crop of `size` are: x and y (N, 2), crop pixels, row by row. For
+    289: 25 x 25 of them, at 48, 56, ... 240.
 
-    STMTrack counts 25 cells around the middle, although Inception's layers without padding see 3 pixels further up and
-    left; the network learns that. Padded layers see cell k at pixel 8 k, which for 289 is the same 25 cells.
+    STMTrack counts 25 cells around the middle, although Inception's layers without padding see 3
+    pixels further up and left; the network learns that. Padded layers see cell k at pixel 8 k,
+    which for 289 is the same 25 cells.
     """
-    trim, first = config.trim if size == config.size else config.query_trim, 16 if config.trunk == "inception" else 0
+    trim, first = (
+        config.trim if size == config.size else config.query_trim,
+        16 if config.trunk == "inception" else 0,
+    )
     at = first + 8 * torch.arange(trim, cells_of(config.trunk, size) - trim)
     return torch.stack([at.repeat(len(at)), at.repeat_interleave(len(at))], 1)
 
 
 def label_map(boxes_xyxy: Tensor, size: int) -> Tensor:
-    """1 in the pixels of each box, cut to integers, both ends included, else 0: (..., 4) crop pixels -> (..., size, size)."""
+    """1 in the pixels of each box, cut to integers, both ends included, else 0: (..., 4) crop
+    pixels -> (..., size, size).
+    """
     steps = torch.arange(size, device=boxes_xyxy.device)
     low, high = boxes_xyxy.trunc()[..., None, None, :2], boxes_xyxy.trunc()[..., None, None, 2:]
-    inside = [(steps >= low[..., axis]) & (steps <= high[..., axis]) for axis in (0, 1)]  # (..., 1, size)
+    # (..., 1, size)
+    inside = [(steps >= low[..., axis]) & (steps <= high[..., axis]) for axis in (0, 1)]
     return (inside[1].transpose(-1, -2) & inside[0]).float()
 
 
 class Path(nn.Module):
     """Trunk and neck, of memory frames or of query frames: crops, RGB, 0..255 -> (B, C, h, w).
 
-    A memory frame comes with its label map, 1 where the target is, which is added behind the trunk's stem.
+    A memory frame comes with its label map, 1 where the target is, which is added behind the
+    trunk's stem.
     """
 
     def __init__(self, config: DASTMConfig, memory: bool):
@@ -224,7 +288,9 @@ class Path(nn.Module):
         own = {"tiny": SmallTrunk, "inception": Inception}.get(config.trunk)
         self.trunk = own() if own else MobileOne(config.trunk, config.trunk_stage)
         if memory:
-            self.label = nn.Conv2d(1, self.trunk.stem_channels, 3, 2, self.trunk.stem_padding, bias=False)
+            self.label = nn.Conv2d(
+                1, self.trunk.stem_channels, 3, 2, self.trunk.stem_padding, bias=False
+            )
         self.neck = nn.Conv2d(self.trunk.channels, config.width, 3, padding=1)
         for layer in [self.neck, self.label] if memory else [self.neck]:
             nn.init.normal_(layer.weight, std=0.01)
@@ -238,16 +304,21 @@ class Path(nn.Module):
         return self.neck(x[:, :, trim : x.shape[2] - trim, trim : x.shape[3] - trim])
 
 
-def read(query: Tensor, memory: Tensor, known: Tensor | None = None, maps: bool = False) -> tuple[Tensor, Tensor | None]:
-    """What each query cell (B, Q, C) finds in the memory (B, M, C): (B, Q, C), and with `maps` where, (B, Q, M).
+def read(
+    query: Tensor, memory: Tensor, known: Tensor | None = None, maps: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """What each query cell (B, Q, C) finds in the memory (B, M, C): (B, Q, C), and with `maps`
+    where, (B, Q, M).
 
-    The memory is key and value at once, nothing is projected, and the order of its frames does not matter. Q and M need
-    not be equal. `known` (B, M) bool: which cells count.
+    The memory is key and value at once, nothing is projected, and the order of its frames does not
+    matter. Q and M need not be equal. `known` (B, M) bool: which cells count.
     """
     allowed = None if known is None else known[:, None]  # (B, 1, M)
     if not maps:
         q, m = query[:, None], memory[:, None]  # one head
-        return F.scaled_dot_product_attention(q, m, m, None if allowed is None else allowed[:, None])[:, 0], None
+        return F.scaled_dot_product_attention(
+            q, m, m, None if allowed is None else allowed[:, None]
+        )[:, 0], None
     logits = query @ memory.transpose(1, 2) / query.shape[-1] ** 0.5
     weights = (logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)).softmax(-1)
     return weights @ memory, weights
@@ -271,14 +342,19 @@ class Answer:
 
 
 class Gate(nn.Module):
-    """Which module a frame needs (Eq. 1): (B, C, h, w) -> logits (B, choices), of which the first is to use none.
+    """Which module a frame needs (Eq. 1): (B, C, h, w) -> logits (B, choices), of which the first
+    is to use none.
 
-    The paper has four outputs in its text and N = 3 in Eq. 2; to decide whether a module is needed at all takes four.
+    The paper has four outputs in its text and N = 3 in Eq. 2; to decide whether a module is needed
+    at all takes four.
     """
 
     def __init__(self, channels: int, choices: int, reduction: int, bias: tuple[float, float]):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(channels, channels // reduction), nn.Linear(channels // reduction, choices)
+        self.fc1, self.fc2 = (
+            nn.Linear(channels, channels // reduction),
+            nn.Linear(channels // reduction, choices),
+        )
         with torch.no_grad():
             self.fc2.bias.copy_(torch.tensor([bias[0], *[bias[1]] * (choices - 1)]))
 
@@ -295,13 +371,17 @@ class Choices:
 
 
 class MemoryAttention(nn.Module):
-    """The dynamic attention block, or its static relatives (Fig. 2): features of memory frames, strengthened."""
+    """The dynamic attention block, or its static relatives (Fig. 2): features of memory frames,
+    strengthened.
+    """
 
     def __init__(self, config: DASTMConfig):
         super().__init__()
         self.config = cfg = config
         kinds = {"se": SE, "ca": CoordinateAttention, "cbam": CBAM}
-        self.branches = nn.ModuleDict({name: kinds[name](cfg.width) for name in MODULES if name in cfg.attention})
+        self.branches = nn.ModuleDict(
+            {name: kinds[name](cfg.width) for name in MODULES if name in cfg.attention}
+        )
         if cfg.gate != "none":
             self.gate = Gate(cfg.width, 1 + len(self.branches), cfg.gate_reduction, cfg.gate_bias)
 
@@ -310,7 +390,8 @@ class MemoryAttention(nn.Module):
     ) -> tuple[Tensor, Choices | None]:
         """Features (B, T, C, h, w) -> the same, and what the gate said.
 
-        `known` (B, T) bool marks real frames. `draws` (B, 1) int64 are the decisions of a random gate in tracking.
+        `known` (B, T) bool marks real frames. `draws` (B, 1) int64 are the decisions of a random
+        gate in tracking.
         """
         cfg, batch, count = self.config, *x.shape[:2]
         frames = x.flatten(0, 1)  # (B * T, C, h, w)
@@ -320,14 +401,23 @@ class MemoryAttention(nn.Module):
         tau, kind = tau or cfg.tau, cfg.gate if self.training else cfg.test_gate or cfg.gate
         logits = self.gate(frames).float().unflatten(0, (batch, count))  # Eq. 1
         if cfg.granularity == "memory":  # (B, 1, N): all frames that are there decide together
-            real = torch.ones_like(logits[..., :1]) if known is None else known[..., None].to(logits)
+            real = (
+                torch.ones_like(logits[..., :1]) if known is None else known[..., None].to(logits)
+            )
             logits = (logits * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
         probability = weights = (logits / tau).softmax(-1)  # Eq. 2
-        if kind == "hard" and self.training:  # one-hot, drawn by these probabilities, with the gradient of a softmax
+        # one-hot, drawn by these probabilities, with the gradient of a softmax
+        if kind == "hard" and self.training:
             weights = F.gumbel_softmax(logits, tau, hard=True)
         elif kind != "soft":
-            drawn = torch.randint(logits.shape[-1], logits.shape[:2], device=x.device) if draws is None else draws
-            weights = F.one_hot(drawn if kind == "random" else logits.argmax(-1), logits.shape[-1]).to(logits)
+            drawn = (
+                torch.randint(logits.shape[-1], logits.shape[:2], device=x.device)
+                if draws is None
+                else draws
+            )
+            weights = F.one_hot(
+                drawn if kind == "random" else logits.argmax(-1), logits.shape[-1]
+            ).to(logits)
         choices = Choices(probability.expand(-1, count, -1), weights.expand(-1, count, -1))
         mix = self.mixed if kind == "soft" or self.training else self.routed
         return mix(frames, choices.weights.flatten(0, 1).to(x)).view_as(x), choices
@@ -335,10 +425,14 @@ class MemoryAttention(nn.Module):
     def mixed(self, frames: Tensor, weights: Tensor) -> Tensor:
         """All choices' outputs, weighted: (M, C, h, w) and (M, N) -> (M, C, h, w)."""
         outputs = [frames, *(branch(frames) for branch in self.branches.values())]
-        return sum(w[:, None, None, None] * y for w, y in zip(weights.unbind(1), outputs, strict=True))
+        return sum(
+            w[:, None, None, None] * y for w, y in zip(weights.unbind(1), outputs, strict=True)
+        )
 
     def routed(self, frames: Tensor, weights: Tensor) -> Tensor:
-        """The same for one-hot weights: each module runs on the frames that have chosen it, and only on those."""
+        """The same for one-hot weights: each module runs on the frames that have chosen it, and
+        only on those.
+        """
         chosen, made = weights.argmax(1), frames
         for number, branch in enumerate(self.branches.values(), 1):
             rows = (chosen == number).nonzero()[:, 0]
@@ -393,9 +487,10 @@ class DASTM(Tracker):
 
     @torch.no_grad()
     def _start_as_lookup(self) -> None:
-        """First weights for a short training, not in the papers: both paths begin alike, so that a query cell finds in the
-        memory what resembles it; and the head begins with few cells in the target (in STMTrack's head, the norm behind
-        the bias that was to say so removes it)."""
+        """First weights for a short training, not in the papers: both paths begin alike, so that a
+        query cell finds in the memory what resembles it; and the head begins with few cells in the
+        target (in STMTrack's head, the norm behind the bias that was to say so removes it).
+        """
         nn.init.kaiming_normal_(self.memory.neck.weight, nonlinearity="linear")
         for name, parameter in self.query.named_parameters():
             parameter.copy_(self.memory.get_parameter(name))
@@ -412,8 +507,17 @@ class DASTM(Tracker):
     def _trim(self, size: int) -> int:
         return self.config.trim if size == self.config.size else self.config.query_trim
 
-    def answer(self, query: Tensor, memory: Tensor, size: int, known: Tensor | None = None, maps: bool = False) -> Answer:
-        """Features of queries (B, C, h, w) from crops of `size` and of memories (B, T, h', w', C), `known` (B, T) -> boxes."""
+    def answer(
+        self,
+        query: Tensor,
+        memory: Tensor,
+        size: int,
+        known: Tensor | None = None,
+        maps: bool = False,
+    ) -> Answer:
+        """Features of queries (B, C, h, w) from crops of `size` and of memories (B, T, h', w', C),
+        `known` (B, T) -> boxes.
+        """
         tokens = memory.flatten(1, 3)  # (B, M, C)
         if known is not None:
             known = known.repeat_interleave(tokens.shape[1] // memory.shape[1], 1)
@@ -423,14 +527,20 @@ class DASTM(Tracker):
         cells, (low, high) = self.cells(size), (8 * distances).split(2, 2)
         return Answer(score, centre, torch.cat([cells - low, cells + high], 2), weights)
 
-    def forward(self, memories: Tensor, labels: Tensor, queries: Tensor, tau: float = 0.0) -> tuple[Answer, Choices | None]:
+    def forward(
+        self, memories: Tensor, labels: Tensor, queries: Tensor, tau: float = 0.0
+    ) -> tuple[Answer, Choices | None]:
         """Crops (B, T, 3, S, S) with their label maps (B, T, S, S), and crops (B, 3, S', S')."""
         size = queries.shape[-1]
-        memory = self.memory(memories.flatten(0, 1), self.config.trim, labels.flatten(0, 1)).unflatten(0, memories.shape[:2])
+        memory = self.memory(
+            memories.flatten(0, 1), self.config.trim, labels.flatten(0, 1)
+        ).unflatten(0, memories.shape[:2])
         choices = None
         if self.config.attention:
             memory, choices = self.attention(memory, tau=tau)
-        return self.answer(self.query(queries, self._trim(size)), memory.permute(0, 1, 3, 4, 2), size), choices
+        return self.answer(
+            self.query(queries, self._trim(size)), memory.permute(0, 1, 3, 4, 2), size
+        ), choices
 
     # ---- tracking (STMTrack) ----
 
@@ -450,7 +560,9 @@ class DASTM(Tracker):
         return self._memorise(state, frames)
 
     @torch.no_grad()
-    def step(self, state: DASTMState, frames: list[Tensor], maps: bool = False) -> tuple[DASTMState, Prediction]:
+    def step(
+        self, state: DASTMState, frames: list[Tensor], maps: bool = False
+    ) -> tuple[DASTMState, Prediction]:
         cfg, frames = self.config, self.moved(frames)
 
         # 1. the past, and the surroundings of the last position
@@ -460,17 +572,25 @@ class DASTM(Tracker):
             past, state = self._strengthened(past.permute(0, 1, 4, 2, 3), state, known)
             past = past.permute(0, 1, 3, 4, 2)
         crops, scale, origin = self._look(frames, state, cfg.query_size)
-        answer = self.answer(self.query(crops, self._trim(cfg.query_size)), past, cfg.query_size, known, maps)
+        answer = self.answer(
+            self.query(crops, self._trim(cfg.query_size)), past, cfg.query_size, known, maps
+        )
 
         # 2. the best cell's box
         box, rate, score, response = self._choose(answer, state.size * scale[:, None])
         centre = origin + box[:, :2] / scale[:, None]
         size = state.size * (1 - rate) + box[:, 2:] / scale[:, None] * rate
-        limit = torch.tensor([frame.shape[:0:-1] for frame in frames], dtype=torch.float64)  # (B, 2): width, height
-        centre, size = torch.minimum(centre.clamp(min=0), limit), torch.minimum(size.clamp(min=cfg.min_size), limit)
+        # (B, 2): width, height
+        limit = torch.tensor([frame.shape[:0:-1] for frame in frames], dtype=torch.float64)
+        centre, size = (
+            torch.minimum(centre.clamp(min=0), limit),
+            torch.minimum(size.clamp(min=cfg.min_size), limit),
+        )
 
         # 3. remember this frame
-        state = replace(state, centre=centre, size=size, count=state.count + 1, confident=score > cfg.confidence)
+        state = replace(
+            state, centre=centre, size=size, count=state.count + 1, confident=score > cfg.confidence
+        )
         state = self._memorise(state, frames)
         half = size / 2 if cfg.exact else (size - 1) / 2
         seen = None
@@ -488,22 +608,36 @@ class DASTM(Tracker):
             }
         return state, Prediction(torch.cat([centre - half, size], 1), score, seen)
 
-    def _look(self, frames: list[Tensor], state: DASTMState, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Crops around the targets, crop pixels per frame pixel (B,), and where the middle of crop pixel 0 is in the frame (B, 2)."""
+    def _look(
+        self, frames: list[Tensor], state: DASTMState, size: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Crops around the targets, crop pixels per frame pixel (B,), and where the middle of crop
+        pixel 0 is in the frame (B, 2).
+        """
         side = self.config.factor * size / self.config.size * state.size.prod(1).sqrt()
         if self.config.exact:
             windows = Windows.around(state.centre, side, size)
             corner = torch.stack([windows.left, windows.top], 1)
-            return cut(frames, windows, state.fill), windows.scale, corner + 0.5 / windows.scale[:, None]
+            return (
+                cut(frames, windows, state.fill),
+                windows.scale,
+                corner + 0.5 / windows.scale[:, None],
+            )
         crops, scale = warped(frames, state.centre, side, size, state.fill)
         return crops, scale, state.centre - size // 2 / scale[:, None]
 
     def _choose(self, answer: Answer, size: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The best box (B, 4) cxcywh, crop pixels, how far to follow its size (B, 1), its score (B,), the response (B, N).
+        """The best box (B, 4) cxcywh, crop pixels, how far to follow its size (B, 1), its score
+        (B,), the response (B, N).
 
-        A box counts for less if its size or shape differs from the last one, (B, 2) crop pixels, or if it is far away.
+        A box counts for less if its size or shape differs from the last one, (B, 2) crop pixels, or
+        if it is far away.
         """
-        cfg, score, boxes = self.config, answer.confidence.double().cpu(), xyxy_to_cxcywh(answer.boxes.double().cpu())
+        cfg, score, boxes = (
+            self.config,
+            answer.confidence.double().cpu(),
+            xyxy_to_cxcywh(answer.boxes.double().cpu()),
+        )
         boxes[..., 2:] += 1  # both corners are inside
         sides = boxes[..., 2:]  # (B, N, 2)
 
@@ -515,19 +649,32 @@ class DASTM(Tracker):
 
         size = size[:, None]
         shape = change(size[..., 0] / size[..., 1] / (sides[..., 0] / sides[..., 1]))
-        penalty = torch.exp((1 - shape * change(extent(sides) / extent(size))) * cfg.penalty)  # (B, N)
+        # (B, N)
+        penalty = torch.exp((1 - shape * change(extent(sides) / extent(size))) * cfg.penalty)
         hann = torch.hann_window(round(score.shape[1] ** 0.5), periodic=False, dtype=torch.float64)
-        response = penalty * score * (1 - cfg.window) + torch.outer(hann, hann).flatten() * cfg.window
+        response = (
+            penalty * score * (1 - cfg.window) + torch.outer(hann, hann).flatten() * cfg.window
+        )
         best = response.argmax(1, keepdim=True)
         rate = (penalty * score).gather(1, best) * cfg.rate
-        return boxes[torch.arange(len(boxes)), best[:, 0]], rate, response.gather(1, best)[:, 0], response
+        return (
+            boxes[torch.arange(len(boxes)), best[:, 0]],
+            rate,
+            response.gather(1, best)[:, 0],
+            response,
+        )
 
     def _memorise(self, state: DASTMState, frames: list[Tensor]) -> DASTMState:
         """Encode the frames with their boxes, and keep them in place of what can best be missed."""
         cfg = self.config
         crops, scale, origin = self._look(frames, state, cfg.size)
-        # the authors count the target as in the middle of the crop, though that was moved to a whole pixel
-        middle = (state.centre - origin) * scale[:, None] if cfg.exact else torch.full_like(state.centre, (cfg.size - 1) / 2)
+        # the authors count the target as in the middle of the crop, though that was moved to a
+        # whole pixel
+        middle = (
+            (state.centre - origin) * scale[:, None]
+            if cfg.exact
+            else torch.full_like(state.centre, (cfg.size - 1) / 2)
+        )
         half = (state.size * scale[:, None] - 1) / 2
         labels = label_map(torch.cat([middle - half, middle + half], 1), cfg.size).to(crops.device)
         features = self.memory(crops, cfg.trim, labels)[:, None]  # (B, 1, C, h, w)
@@ -535,110 +682,196 @@ class DASTM(Tracker):
             features, state = self._strengthened(features, state)
         features = features[:, 0].permute(0, 2, 3, 1).contiguous()
         capacity = cfg.capacity if cfg.memory == "bounded" else None
-        return replace(state, memory=state.memory.stored(features, state.count, cfg.segments, capacity))
+        return replace(
+            state, memory=state.memory.stored(features, state.count, cfg.segments, capacity)
+        )
 
-    def _strengthened(self, features: Tensor, state: DASTMState, known: Tensor | None = None) -> tuple[Tensor, DASTMState]:
-        """Features (B, T, C, h, w) after the attention, and the state with the gate's decisions counted."""
+    def _strengthened(
+        self, features: Tensor, state: DASTMState, known: Tensor | None = None
+    ) -> tuple[Tensor, DASTMState]:
+        """Features (B, T, C, h, w) after the attention, and the state with the gate's decisions
+        counted.
+        """
         features, choices = self.attention(features, known, self._draws(state.count))
         if choices is not None:
             weights = choices.weights[:, 0]
-            state = replace(state, chosen=state.chosen + F.one_hot(weights.argmax(1), weights.shape[1]).cpu())
+            state = replace(
+                state, chosen=state.chosen + F.one_hot(weights.argmax(1), weights.shape[1]).cpu()
+            )
         return features, state
 
     def _draws(self, counts: Tensor) -> Tensor | None:
-        """The decisions (B, 1) of a random gate for frames with these numbers, the same in every run; None for other gates."""
+        """The decisions (B, 1) of a random gate for frames with these numbers, the same in every
+        run; None for other gates.
+        """
         if (self.config.test_gate or self.config.gate) != "random":
             return None
-        seeds = (torch.Generator().manual_seed(self.config.seed * 1_000_003 + count) for count in counts.tolist())
+        seeds = (
+            torch.Generator().manual_seed(self.config.seed * 1_000_003 + count)
+            for count in counts.tolist()
+        )
         choices = 1 + len(self.config.attention)
-        return torch.stack([torch.randint(choices, (1,), generator=seed) for seed in seeds]).to(self.device)
+        return torch.stack([torch.randint(choices, (1,), generator=seed) for seed in seeds]).to(
+            self.device
+        )
 
     # ---- costs (DASTM, Table 4) ----
 
     def profile(self) -> dict:
         """Parameters, and multiply-accumulates of a frame with a full memory.
 
-        STMTrack's paper has no such numbers. DASTM's has only the peak memory of an RTX 3060 and frames per second, see
-        `budgets`. Its baseline is STMTrack as published, so what is MobileOne's and what the attention's merit cannot be told.
+        STMTrack's paper has no such numbers. DASTM's has only the peak memory of an RTX 3060 and
+        frames per second, see `budgets`. Its baseline is STMTrack as published, so what is
+        MobileOne's and what the attention's merit cannot be told.
         """
         from trackkit.budgets import TABLE_4, frame_macs
         from trackkit.profiling import parameters
 
-        return {"parameters": parameters(self), "macs": frame_macs(self.config), "paper": TABLE_4.get(self.config, {})}
+        return {
+            "parameters": parameters(self),
+            "macs": frame_macs(self.config),
+            "paper": TABLE_4.get(self.config, {}),
+        }
 
     # ---- training (STMTrack; DASTM, section IV.B) ----
 
     def loss(self, batch: dict[str, Tensor], kind: str = "") -> dict[str, Tensor]:
-        """Losses of a batch: focal + centreness + 3 * IoU. "labels", if there, say which queries show the target. A stage of
-        the kind "cooling" takes the gate's temperature from tau to tau_end."""
+        """Losses of a batch: focal + centreness + 3 * IoU. "labels", if there, say which queries
+        show the target. A stage of the kind "cooling" takes the gate's temperature from tau to
+        tau_end.
+        """
         cfg, tau = self.config, self.config.tau
         if kind == "cooling" and cfg.tau_end:
             tau *= (cfg.tau_end / tau) ** float(batch["progress"])
         queries = batch["searches"][:, 0]  # (B, 3, S, S)
         truth = _in_pixels(batch["search_boxes"][:, 0], queries.shape[-1])
-        shown = batch["labels"][:, 0] > 0 if "labels" in batch else torch.ones_like(truth[:, 0], dtype=torch.bool)
+        shown = (
+            batch["labels"][:, 0] > 0
+            if "labels" in batch
+            else torch.ones_like(truth[:, 0], dtype=torch.bool)
+        )
         labels = label_map(_in_pixels(batch["template_boxes"], cfg.size), cfg.size)
         answer, choices = self(batch["templates"], labels, queries, tau)
-        losses = detection_losses(answer.score, answer.centre, answer.boxes, self.cells(queries.shape[-1]), truth, shown)
+        losses = detection_losses(
+            answer.score, answer.centre, answer.boxes, self.cells(queries.shape[-1]), truth, shown
+        )
         if cfg.cost_weight and choices is not None:
             from trackkit.budgets import part_macs
 
             parts = part_macs(replace(cfg, segments=1))
-            costs = torch.tensor([0, *(parts[name] for name in self.attention.branches)], dtype=torch.float32, device=queries.device)
-            losses["cost"] = ((choices.probability * costs / costs.max()).sum(-1).mean() - cfg.cost_share).abs()
+            costs = torch.tensor(
+                [0, *(parts[name] for name in self.attention.branches)],
+                dtype=torch.float32,
+                device=queries.device,
+            )
+            losses["cost"] = (
+                (choices.probability * costs / costs.max()).sum(-1).mean() - cfg.cost_share
+            ).abs()
             losses["loss"] = losses["loss"] + cfg.cost_weight * losses["cost"]
         return losses
 
     def samples(self) -> SampleSpec:
-        """Memory frames and a query in any order, within 50 frames; every third query is of something else.
+        """Memory frames and a query in any order, within 50 frames; every third query is of
+        something else.
 
-        The authors also push each window into the frame as far as it fits, and draw its side from U(1 / 1.3, 1.3); here the
-        target's size is drawn from U(0.735, 1.265). Their boxes cover 0.001 to 0.6 of the frame's area; here sides are limited.
+        The authors also push each window into the frame as far as it fits, and draw its side from
+        U(1 / 1.3, 1.3); here the target's size is drawn from U(0.735, 1.265). Their boxes cover
+        0.001 to 0.6 of the frame's area; here sides are limited.
         """
         cfg = self.config
         crop = CropSpec(cfg.size, cfg.factor, shift_px=0.2 * cfg.size, scale=0.265)
         rule = FrameRule(min_share=0.01, max_share=0.8, max_aspect=10)
-        frames = {"templates": cfg.train_frames, "order": "any", "max_gap": 50, "rule": rule, "negatives": 1 / 3}
+        frames = {
+            "templates": cfg.train_frames,
+            "order": "any",
+            "max_gap": 50,
+            "rule": rule,
+            "negatives": 1 / 3,
+        }
         return SampleSpec(template=crop, search=crop, **frames)
 
     def recipe(self, scale: str) -> list[Stage]:
-        """Everything but the trunks' convolutions, then those too. `paper`: by DASTM's paper or by STMTrack's code.
+        """Everything but the trunks' convolutions, then those too. `paper`: by DASTM's paper or by
+        STMTrack's code.
 
-        DASTM: 20 epochs, the rate falling exponentially from 0.005 to 0.0001, the trunk frozen for the first 5. The paper
-        does not say that the trunk learns at a tenth of the rate; STMTrack's does. STMTrack: 20 epochs of GOT-10k's 150,000
-        samples, 0.08 after an epoch's rise, then half a cosine down to 1e-6; the trunk's Mixed layers learn from the 11th epoch
-        on, all of its norms from the first. Without `load_pretrained` there is nothing to keep frozen, and all learns at once.
+        DASTM: 20 epochs, the rate falling exponentially from 0.005 to 0.0001, the trunk frozen for
+        the first 5. The paper does not say that the trunk learns at a tenth of the rate; STMTrack's
+        does. STMTrack: 20 epochs of GOT-10k's 150,000 samples, 0.08 after an epoch's rise, then
+        half a cosine down to 1e-6; the trunk's Mixed layers learn from the 11th epoch on, all of
+        its norms from the first. Without `load_pretrained` there is nothing to keep frozen, and all
+        learns at once.
         """
         cfg, sample = self.config, self.samples()
         plain = not cfg.attention  # STMTrack
         if scale in ("tiny", "laptop") or cfg.trunk == "tiny":
-            steps, batch = {"tiny": (300, 16), "laptop": (3000, 24), "gpu": (20_000, 64), "paper": (100_000, 64)}[scale]
-            rest = {"lr": 2e-3, "lr_end": 1e-5, "warmup": steps // 30, "weight_decay": 1e-4, "clip": 1.0}
-            return [Stage("memory", steps=steps, batch=batch, sample=sample, loss="cooling", **rest)]
+            steps, batch = {
+                "tiny": (300, 16),
+                "laptop": (3000, 24),
+                "gpu": (20_000, 64),
+                "paper": (100_000, 64),
+            }[scale]
+            rest = {
+                "lr": 2e-3,
+                "lr_end": 1e-5,
+                "warmup": steps // 30,
+                "weight_decay": 1e-4,
+                "clip": 1.0,
+            }
+            return [
+                Stage("memory", steps=steps, batch=batch, sample=sample, loss="cooling", **rest)
+            ]
         epoch, first = 1000 if scale == "gpu" else cfg.epoch_steps, 10 if plain else 5  # epochs
         if plain:
-            begin, end = ({"lr": 0.08, "lr_end": 1e-6, "cosine": part} for part in ((-1 / 19, 9 / 19), (9 / 19, 1.0)))
+            begin, end = (
+                {"lr": 0.08, "lr_end": 1e-6, "cosine": part}
+                for part in ((-1 / 19, 9 / 19), (9 / 19, 1.0))
+            )
             begin["warmup"] = epoch
         else:
             middle = 0.005 * 0.02**0.25
             begin, end = {"lr": 0.005, "lr_end": middle}, {"lr": middle, "lr_end": 0.0001}
 
-        body = ("memory.label.*", "memory.neck.*", "query.neck.*", "head.*", *(["attention.*"] if cfg.attention else []))
+        body = (
+            "memory.label.*",
+            "memory.neck.*",
+            "query.neck.*",
+            "head.*",
+            *(["attention.*"] if cfg.attention else []),
+        )
         norms = ("*.trunk.*.bn.*",) if cfg.trunk == "inception" else ()
         later = ("*.trunk.Mixed_*",) if cfg.trunk == "inception" else ("*.trunk.*",)
 
         tenth = (("*.trunk.*", 0.1),)
         shared = {"batch": 32, "sample": sample, "momentum": 0.9, "weight_decay": 1e-4}
         if not self.pretrained:
-            whole = {**begin, "lr_end": end["lr_end"], "clip": 1.0} | ({"cosine": (-1 / 19, 1.0)} if plain else {"warmup": epoch})
+            whole = {**begin, "lr_end": end["lr_end"], "clip": 1.0} | (
+                {"cosine": (-1 / 19, 1.0)} if plain else {"warmup": epoch}
+            )
             return [Stage("all", steps=20 * epoch, loss="cooling", **whole, **shared)]
         return [
-            Stage("frozen trunk", steps=first * epoch, trainable=(*body, *norms), rates=tenth if norms else (), **begin, **shared),
-            Stage("all", steps=(20 - first) * epoch, trainable=(*body, *norms, *later), rates=tenth, loss="cooling", **end, **shared),
+            Stage(
+                "frozen trunk",
+                steps=first * epoch,
+                trainable=(*body, *norms),
+                rates=tenth if norms else (),
+                **begin,
+                **shared,
+            ),
+            Stage(
+                "all",
+                steps=(20 - first) * epoch,
+                trainable=(*body, *norms, *later),
+                rates=tenth,
+                loss="cooling",
+                **end,
+                **shared,
+            ),
         ]
 
 
 def _in_pixels(boxes: Tensor, size: int) -> Tensor:
-    """cxcywh in units of the crop -> xyxy, crop pixels, counted from the middle of the first pixel, both ends inside."""
+    """cxcywh in units of the crop -> xyxy, crop pixels, counted from the middle of the first pixel,
+    both ends inside.
+    """
     boxes = cxcywh_to_xyxy(boxes * size)
     return torch.cat([boxes[..., :2], boxes[..., 2:] - 1], -1)

@@ -1,18 +1,24 @@
-"""OSTrack and ProContEXT: one transformer from pixels to box, which drops the search tokens that nobody asks for.
+"""OSTrack and ProContEXT: one transformer from pixels to box, which drops the search tokens that
+nobody asks for.
 
-Lan, Cheng, He, Li, Luo, Bao, Xiang, Geng, Xie: "ProContEXT: Exploring Progressive Context Transformer for Tracking",
-ICASSP 2023, built on OSTrack (Ye, Chang, Ma, Shan, Chen: "Joint Feature Learning and Relation Modeling for Tracking: A
-One-Stream Framework", ECCV 2022). A plain vision transformer reads the patches of template and search crop as one row
-of tokens, so features and relation are learned in the same layers. On the way it removes background: search tokens that
-the middle of the template hardly looks at. ProContEXT adds templates: of two scales, and of the present beside the first frame.
+Lan, Cheng, He, Li, Luo, Bao, Xiang, Geng, Xie: "ProContEXT: Exploring Progressive Context
+Transformer for Tracking", ICASSP 2023, built on OSTrack (Ye, Chang, Ma, Shan, Chen: "Joint Feature
+Learning and Relation Modeling for Tracking: A One-Stream Framework", ECCV 2022). A plain vision
+transformer reads the patches of template and search crop as one row of tokens, so features and
+relation are learned in the same layers. On the way it removes background: search tokens that the
+middle of the template hardly looks at. ProContEXT adds templates: of two scales, and of the present
+beside the first frame.
 
-    ProContextConfig.procontext_256(template_factors=(2.0,), dynamic=False)    # is OSTrack: same network, same weights
+    ProContextConfig.procontext_256(template_factors=(2.0,), dynamic=False)    # is OSTrack: same
+    network, same weights
 
-Networks and tracking are those of the authors' code (botaoye/OSTrack, jp-lan/ProContEXT), whose checkpoints load by
-`trackkit.official`. Where their paper differs, `ProContextConfig.paper()` follows the paper. We differ from the code in
-two places: a new sequence starts with its own templates (theirs keeps those of the first sequence that a tracker object saw),
-and pruning by the target's box uses each template's own (theirs, that of the first scale for all).
+Networks and tracking are those of the authors' code (botaoye/OSTrack, jp-lan/ProContEXT), whose
+checkpoints load by `trackkit.official`. Where their paper differs, `ProContextConfig.paper()`
+follows the paper. We differ from the code in two places: a new sequence starts with its own
+templates (theirs keeps those of the first sequence that a tracker object saw), and pruning by the
+target's box uses each template's own (theirs, that of the first scale for all).
 """
+
 from __future__ import annotations
 
 import math
@@ -37,43 +43,53 @@ from trackkit.training import Stage
 
 @dataclass(frozen=True)
 class ProContextConfig:
-    """Numbers of the network, of tracking and of training; every row of the paper's Tables 2 to 4 is a field.
+    """Numbers of the network, of tracking and of training; every row of the paper's Tables 2 to 4
+    is a field.
 
     Attributes:
         template_size: side of the template crops, pixels; a multiple of `patch`.
         search_size: side of the search crop, pixels; a multiple of `patch`.
-        template_factors: sides of the templates' windows in units of the square root of the target's area, above 0; one template
-            for each factor (the paper's K, Table 2).
+        template_factors: sides of the templates' windows in units of the square root of the
+            target's area, above 0; one template for each factor (the paper's K, Table 2).
         search_factor: side of the search window in the same units.
         dynamic: a second group of templates, of the last confident frame (Table 3).
-        stem: "patch", a token is a linear map of `patch` x `patch` pixels; or "conv", a small convolutional network of
-            stride 8, with which a transformer learns from little data.
+        stem: "patch", a token is a linear map of `patch` x `patch` pixels; or "conv", a small
+            convolutional network of stride 8, with which a transformer learns from little data.
         patch: side of a token's patch, pixels; 8 with stem "conv".
         width: channels of the transformer; a multiple of 4 and of `heads`.
         depth: blocks of the transformer.
         heads: of each attention.
-        drop_path: probability of dropping the last block's branches in training, below 1; it rises from 0 block by block.
+        drop_path: probability of dropping the last block's branches in training, below 1; it rises
+            from 0 block by block.
         head_channels: of the first convolution of the head's towers.
-        keep_ratio: share of the search tokens that stay at each pruning (the paper's rho, Table 4), above 0; 1 prunes nothing.
+        keep_ratio: share of the search tokens that stay at each pruning (the paper's rho, Table 4),
+            above 0; 1 prunes nothing.
         prune_blocks: blocks that prune, counted from 0, each between its attention and its MLP.
-        pruning_rows: the template tokens that decide: "point", one in the middle of each template; "square", the four around
-            the middle; "all"; or "box", those inside the target's box.
-        pruning_softmax: "all", the decision is read from the layer's own attention, shared among template and search tokens (the
-            code); or "search", from a softmax over the search tokens alone (the paper).
-        update_interval: every so many frames, if the score exceeds `update_threshold`, the frame makes the new dynamic
-            templates. The code: 100. The paper's Algorithm 1: 1. No effect without `dynamic`.
+        pruning_rows: the template tokens that decide: "point", one in the middle of each template;
+            "square", the four around the middle; "all"; or "box", those inside the target's box.
+        pruning_softmax: "all", the decision is read from the layer's own attention, shared among
+            template and search tokens (the code); or "search", from a softmax over the search
+            tokens alone (the paper).
+        update_interval: every so many frames, if the score exceeds `update_threshold`, the frame
+            makes the new dynamic templates. The code: 100. The paper's Algorithm 1: 1. No effect
+            without `dynamic`.
         update_threshold: of the score, 0 to 1; 0.7 in code and paper. No effect without `dynamic`.
-        margin: the box keeps at least so many frame pixels inside the frame, and is at least as large.
-        exact: boxes go into and out of crops by the crops' own geometry; False imitates the authors, see `StarkConfig`.
-        search_jitter: how far off the training's search crops are, in centre and size (`sampling.CropSpec`).
+        margin: the box keeps at least so many frame pixels inside the frame, and is at least as
+            large.
+        exact: boxes go into and out of crops by the crops' own geometry; False imitates the
+            authors, see `StarkConfig`.
+        search_jitter: how far off the training's search crops are, in centre and size
+            (`sampling.CropSpec`).
         template_jitter: the same of the training's templates.
-        epochs: of 60,000 samples each, the length of training at the scale paper. Shorter trainings are parted in as many epochs,
-            so that `keep_start` and `keep_ramp` give the same schedule, compressed.
+        epochs: of 60,000 samples each, the length of training at the scale paper. Shorter trainings
+            are parted in as many epochs, so that `keep_start` and `keep_ramp` give the same
+            schedule, compressed.
         keep_start: nothing is pruned before this epoch, counted from 1.
         keep_ramp: epochs from then on in which the keep ratio falls from 1 to `keep_ratio`.
-        learning_rate: of the head, for batches of 128, and in proportion for others. Only at the scales gpu and paper; tiny and
-            laptop have rates of their own.
-        backbone_rate: factor on `learning_rate` for all but the head. Only at the scales gpu and paper.
+        learning_rate: of the head, for batches of 128, and in proportion for others. Only at the
+            scales gpu and paper; tiny and laptop have rates of their own.
+        backbone_rate: factor on `learning_rate` for all but the head. Only at the scales gpu and
+            paper.
     """
 
     template_size: int = 192
@@ -105,29 +121,52 @@ class ProContextConfig:
     backbone_rate: float = 0.1
 
     def __post_init__(self):
-        choices = {"stem": ("patch", "conv"), "pruning_rows": ("point", "square", "all", "box"), "pruning_softmax": ("all", "search")}
+        choices = {
+            "stem": ("patch", "conv"),
+            "pruning_rows": ("point", "square", "all", "box"),
+            "pruning_softmax": ("all", "search"),
+        }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} must be one of {', '.join(allowed)}; got {getattr(self, field)!r}")
+                raise ValueError(
+                    f"{field} must be one of {', '.join(allowed)}; got {getattr(self, field)!r}"
+                )
         if self.stem == "conv" and self.patch != SmallNet.stride:
             raise ValueError(f'stem "conv" has patches of {SmallNet.stride}, not {self.patch}')
         if self.template_size % self.patch or self.search_size % self.patch:
-            raise ValueError(f"template_size and search_size must be multiples of patch, {self.patch}")
+            raise ValueError(
+                f"template_size and search_size must be multiples of patch, {self.patch}"
+            )
         if self.width % 4 or self.width % self.heads:
-            raise ValueError(f"a width of {self.width} must be a multiple of 4 and of the {self.heads} heads")
+            raise ValueError(
+                f"a width of {self.width} must be a multiple of 4 and of the {self.heads} heads"
+            )
         if not self.template_factors or min(self.template_factors) <= 0:
-            raise ValueError(f"template_factors needs at least one factor, all above 0; got {self.template_factors}")
+            raise ValueError(
+                "template_factors needs at least one factor, all above 0; got "
+                f"{self.template_factors}"
+            )
         if not 0 < self.keep_ratio <= 1:
             raise ValueError(f"keep_ratio must be above 0 and at most 1; got {self.keep_ratio}")
         if any(not 0 <= index < self.depth for index in self.prune_blocks):
-            raise ValueError(f"prune_blocks {self.prune_blocks}: there are only blocks 0 to {self.depth - 1}")
+            raise ValueError(
+                f"prune_blocks {self.prune_blocks}: there are only blocks 0 to {self.depth - 1}"
+            )
         if min(self.update_interval, self.epochs) < 1:
             raise ValueError("update_interval and epochs must be at least 1")
 
     @classmethod
     def ostrack_256(cls, **changes) -> ProContextConfig:
         """OSTrack-256: one template of the first frame."""
-        return cls.procontext_256(**{"template_factors": (2.0,), "dynamic": False, "epochs": 300, "keep_ramp": 80, **changes})
+        return cls.procontext_256(
+            **{
+                "template_factors": (2.0,),
+                "dynamic": False,
+                "epochs": 300,
+                "keep_ramp": 80,
+                **changes,
+            }
+        )
 
     @classmethod
     def ostrack_384(cls, **changes) -> ProContextConfig:
@@ -136,8 +175,15 @@ class ProContextConfig:
 
     @classmethod
     def procontext_256(cls, **changes) -> ProContextConfig:
-        """The smaller ProContEXT of the ablations; its search factor is the paper's, its jitter OSTrack-256's, as none is given."""
-        small = {"template_size": 128, "search_size": 256, "search_factor": 4.0, "search_jitter": (3.0, 0.25)}
+        """The smaller ProContEXT of the ablations; its search factor is the paper's, its jitter
+        OSTrack-256's, as none is given.
+        """
+        small = {
+            "template_size": 128,
+            "search_size": 256,
+            "search_factor": 4.0,
+            "search_jitter": (3.0, 0.25),
+        }
         return cls(**{**small, "epochs": 100, "keep_ramp": 50, **changes})
 
     @classmethod
@@ -147,9 +193,19 @@ class ProContextConfig:
 
     @classmethod
     def paper(cls, **changes) -> ProContextConfig:
-        """ProContEXT-384 by the text of its paper. The templates' jitter has no figures there; this one is ours."""
+        """ProContEXT-384 by the text of its paper. The templates' jitter has no figures there; this
+        one is ours.
+        """
         text = {"search_factor": 4.0, "pruning_softmax": "search", "update_interval": 1}
-        return cls(**{**text, "template_jitter": (0.0, 0.1), "learning_rate": 1e-4, "backbone_rate": 1.0, **changes})
+        return cls(
+            **{
+                **text,
+                "template_jitter": (0.0, 0.1),
+                "learning_rate": 1e-4,
+                "backbone_rate": 1.0,
+                **changes,
+            }
+        )
 
     @classmethod
     def tiny(cls, **changes) -> ProContextConfig:
@@ -183,7 +239,8 @@ class Answer:
     offset: Tensor  # (B, 2, g, g): how far from the cell the centre is, in cells
     size: Tensor  # (B, 2, g, g): width and height of the box, in units of the crop
     kept: list[Tensor]  # the cells (B, n) whose tokens are left after each pruning, the best first
-    focus: list[Tensor]  # with `maps`: how much the deciding template tokens look at each cell, (B, g, g) in each block
+    # with `maps`: how much the deciding template tokens look at each cell, (B, g, g) in each block
+    focus: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -197,7 +254,9 @@ class ProContextState:
 
 
 class Block(nn.Module):
-    """A layer of the vision transformer, in two halves: the tokens look at one another, then each thinks for itself."""
+    """A layer of the vision transformer, in two halves: the tokens look at one another, then each
+    thinks for itself.
+    """
 
     def __init__(self, width: int, heads: int, drop_path: float):
         super().__init__()
@@ -206,7 +265,9 @@ class Block(nn.Module):
         self.drop = DropPath(drop_path)
 
     def attend(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, D) after attention (Eq. 1: every token looks at every token), and its queries and keys (B, H, T, D / H)."""
+        """x (B, T, D) after attention (Eq. 1: every token looks at every token), and its queries
+        and keys (B, H, T, D / H).
+        """
         q, k, v = self.attn.split(self.norm1(x))
         return x + self.drop(self.attn.merge(F.scaled_dot_product_attention(q, k, v))), q, k
 
@@ -228,7 +289,8 @@ class ProContext(Tracker):
         else:
             net = SmallNet()
             self.embed = nn.Sequential(net, nn.Conv2d(net.channels, cfg.width, 1))
-        self.position_z = _position(cfg.template_size // cfg.patch, cfg.width)  # shared by all templates
+        # shared by all templates
+        self.position_z = _position(cfg.template_size // cfg.patch, cfg.width)
         self.position_x = _position(cfg.grid, cfg.width)
         self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(cfg.width, eps=1e-6)
@@ -237,27 +299,46 @@ class ProContext(Tracker):
         xavier(self.head)
 
     def load_pretrained(self) -> bool:
-        """Start the transformer as the authors do, from ViT-B as a masked autoencoder; see `Tracker.load_pretrained`."""
+        """Start the transformer as the authors do, from ViT-B as a masked autoencoder; see
+        `Tracker.load_pretrained`.
+        """
         if self.config.stem != "patch":
             return False
         self.start_from(timm_weights("vit_base_patch16_224.mae"))
         return True
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
-        """Take the transformer from a ViT's weights (the entry "model" of `mae_pretrain_vit_base.pth`, or timm's).
+        """Take the transformer from a ViT's weights (the entry "model" of
+        `mae_pretrain_vit_base.pth`, or timm's).
 
-        Its table of positions, bicubically resized, is where both of ours begin. Raises CheckpointError if it does not fit.
+        Its table of positions, bicubically resized, is where both of ours begin. Raises
+        CheckpointError if it does not fit.
         """
         if "pos_embed" not in weights:
-            raise CheckpointError("the pretrained transformer has no entry pos_embed; give the weights of a plain ViT")
+            raise CheckpointError(
+                "the pretrained transformer has no entry pos_embed; give the weights of a plain ViT"
+            )
         table = weights["pos_embed"][:, 1:].transpose(1, 2)  # without the class token's
         table = table.unflatten(2, (math.isqrt(table.shape[2]), -1))
-        theirs = {name: name.replace("embed.", "patch_embed.proj.") for name in self.state_dict() if not name.startswith(("head.", "position"))}
+        theirs = {
+            name: name.replace("embed.", "patch_embed.proj.")
+            for name in self.state_dict()
+            if not name.startswith(("head.", "position"))
+        }
         own = {name: weights[other] for name, other in theirs.items() if other in weights}
-        own |= {name: value for name, value in self.state_dict().items() if name.startswith("head.")}
-        for name, size in (("position_z", self.config.template_size), ("position_x", self.config.search_size)):
+        own |= {
+            name: value for name, value in self.state_dict().items() if name.startswith("head.")
+        }
+        for name, size in (
+            ("position_z", self.config.template_size),
+            ("position_x", self.config.search_size),
+        ):
             grid = size // self.config.patch
-            own[name] = F.interpolate(table, (grid, grid), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+            own[name] = (
+                F.interpolate(table, (grid, grid), mode="bicubic", align_corners=False)
+                .flatten(2)
+                .transpose(1, 2)
+            )
         load_strictly(self, own, "the pretrained transformer")
 
     # ---- the network (paper, section 2.1) ----
@@ -266,11 +347,18 @@ class ProContext(Tracker):
         """Normalised images (B, 3, S, S) -> patches with their positions, row by row (B, n, D)."""
         return self.embed(images).flatten(2).transpose(1, 2) + position
 
-    def forward(self, templates: list[Templates], search: Tensor, keep: float | None = None, maps: bool = False) -> Answer:
-        """Groups of templates (static, dynamic) and search tokens (B, N, D) -> maps on the search grid.
+    def forward(
+        self,
+        templates: list[Templates],
+        search: Tensor,
+        keep: float | None = None,
+        maps: bool = False,
+    ) -> Answer:
+        """Groups of templates (static, dynamic) and search tokens (B, N, D) -> maps on the search
+        grid.
 
-        `keep` replaces the config's ratio. Attention is full, so templates see the search crop and are encoded anew in
-        every frame; only their first tokens can be remembered.
+        `keep` replaces the config's ratio. Attention is full, so templates see the search crop and
+        are encoded anew in every frame; only their first tokens can be remembered.
         """
         cfg, grid = self.config, self.config.grid
         batch, cells, width = search.shape
@@ -278,7 +366,8 @@ class ProContext(Tracker):
         x = torch.cat([*(group.tokens for group in templates), search], 1)  # [Z_s; Z_d; Z_x]
         known = x.shape[1] - cells  # template tokens, which always stay
         asking = self._asking(templates)
-        cell = torch.arange(cells, device=x.device).expand(batch, -1)  # where each search token came from
+        # where each search token came from
+        cell = torch.arange(cells, device=x.device).expand(batch, -1)
         kept, focus = [], []
         for index, block in enumerate(self.blocks):
             x, q, k = block.attend(x)
@@ -287,7 +376,9 @@ class ProContext(Tracker):
             if prune or maps:
                 score = pruning_score(q, k, known, *asking, cfg.pruning_softmax)
             if maps:
-                focus.append(score.new_zeros(batch, cells).scatter(1, cell, score).unflatten(1, (grid, grid)))
+                focus.append(
+                    score.new_zeros(batch, cells).scatter(1, cell, score).unflatten(1, (grid, grid))
+                )
             if prune:
                 x, order = eliminate(x, score, known, count)
                 cell = cell.gather(1, order)
@@ -300,7 +391,9 @@ class ProContext(Tracker):
         return Answer(score, offset, size, kept, focus)
 
     def _asking(self, templates: list[Templates]) -> tuple[Tensor, Tensor | None]:
-        """The template tokens that decide on pruning, their indices (R,), and if not all alike their weights (B, R)."""
+        """The template tokens that decide on pruning, their indices (R,), and if not all alike
+        their weights (B, R).
+        """
         cfg, device = self.config, self.device
         rows = template_rows(cfg.pruning_rows, cfg.template_size // cfg.patch).to(device)
         count = sum(group.boxes.shape[1] for group in templates)
@@ -318,19 +411,29 @@ class ProContext(Tracker):
     def start(self, frames: list[Tensor], boxes_xywh: Tensor) -> ProContextState:
         frames, boxes = self.checked(frames, boxes_xywh)
         static = self._remember(frames, boxes)
-        return ProContextState(boxes, torch.zeros(len(frames), dtype=torch.long), static, static if self.config.dynamic else None)
+        return ProContextState(
+            boxes,
+            torch.zeros(len(frames), dtype=torch.long),
+            static,
+            static if self.config.dynamic else None,
+        )
 
     @torch.no_grad()
-    def step(self, state: ProContextState, frames: list[Tensor], maps: bool = False) -> tuple[ProContextState, Prediction]:
+    def step(
+        self, state: ProContextState, frames: list[Tensor], maps: bool = False
+    ) -> tuple[ProContextState, Prediction]:
         cfg, frames = self.config, self.moved(frames)
 
         # 1. where is it, around its last box (lines 8 and 9)
-        crops, windows = around_box(frames, state.box, cfg.search_factor, cfg.search_size, cfg.exact)
+        crops, windows = around_box(
+            frames, state.box, cfg.search_factor, cfg.search_size, cfg.exact
+        )
         groups = [state.static, state.dynamic] if cfg.dynamic else [state.static]
         answer = self(groups, self.tokens(normalise(crops), self.position_x), maps=maps)
         response = answer.score * hann(cfg.grid).to(answer.score)  # prefers small motion
         box = box_to_frame(box_at(response, answer).double().cpu(), windows, state.box, cfg.exact)
-        sizes = torch.tensor([frame.shape[:0:-1] for frame in frames], dtype=torch.float64)  # (B, 2): width, height
+        # (B, 2): width, height
+        sizes = torch.tensor([frame.shape[:0:-1] for frame in frames], dtype=torch.float64)
         box = clip_with_margin(box, sizes, cfg.margin)
         score = answer.score.flatten(1).amax(1).double().cpu()  # Eq. 6, without the window
 
@@ -340,23 +443,37 @@ class ProContext(Tracker):
         state = replace(state, box=box, frame=count)
         if due.any():
             which = due.nonzero()[:, 0]
-            new, old = self._remember([frames[i] for i in which.tolist()], box[which]), state.dynamic
+            new, old = (
+                self._remember([frames[i] for i in which.tolist()], box[which]),
+                state.dynamic,
+            )
             tokens = old.tokens.index_copy(0, which.to(old.tokens.device), new.tokens)
-            state = replace(state, dynamic=Templates(tokens, old.boxes.index_copy(0, which, new.boxes)))
-        return state, Prediction(box, score, self._maps(answer, response, crops, windows, due) if maps else None)
+            state = replace(
+                state, dynamic=Templates(tokens, old.boxes.index_copy(0, which, new.boxes))
+            )
+        return state, Prediction(
+            box, score, self._maps(answer, response, crops, windows, due) if maps else None
+        )
 
     def _remember(self, frames: list[Tensor], boxes: Tensor) -> Templates:
         """Templates of each frame at each factor. Crops, patches and positions are made once, here."""
         tokens, places = [], []
         for factor in self.config.template_factors:
-            crops, windows = around_box(frames, boxes, factor, self.config.template_size, self.config.exact)
+            crops, windows = around_box(
+                frames, boxes, factor, self.config.template_size, self.config.exact
+            )
             tokens.append(self.tokens(normalise(crops), self.position_z))
             places.append(xywh_to_cxcywh(windows.to_crop(boxes)).float() / windows.size)
         return Templates(torch.cat(tokens, 1), torch.stack(places, 1))
 
-    def _maps(self, answer: Answer, response: Tensor, crops: Tensor, windows: Windows, due: Tensor) -> dict[str, Tensor]:
+    def _maps(
+        self, answer: Answer, response: Tensor, crops: Tensor, windows: Windows, due: Tensor
+    ) -> dict[str, Tensor]:
         grid = self.config.grid
-        kept = [torch.zeros_like(answer.score, dtype=torch.bool).flatten(1).scatter(1, cell, True) for cell in answer.kept]
+        kept = [
+            torch.zeros_like(answer.score, dtype=torch.bool).flatten(1).scatter(1, cell, True)
+            for cell in answer.kept
+        ]
         shown = {
             "crop": crops,
             "score": answer.score,
@@ -367,41 +484,55 @@ class ProContext(Tracker):
             "updated": due,
             "window": torch.stack([windows.left, windows.top, windows.side], 1),
         }
-        return shown | ({"kept": torch.stack(kept, 1).unflatten(2, (grid, grid))} if kept else {})  # (B, prunings, g, g)
+        # (B, prunings, g, g)
+        return shown | ({"kept": torch.stack(kept, 1).unflatten(2, (grid, grid))} if kept else {})
 
     def profile(self) -> dict:
         """Parameters and multiply-accumulates of a frame as the papers' counter (thop) has them.
 
-        It knows convolutions and linear layers, but neither attention's products nor tables of positions, and it runs the
-        templates' patch embedding too. ProContEXT's version, not OSTrack's, adds four for each output of a norm. Counted on
-        a copy without values, so nothing is computed.
+        It knows convolutions and linear layers, but neither attention's products nor tables of
+        positions, and it runs the templates' patch embedding too. ProContEXT's version, not
+        OSTrack's, adds four for each output of a norm. Counted on a copy without values, so nothing
+        is computed.
         """
         from trackkit.profiling import by_layers
 
         cfg, groups = self.config, 2 if self.config.dynamic else 1
         count, z, x = groups * len(cfg.template_factors), cfg.template_size, cfg.search_size
         with torch.device("meta"):
-            twin, templates, search = type(self)(cfg).eval(), torch.empty(count, 3, z, z), torch.empty(1, 3, x, x)
+            twin, templates, search = (
+                type(self)(cfg).eval(),
+                torch.empty(count, 3, z, z),
+                torch.empty(1, 3, x, x),
+            )
 
         def frame() -> None:
             tokens = twin.tokens(templates, twin.position_z).flatten(0, 1)[None]
-            twin([Templates(tokens, torch.empty(1, count, 4))], twin.tokens(search, twin.position_x))
+            twin(
+                [Templates(tokens, torch.empty(1, count, 4))], twin.tokens(search, twin.position_x)
+            )
 
         return {**by_layers(twin, frame, norm=0 if count == 1 else 4), "paper": PAPER.get(cfg, {})}
 
     # ---- training (section 2.2) ----
 
     def loss(self, batch: dict[str, Tensor], kind: str = "") -> dict[str, Tensor]:
-        """Losses of a batch (Eq. 5). "progress", the share of the training that is done, sets the keep ratio; without it, the last.
+        """Losses of a batch (Eq. 5). "progress", the share of the training that is done, sets the
+        keep ratio; without it, the last.
 
-        Templates come as the sampler makes them: all frames (first, dynamic) at the first factor, then at the next.
+        Templates come as the sampler makes them: all frames (first, dynamic) at the first factor,
+        then at the next.
         """
         cfg = self.config
         frames = 2 if cfg.dynamic else 1
-        crops, places = batch["templates"].unflatten(1, (-1, frames)), batch["template_boxes"].unflatten(1, (-1, frames))
+        crops, places = (
+            batch["templates"].unflatten(1, (-1, frames)),
+            batch["template_boxes"].unflatten(1, (-1, frames)),
+        )
         templates = []
         for i in range(frames):
-            tokens = self.tokens(normalise(crops[:, :, i]).flatten(0, 1), self.position_z)  # (B * K, n, D)
+            # (B * K, n, D)
+            tokens = self.tokens(normalise(crops[:, :, i]).flatten(0, 1), self.position_z)
             templates.append(Templates(tokens.reshape(len(crops), -1, cfg.width), places[:, :, i]))
         search = self.tokens(normalise(batch["searches"][:, 0]), self.position_x)
         epoch = 1 + int(float(batch.get("progress", 1.0)) * cfg.epochs)
@@ -409,12 +540,15 @@ class ProContext(Tracker):
 
         truth = batch["search_boxes"][:, 0]
         focal = focal_loss(answer.score, gaussian_target(truth, cfg.grid))
-        boxes = cxcywh_to_xyxy(box_at(answer.score, answer))  # at the network's own peak, so only there offset and size learn
+        # at the network's own peak, so only there offset and size learn
+        boxes = cxcywh_to_xyxy(box_at(answer.score, answer))
         giou, l1 = localisation(boxes, cxcywh_to_xyxy(truth).clamp(0, 1))
         return {"loss": focal + 2 * giou + 5 * l1, "focal": focal, "giou": giou, "l1": l1}
 
     def keep_at(self, epoch: int) -> float:
-        """Keep ratio of a training epoch, counted from 1: all tokens, then half a cosine down to the config's ratio."""
+        """Keep ratio of a training epoch, counted from 1: all tokens, then half a cosine down to
+        the config's ratio.
+        """
         cfg = self.config
         if epoch < cfg.keep_start:
             return 1.0
@@ -424,11 +558,20 @@ class ProContext(Tracker):
         return cfg.keep_ratio + (1 - cfg.keep_ratio) * fall
 
     def samples(self) -> SampleSpec:
-        """OSTrack: a pair forward in time. ProContEXT: first template and search anywhere, the dynamic frame near the search."""
+        """OSTrack: a pair forward in time. ProContEXT: first template and search anywhere, the
+        dynamic frame near the search.
+        """
         cfg = self.config
 
         def crop(size: int, factor: float, jitter: tuple[float, float]) -> CropSpec:
-            return CropSpec(size, factor, jitter_centre=jitter[0], jitter_size=jitter[1], fill=0, exact=cfg.exact)
+            return CropSpec(
+                size,
+                factor,
+                jitter_centre=jitter[0],
+                jitter_size=jitter[1],
+                fill=0,
+                exact=cfg.exact,
+            )
 
         return SampleSpec(
             template=crop(cfg.template_size, cfg.template_factors[0], cfg.template_jitter),
@@ -445,18 +588,29 @@ class ProContext(Tracker):
         )
 
     def recipe(self, scale: str) -> list[Stage]:
-        """One stage. `paper`: `epochs` of 60,000 samples in batches of 128, the rate falling to a tenth after four fifths.
+        """One stage. `paper`: `epochs` of 60,000 samples in batches of 128, the rate falling to a
+        tenth after four fifths.
 
-        The short scales are for the tiny network, which starts from nothing: larger rates that fall smoothly.
+        The short scales are for the tiny network, which starts from nothing: larger rates that fall
+        smoothly.
         """
         cfg = self.config
-        steps, batch = {"tiny": (300, 16), "laptop": (3000, 24), "gpu": (20_000, 64), "paper": (cfg.epochs * 468, 128)}[scale]
+        steps, batch = {
+            "tiny": (300, 16),
+            "laptop": (3000, 24),
+            "gpu": (20_000, 64),
+            "paper": (cfg.epochs * 468, 128),
+        }[scale]
         if scale in ("tiny", "laptop"):
             rates = {"lr": 1e-3, "lr_end": 1e-5, "warmup": steps // 30, "clip": 1.0}
         else:
             rates = {"lr": cfg.learning_rate * batch / 128, "drops": (steps * 4 // 5,), "clip": 0.1}
             rates |= {"rates": (("head.*", 1.0), ("*", cfg.backbone_rate))}
-        return [Stage("boxes", steps=steps, batch=batch, sample=self.samples(), weight_decay=1e-4, **rates)]
+        return [
+            Stage(
+                "boxes", steps=steps, batch=batch, sample=self.samples(), weight_decay=1e-4, **rates
+            )
+        ]
 
 
 PAPER = {
@@ -467,9 +621,12 @@ PAPER = {
     ProContextConfig.procontext_256(keep_ratio=0.6): {"macs": 36_100_000_000},
     ProContextConfig.procontext_256(): {"macs": 38_000_000_000},
     ProContextConfig.procontext_256(keep_ratio=0.8): {"macs": 40_100_000_000},
-    ProContextConfig.procontext_256(keep_ratio=0.9): {"macs": 42_700_000_000},  # of 42.649: rounded twice
+    # of 42.649: rounded twice
+    ProContextConfig.procontext_256(keep_ratio=0.9): {"macs": 42_700_000_000},
     ProContextConfig.procontext_256(keep_ratio=1.0): {"macs": 45_500_000_000},
-}  # OSTrack's paper; ProContEXT, Table 4. Neither prints parameters, and "FLOPs" are multiply-accumulates
+    # OSTrack's paper; ProContEXT, Table 4. Neither prints parameters, and "FLOPs" are
+    # multiply-accumulates
+}
 
 
 # ---- token pruning (section 2.1, "Token Pruning") ----
@@ -488,36 +645,49 @@ def template_rows(rule: str, grid: int) -> Tensor:
 
 
 def cells_in(boxes: Tensor, grid: int) -> Tensor:
-    """Cells whose middle lies in a box: (..., 4) cxcywh in units of the crop -> bool (..., grid * grid).
+    """Cells whose middle lies in a box: (..., 4) cxcywh in units of the crop -> bool (..., grid *
+    grid).
 
     A box narrower than a cell is widened to one, so there is always a cell.
     """
     middles = (torch.arange(grid, device=boxes.device) + 0.5) / grid
     x, y = (
-        (middles - boxes[..., i, None]).abs() <= boxes[..., i + 2, None].clamp(min=1 / grid) / 2 for i in (0, 1)
+        (middles - boxes[..., i, None]).abs() <= boxes[..., i + 2, None].clamp(min=1 / grid) / 2
+        for i in (0, 1)
     )  # (..., grid)
     return (y[..., :, None] & x[..., None, :]).flatten(-2)
 
 
 @torch.no_grad()
-def pruning_score(q: Tensor, k: Tensor, known: int, rows: Tensor, weights: Tensor | None = None, softmax: str = "all") -> Tensor:
-    """How much the template tokens `rows` (R,) look at each search token, the mean over rows and heads: (B, N).
+def pruning_score(
+    q: Tensor,
+    k: Tensor,
+    known: int,
+    rows: Tensor,
+    weights: Tensor | None = None,
+    softmax: str = "all",
+) -> Tensor:
+    """How much the template tokens `rows` (R,) look at each search token, the mean over rows and
+    heads: (B, N).
 
-    q and k (B, H, T, D / H) have `known` template tokens, then N search tokens. `weights` (B, R) make it a weighted mean.
-    With softmax "search" each row's looks at search tokens sum to 1 (omega in section 2.1); with "all", which the code
-    has, a row that is busy with templates counts less. The rows alone are computed: full attention stays fused.
+    q and k (B, H, T, D / H) have `known` template tokens, then N search tokens. `weights` (B, R)
+    make it a weighted mean. With softmax "search" each row's looks at search tokens sum to 1 (omega
+    in section 2.1); with "all", which the code has, a row that is busy with templates counts less.
+    The rows alone are computed: full attention stays fused.
     """
     logits = q[:, :, rows] @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, R, T)
     share = logits.softmax(-1)[..., known:] if softmax == "all" else logits[..., known:].softmax(-1)
-    share = share.mean(1) if weights is None else share.mean(1) * weights[..., None] * len(rows)  # the mean divides by it
+    # the mean divides by it
+    share = share.mean(1) if weights is None else share.mean(1) * weights[..., None] * len(rows)
     return share.mean(1)
 
 
 def eliminate(x: Tensor, score: Tensor, known: int, count: int) -> tuple[Tensor, Tensor]:
-    """Keep the `count` search tokens of the highest score (B, N), and the `known` tokens before them.
+    """Keep the `count` search tokens of the highest score (B, N), and the `known` tokens before
+    them.
 
-    Each sample of x (B, known + N, D) loses its own. Returns the tokens (B, known + count, D) and which were kept (B, count),
-    both with the highest score first.
+    Each sample of x (B, known + N, D) loses its own. Returns the tokens (B, known + count, D) and
+    which were kept (B, count), both with the highest score first.
     """
     order = score.argsort(1, descending=True)[:, :count]
     kept = x[:, known:].gather(1, order[..., None].expand(-1, -1, x.shape[2]))
@@ -528,7 +698,9 @@ def eliminate(x: Tensor, score: Tensor, known: int, count: int) -> tuple[Tensor,
 
 
 def hann(size: int) -> Tensor:
-    """Cosine window (size, size), highest in the middle, without the zeros at the border that `torch.hann_window` has."""
+    """Cosine window (size, size), highest in the middle, without the zeros at the border that
+    `torch.hann_window` has.
+    """
     window = torch.hann_window(size + 2, periodic=False)[1:-1]
     return window[:, None] * window
 
@@ -536,11 +708,15 @@ def hann(size: int) -> Tensor:
 def box_at(peak: Tensor, answer: Answer) -> Tensor:
     """The box (B, 4), cxcywh in units of the crop, at the highest cell of `peak` (B, g, g) (Eq. 4).
 
-    Cell k stands for the position k / g; the target is the rounded centre, so the offset to learn is in -0.5..0.5.
+    Cell k stands for the position k / g; the target is the rounded centre, so the offset to learn
+    is in -0.5..0.5.
     """
     grid = peak.shape[-1]
     best = peak.flatten(1).argmax(1)
-    offset, size = (t.flatten(2).gather(2, best[:, None, None].expand(-1, 2, 1))[..., 0] for t in (answer.offset, answer.size))
+    offset, size = (
+        t.flatten(2).gather(2, best[:, None, None].expand(-1, 2, 1))[..., 0]
+        for t in (answer.offset, answer.size)
+    )
     cell = torch.stack([best % grid, best // grid], 1)
     return torch.cat([(cell + offset) / grid, size], 1)
 

@@ -1,7 +1,8 @@
 """Two trackers that learn nothing: the floor that a learned tracker has to stand above.
 
-`StayTracker` repeats the first box. `NccTracker` slides the pixels of the first box over the surroundings of
-the last position: what SiamFC does with learned features, done with the colours themselves.
+`StayTracker` repeats the first box. `NccTracker` slides the pixels of the first box over the
+surroundings of the last position: what SiamFC does with learned features, done with the colours
+themselves.
 """
 
 from __future__ import annotations
@@ -21,29 +22,40 @@ from trackkit.trackers.base import Prediction, Tracker
 def normalised_cross_correlation(template: Tensor, image: Tensor) -> Tensor:
     """Similarity of a template to each window: (C, h, w), (C, H, W) -> (H-h+1, W-w+1), in [-1, 1].
 
-    Entry (y, x) compares the template with the window whose top-left pixel is (y, x). From both the mean of
-    each channel is subtracted, then their products are summed over all pixels and channels and divided by the
-    norms of both: brightness and contrast drop out, so 1 means "the same up to a gain and an offset for each
-    channel" (the gain being common to the channels), -1 the negative. A window or template without any
-    variation is similar to nothing: 0. With a leading batch, (B, C, h, w) and (B, C, H, W), template b meets
-    image b only. Any real dtype and range; the result is float64.
+    Entry (y, x) compares the template with the window whose top-left pixel is (y, x). From both the
+    mean of each channel is subtracted, then their products are summed over all pixels and channels
+    and divided by the norms of both: brightness and contrast drop out, so 1 means "the same up to a
+    gain and an offset for each channel" (the gain being common to the channels), -1 the negative. A
+    window or template without any variation is similar to nothing: 0. With a leading batch, (B, C,
+    h, w) and (B, C, H, W), template b meets image b only. Any real dtype and range; the result is
+    float64.
 
-    Raises DataError when the shapes do not fit: the image must be at least as large as the template.
+    Raises DataError when the shapes do not fit: the image must be at least as large as the
+    template.
     """
     shapes = f"template {tuple(template.shape)}, image {tuple(image.shape)}"
-    if template.ndim != image.ndim or template.ndim not in (3, 4) or template.shape[:-2] != image.shape[:-2]:
+    if (
+        template.ndim != image.ndim
+        or template.ndim not in (3, 4)
+        or template.shape[:-2] != image.shape[:-2]
+    ):
         raise DataError(
-            f"correlation needs (C, h, w) and (C, H, W), or both with the same batch first; got {shapes}"
+            "correlation needs (C, h, w) and (C, H, W), or both with the same batch first; got "
+            f"{shapes}"
         )
     if template.ndim == 3:
         return normalised_cross_correlation(template[None], image[None])[0]
     height, width = template.shape[-2:]
     if image.shape[-2] < height or image.shape[-1] < width or template.numel() == 0:
-        raise DataError(f"correlation needs an image as large as the template or larger; got {shapes}")
+        raise DataError(
+            f"correlation needs an image as large as the template or larger; got {shapes}"
+        )
 
-    template, image = template.double(), image.double()  # variances below are differences of large numbers
+    # variances below are differences of large numbers
+    template, image = template.double(), image.double()
     centred = template - template.mean((-2, -1), keepdim=True)
-    # the mean of the window need not be subtracted here: the centred template sums to 0, so it cancels
+    # the mean of the window need not be subtracted here: the centred template sums to 0, so it
+    # cancels
     products = _correlate(centred, image)
 
     energy = _energy(image, height, width)
@@ -55,8 +67,8 @@ def normalised_cross_correlation(template: Tensor, image: Tensor) -> Tensor:
 def _correlate(template: Tensor, image: Tensor) -> Tensor:
     """Sum of products with each window: (B, C, h, w), (B, C, H, W) -> (B, H-h+1, W-w+1).
 
-    By the correlation theorem, which is many times faster than a float64 convolution. It wraps around at the
-    border; windows that do so are cut off.
+    By the correlation theorem, which is many times faster than a float64 convolution. It wraps
+    around at the border; windows that do so are cut off.
     """
     size = image.shape[-2:]
     spectrum = torch.fft.rfft2(image) * torch.fft.rfft2(template, s=size).conj()
@@ -109,17 +121,19 @@ class StayTracker(Tracker):
     def step(
         self, state: StayState, frames: list[Tensor], maps: bool = False
     ) -> tuple[StayState, Prediction]:
-        return state, Prediction(state.box.clone(), torch.ones(len(state.box)), {} if maps else None)
+        return state, Prediction(
+            state.box.clone(), torch.ones(len(state.box)), {} if maps else None
+        )
 
 
 @dataclass(frozen=True)
 class NccConfig:
     """Numbers of the template matcher; sizes are crop pixels.
 
-    The template is the square with the target's area, shown as `template_size` pixels, whatever the target's
-    size in the frame: large targets are matched as fast as small ones. The defaults come from a search over
-    size, region, window, shape, and grey or colour, on real and procedural video: none was better by more
-    than 0.01 AO on both.
+    The template is the square with the target's area, shown as `template_size` pixels, whatever the
+    target's size in the frame: large targets are matched as fast as small ones. The defaults come
+    from a search over size, region, window, shape, and grey or colour, on real and procedural
+    video: none was better by more than 0.01 AO on both.
     """
 
     template_size: int = 24
@@ -129,10 +143,13 @@ class NccConfig:
     def __post_init__(self):
         if not 2 <= self.template_size < self.search_size:
             raise ValueError(
-                f"need 2 <= template_size < search_size, got {self.template_size} and {self.search_size}"
+                f"need 2 <= template_size < search_size, got {self.template_size} and "
+                f"{self.search_size}"
             )
         if not 0 <= self.window_influence <= 1:
-            raise ValueError(f"window_influence must be between 0 and 1, got {self.window_influence}")
+            raise ValueError(
+                f"window_influence must be between 0 and 1, got {self.window_influence}"
+            )
 
 
 @dataclass(frozen=True)
@@ -148,11 +165,13 @@ class NccState:
 
 
 class NccTracker(Tracker):
-    """Template matching by normalised cross-correlation, at the size that the target had in the first frame.
+    """Template matching by normalised cross-correlation, at the size that the target had in the
+    first frame.
 
-    RGB; a cosine window prefers small motion, as in SiamFC; the peak is placed between the pixels by a
-    parabola. The score is the correlation at the peak, negative values as 0. Maps: "crop" (B, 3, S, S),
-    "response" (the correlation) and "blended" (with the window), both (B, S-T+1, S-T+1). Runs on the CPU.
+    RGB; a cosine window prefers small motion, as in SiamFC; the peak is placed between the pixels
+    by a parabola. The score is the correlation at the peak, negative values as 0. Maps: "crop" (B,
+    3, S, S), "response" (the correlation) and "blended" (with the window), both (B, S-T+1, S-T+1).
+    Runs on the CPU.
     """
 
     Config = NccConfig
@@ -167,16 +186,21 @@ class NccTracker(Tracker):
         box = xywh_to_cxcywh(boxes)
         side = context_side(boxes) * cfg.search_size / cfg.template_size
         fill = torch.stack([mean_colour(frame) for frame in frames])
-        # the template is the middle of the first search crop, so both have exactly the same resolution
+        # the template is the middle of the first search crop, so both have exactly the same
+        # resolution
         windows = Windows.around(box[:, :2], side, cfg.search_size)
         crops = cut(frames, windows, fill)
         corner = (cfg.search_size - cfg.template_size) // 2
         inner = slice(corner, corner + cfg.template_size)
         anchor = windows.to_crop(box)[:, :2] - corner
-        return NccState(crops[..., inner, inner].clone(), anchor, fill, box[:, :2], box[:, 2:], side)
+        return NccState(
+            crops[..., inner, inner].clone(), anchor, fill, box[:, :2], box[:, 2:], side
+        )
 
     @torch.no_grad()
-    def step(self, state: NccState, frames: list[Tensor], maps: bool = False) -> tuple[NccState, Prediction]:
+    def step(
+        self, state: NccState, frames: list[Tensor], maps: bool = False
+    ) -> tuple[NccState, Prediction]:
         cfg, frames = self.config, self.moved(frames)
 
         # 1. compare the template with every window of the surroundings
@@ -188,12 +212,18 @@ class NccTracker(Tracker):
         hann = torch.hann_window(response.shape[-1] + 2, periodic=False, dtype=torch.float64)[1:-1]
         window = hann[:, None] * hann[None, :]
         blended = (1 - cfg.window_influence) * response + cfg.window_influence * window
-        score = response.flatten(1).gather(1, blended.flatten(1).argmax(1)[:, None])[:, 0].clamp(0, 1)
+        score = (
+            response.flatten(1).gather(1, blended.flatten(1).argmax(1)[:, None])[:, 0].clamp(0, 1)
+        )
 
         # 3. from crop pixels to frame pixels; a target that leaves is waited for at the border
-        centre_size = torch.cat([subpixel_peak(blended) + state.anchor, torch.zeros_like(state.size)], 1)
+        centre_size = torch.cat(
+            [subpixel_peak(blended) + state.anchor, torch.zeros_like(state.size)], 1
+        )
         centre = windows.to_frame(centre_size)[:, :2]
-        limits = torch.tensor([[frame.shape[2], frame.shape[1]] for frame in frames], dtype=torch.float64)
+        limits = torch.tensor(
+            [[frame.shape[2], frame.shape[1]] for frame in frames], dtype=torch.float64
+        )
         centre = torch.minimum(centre.clamp(min=0), limits)
 
         box = cxcywh_to_xywh(torch.cat([centre, state.size], 1))
@@ -202,10 +232,11 @@ class NccTracker(Tracker):
 
 
 def subpixel_peak(response: Tensor) -> Tensor:
-    """Position (x, y) of the maximum of each map: (B, H, W) -> (B, 2) float64, in cells, between the cells.
+    """Position (x, y) of the maximum of each map: (B, H, W) -> (B, 2) float64, in cells, between
+    the cells.
 
-    Along each axis a parabola through the maximum and its two neighbours moves it by less than half a cell;
-    a maximum on the border stays where it is.
+    Along each axis a parabola through the maximum and its two neighbours moves it by less than half
+    a cell; a maximum on the border stays where it is.
     """
     response = response.double()
     peak = response.flatten(1).argmax(1)
@@ -217,7 +248,8 @@ def subpixel_peak(response: Tensor) -> Tensor:
 
 def _vertex(line: Tensor, peak: Tensor) -> Tensor:
     left, middle, right = (
-        line.gather(1, (peak + step).clamp(0, line.shape[1] - 1)[:, None])[:, 0] for step in (-1, 0, 1)
+        line.gather(1, (peak + step).clamp(0, line.shape[1] - 1)[:, None])[:, 0]
+        for step in (-1, 0, 1)
     )
     curvature = left - 2 * middle + right
     inside = (peak > 0) & (peak < line.shape[1] - 1) & (curvature < 0)

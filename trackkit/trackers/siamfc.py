@@ -1,15 +1,17 @@
 """SiamFC: a tracker that learns one thing, to tell whether two image patches show the same object.
 
-Bertinetto, Valmadre, Henriques, Vedaldi, Torr: "Fully-Convolutional Siamese Networks for Object Tracking",
-ECCV workshops 2016. One network turns the target (exemplar) and the surroundings of its last position (search
-crop) into feature maps; sliding the first over the second gives a response map whose peak is the new position.
-The structure, the constants and the inference follow the common PyTorch implementation
-(huanglianghua/siamfc-pytorch), whose checkpoints load by `trackkit.official`.
+Bertinetto, Valmadre, Henriques, Vedaldi, Torr: "Fully-Convolutional Siamese Networks for Object
+Tracking", ECCV workshops 2016. One network turns the target (exemplar) and the surroundings of its
+last position (search crop) into feature maps; sliding the first over the second gives a response
+map whose peak is the new position. The structure, the constants and the inference follow the common
+PyTorch implementation (huanglianghua/siamfc-pytorch), whose checkpoints load by
+`trackkit.official`.
 
-We differ from that code in three places, none of which touches the network: training crops are resampled once
-(there: cropped, stretched and cropped again, with a random interpolation), boxes are 0-based as in the rest of
-trackkit, and the state is kept in float64.
+We differ from that code in three places, none of which touches the network: training crops are
+resampled once (there: cropped, stretched and cropped again, with a random interpolation), boxes are
+0-based as in the rest of trackkit, and the state is kept in float64.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -31,27 +33,33 @@ from trackkit.training import Stage
 class SiamFCConfig:
     """Numbers of the network, of training and of tracking. Sizes are crop pixels.
 
-    The backbone is five convolutions without padding, conv1 with stride 2; a 3x3 max-pool with stride 2 follows
-    the first `pools` of them, so the total stride is 2 ** (1 + pools).
+    The backbone is five convolutions without padding, conv1 with stride 2; a 3x3 max-pool with
+    stride 2 follows the first `pools` of them, so the total stride is 2 ** (1 + pools).
 
     Attributes:
         exemplar_size: side of the exemplar, the crop of the target in the first frame.
         search_size: side of the search crop in tracking.
-        train_search_size: side of the search crop in training: what the authors' random crop leaves.
+        train_search_size: side of the search crop in training: what the authors' random crop
+            leaves.
         context: margin around the target, in units of (w + h) / 2 on each side.
         channels: outputs of the five convolutions.
         kernels: sides of the five convolutions' kernels.
         groups: of channels, in each of the five convolutions.
         pools: how many of the convolutions are followed by a pooling, 0 to 5.
-        response_scale: factor on the response, brings sums over ~10,000 products to logits of order 1.
-        positive_radius: so far from the target's centre cells of the response learn 1, search-crop pixels.
-        train_shift: training crops are off-centre by up to this many crop pixels, half a response cell.
+        response_scale: factor on the response, brings sums over ~10,000 products to logits of order
+            1.
+        positive_radius: so far from the target's centre cells of the response learn 1, search-crop
+            pixels.
+        train_shift: training crops are off-centre by up to this many crop pixels, half a response
+            cell.
         scales: search crops of a frame, each of another scale; an odd number.
         scale_step: factor from one scale to the next.
         scale_penalty: factor on the responses of the scales that are not 1.
         scale_rate: how much of a scale change the target size follows, 0 to 1.
-        window_influence: share of a cosine window in the response in which the peak is sought, 0 to 1.
-        upsample: cells of the map in which the peak is sought for one response cell, along each axis.
+        window_influence: share of a cosine window in the response in which the peak is sought, 0 to
+            1.
+        upsample: cells of the map in which the peak is sought for one response cell, along each
+            axis.
     """
 
     exemplar_size: int = 127
@@ -74,13 +82,19 @@ class SiamFCConfig:
 
     def __post_init__(self):
         if not len(self.channels) == len(self.kernels) == len(self.groups) == 5:
-            raise ValueError("channels, kernels and groups must have five entries, one for each convolution")
+            raise ValueError(
+                "channels, kernels and groups must have five entries, one for each convolution"
+            )
         if self.scales % 2 != 1:
-            raise ValueError(f"scales must be odd, so that scale 1 is among them; got {self.scales}")
+            raise ValueError(
+                f"scales must be odd, so that scale 1 is among them; got {self.scales}"
+            )
         if not 0 <= self.window_influence <= 1 or not 0 <= self.scale_rate <= 1:
             raise ValueError("window_influence and scale_rate must be between 0 and 1")
         if self.feature_size(self.exemplar_size) < 1:
-            raise ValueError(f"an exemplar of {self.exemplar_size} px leaves no features; make it larger")
+            raise ValueError(
+                f"an exemplar of {self.exemplar_size} px leaves no features; make it larger"
+            )
 
     @classmethod
     def tiny(cls) -> SiamFCConfig:
@@ -104,7 +118,9 @@ class SiamFCConfig:
         return 2 ** (1 + self.pools)
 
     def feature_size(self, crop_size: int) -> int:
-        """Side of the feature map of a crop: 6 for 127, 20 for 239, 22 for 255 in the paper's network."""
+        """Side of the feature map of a crop: 6 for 127, 20 for 239, 22 for 255 in the paper's
+        network.
+        """
         size = crop_size
         for index, kernel in enumerate(self.kernels):
             size = (size - kernel) // (2 if index == 0 else 1) + 1
@@ -120,8 +136,8 @@ class SiamFCConfig:
 class Backbone(nn.Module):
     """Five convolutions without padding (paper, Table 1): (B, 3, S, S), 0..255 -> (B, C, s, s).
 
-    No padding: a padded border would tell the network where it is, and the response would no longer move with
-    the target (section 3, "translation"). The last convolution has no norm and no ReLU.
+    No padding: a padded border would tell the network where it is, and the response would no longer
+    move with the target (section 3, "translation"). The last convolution has no norm and no ReLU.
     """
 
     def __init__(self, config: SiamFCConfig):
@@ -146,10 +162,11 @@ class Backbone(nn.Module):
 
 
 def cross_correlation(exemplar: Tensor, search: Tensor) -> Tensor:
-    """Slide each exemplar over its own search map: (B, C, h, w), (B, C, H, W) -> (B, 1, H-h+1, W-w+1).
+    """Slide each exemplar over its own search map: (B, C, h, w), (B, C, H, W) -> (B, 1, H-h+1,
+    W-w+1).
 
-    Paper, Eq. 2: f(z, x) = phi(z) * phi(x). It is a convolution whose kernel is a feature map; with the batch
-    folded into the channels, groups keep the pairs apart.
+    Paper, Eq. 2: f(z, x) = phi(z) * phi(x). It is a convolution whose kernel is a feature map; with
+    the batch folded into the channels, groups keep the pairs apart.
     """
     batch, channels, height, width = search.shape
     response = F.conv2d(search.reshape(1, batch * channels, height, width), exemplar, groups=batch)
@@ -159,9 +176,9 @@ def cross_correlation(exemplar: Tensor, search: Tensor) -> Tensor:
 def label_map(size: int, stride: int, radius: float) -> Tensor:
     """Training target of the response map, float32 (size, size): 1 near the centre, else 0.
 
-    A cell is positive if it is at most `radius` search-crop pixels from the centre, counted in whole cells of
-    `stride` pixels along the two axes: |dx| + |dy| <= radius / stride (paper, Eq. 6 has the Euclidean distance;
-    at the default radius both mark the same 13 cells).
+    A cell is positive if it is at most `radius` search-crop pixels from the centre, counted in
+    whole cells of `stride` pixels along the two axes: |dx| + |dy| <= radius / stride (paper, Eq. 6
+    has the Euclidean distance; at the default radius both mark the same 13 cells).
     """
     cells = torch.arange(size) - (size - 1) / 2
     distance = cells.abs()[:, None] + cells.abs()[None, :]
@@ -178,11 +195,14 @@ def hann_window(size: int) -> Tensor:
     return window / window.sum()
 
 
-def peak_shift(response: Tensor, stride: int, upsample: int, side: Tensor, search_size: int) -> Tensor:
-    """How far the peak of each map lies from its centre: (B, n, n) and window sides (B,) -> x, y in frame pixels (B, 2).
+def peak_shift(
+    response: Tensor, stride: int, upsample: int, side: Tensor, search_size: int
+) -> Tensor:
+    """How far the peak of each map lies from its centre: (B, n, n) and window sides (B,) -> x, y in
+    frame pixels (B, 2).
 
-    One response cell is `stride` search-crop pixels, `upsample` map cells are one response cell, and the crop's
-    `search_size` pixels show `side` frame pixels.
+    One response cell is `stride` search-crop pixels, `upsample` map cells are one response cell,
+    and the crop's `search_size` pixels show `side` frame pixels.
     """
     size = response.shape[-1]
     peak = response.flatten(1).argmax(1).cpu()  # geometry is kept on the CPU, in float64
@@ -191,7 +211,9 @@ def peak_shift(response: Tensor, stride: int, upsample: int, side: Tensor, searc
 
 
 def damped(factor: Tensor, rate: float) -> Tensor:
-    """What a size is multiplied by when the best scale is `factor`: the old and the new size, mixed by `rate`."""
+    """What a size is multiplied by when the best scale is `factor`: the old and the new size, mixed
+    by `rate`.
+    """
     return (1 - rate) + rate * factor
 
 
@@ -241,7 +263,9 @@ class SiamFC(Tracker):
         return SiamFCState(self.features(crops), fill, box[:, :2], box[:, 2:], side)
 
     @torch.no_grad()
-    def step(self, state: SiamFCState, frames: list[Tensor], maps: bool = False) -> tuple[SiamFCState, Prediction]:
+    def step(
+        self, state: SiamFCState, frames: list[Tensor], maps: bool = False
+    ) -> tuple[SiamFCState, Prediction]:
         cfg, frames, batch = self.config, self.moved(frames), len(frames)
 
         # 1. the surroundings of the last position at each scale, as one batch
@@ -267,7 +291,9 @@ class SiamFC(Tracker):
         weights = torch.where(exponents == 0, 1.0, cfg.scale_penalty).to(fine)
         peak_of_scale = (fine * weights[None, :, None, None]).flatten(2).amax(2)  # (B, S)
         best = peak_of_scale.argmax(1)  # (B,)
-        response = fine[torch.arange(batch, device=fine.device), best] * weights[best][:, None, None]
+        response = (
+            fine[torch.arange(batch, device=fine.device), best] * weights[best][:, None, None]
+        )
         score = torch.sigmoid(peak_of_scale.amax(1))
 
         # 4. the best position, with a window that prefers small motion
@@ -282,7 +308,9 @@ class SiamFC(Tracker):
         centre = state.centre + peak_shift(blended, cfg.stride, cfg.upsample, side, cfg.search_size)
         growth = damped(factors[best], cfg.scale_rate)
 
-        new = replace(state, centre=centre, size=state.size * growth[:, None], side=state.side * growth)
+        new = replace(
+            state, centre=centre, size=state.size * growth[:, None], side=state.side * growth
+        )
         box = cxcywh_to_xywh(torch.cat([new.centre, new.size], 1))
         seen = None
         if maps:
@@ -300,29 +328,49 @@ class SiamFC(Tracker):
     def loss(self, batch: dict[str, Tensor], kind: str = "") -> dict[str, Tensor]:
         """Balanced logistic loss of the response maps of a batch of pairs."""
         logits = self(batch["templates"][:, 0], batch["searches"][:, 0])
-        labels = label_map(logits.shape[-1], self.config.stride, self.config.positive_radius).to(logits)
+        labels = label_map(logits.shape[-1], self.config.stride, self.config.positive_radius).to(
+            logits
+        )
         return {"loss": balanced_bce(logits, labels.expand_as(logits))}
 
     def samples(self) -> SampleSpec:
-        """Pairs at most 100 frames apart, each crop shifted by up to `train_shift` and scaled by up to 5 %."""
+        """Pairs at most 100 frames apart, each crop shifted by up to `train_shift` and scaled by up
+        to 5 %.
+        """
         cfg = self.config
         # the crop keeps the resolution of a full search crop and shows less of it
         factor = cfg.train_search_size / cfg.exemplar_size
         return SampleSpec(
-            template=CropSpec(cfg.exemplar_size, 1.0, cfg.context, shift_px=cfg.train_shift, scale=0.05),
-            search=CropSpec(cfg.train_search_size, factor, cfg.context, shift_px=cfg.train_shift, scale=0.05),
+            template=CropSpec(
+                cfg.exemplar_size, 1.0, cfg.context, shift_px=cfg.train_shift, scale=0.05
+            ),
+            search=CropSpec(
+                cfg.train_search_size, factor, cfg.context, shift_px=cfg.train_shift, scale=0.05
+            ),
             max_gap=100,
             rule=FrameRule(
-                min_area=20, min_side=20, max_side=500, min_share=0.01, max_share=0.5, max_aspect=4, min_cover_share=0.3
+                min_area=20,
+                min_side=20,
+                max_side=500,
+                min_share=0.01,
+                max_share=0.5,
+                max_aspect=4,
+                min_cover_share=0.3,
             ),
         )
 
     def recipe(self, scale: str) -> list[Stage]:
-        """One stage of pairs. `paper` is 50 epochs of GOT-10k's 9,335 pairs by SGD, the rate falling to a thousandth.
+        """One stage of pairs. `paper` is 50 epochs of GOT-10k's 9,335 pairs by SGD, the rate
+        falling to a thousandth.
 
         The short runs of the tiny network use AdamW, with which a few thousand pairs are enough.
         """
-        steps, batch = {"tiny": (300, 16), "laptop": (1850, 16), "gpu": (12_000, 32), "paper": (50 * 1166, 8)}[scale]
+        steps, batch = {
+            "tiny": (300, 16),
+            "laptop": (1850, 16),
+            "gpu": (12_000, 32),
+            "paper": (50 * 1166, 8),
+        }[scale]
         short = scale in ("tiny", "laptop")
         return [
             Stage(
