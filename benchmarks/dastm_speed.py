@@ -18,8 +18,8 @@ import time
 
 import torch
 
-from trackkit.trackers import create
 from trackkit.trackers.dastm import DASTM, DASTMState
+from trackkit.weights import create
 
 FRAMES, LOOK, AROUND = 1000, (100, 300, 1000), 20
 TO_REACH = 1.1  # a step at the last frame against one at the first: flat but for the clock

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from trackkit import trackers
+from trackkit import weights
 from trackkit.evaluation import compare, evaluate
 from trackkit.got10k import GOT10k
 from trackkit.paths import SAMPLES
@@ -55,7 +55,7 @@ def main() -> None:
                 "cores)"
             )
         contestants = {
-            name: trackers.load(source)
+            name: weights.load(source)
             for name, source in (
                 ("siamfc-tiny", run / "tracker.safetensors"),
                 ("ncc", "ncc"),

@@ -20,8 +20,8 @@ from pathlib import Path
 from trackkit import ablations, evaluation
 from trackkit.paths import home
 from trackkit.synth import SynthConfig, SynthDataset
-from trackkit.trackers import load
 from trackkit.tracking import track_many
+from trackkit.weights import load
 
 
 def overlap(tracker, dataset) -> float:

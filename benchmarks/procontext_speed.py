@@ -24,7 +24,7 @@ from torch import Tensor
 from trackkit.backbones import normalise
 from trackkit.boxes import cxcywh_to_xywh
 from trackkit.crops import around_box
-from trackkit.trackers.procontext import Block, ProContext, ProContextConfig, ProContextState
+from trackkit.trackers.procontext import Block, ProContEXT, ProContEXTConfig, ProContEXTState
 
 FRAMES, TURNS, TO_REACH = 3, 7, 1.15
 TOLERANCE = 0.01  # pixels, the golden files'
@@ -40,7 +40,7 @@ class PlainBlock(Block):
 class Plain:
     """The same tracker with the same weights, by the book."""
 
-    def __init__(self, tracker: ProContext, frame: Tensor, box: Tensor):
+    def __init__(self, tracker: ProContEXT, frame: Tensor, box: Tensor):
         self.net, cfg = copy.deepcopy(tracker), tracker.config
         for block in self.net.blocks:
             block.__class__ = PlainBlock
@@ -50,7 +50,7 @@ class Plain:
         ] * 2
 
     @torch.no_grad()
-    def step(self, state: ProContextState, frames: list[Tensor]):
+    def step(self, state: ProContEXTState, frames: list[Tensor]):
         groups = []
         for i, group in ((0, state.static), (2, state.dynamic)):
             tokens = [
@@ -64,8 +64,8 @@ class Plain:
 def main() -> int:
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    pruned = ProContext(ProContextConfig.procontext_256()).eval()
-    whole = ProContext(ProContextConfig.procontext_256(keep_ratio=1.0)).eval()
+    pruned = ProContEXT(ProContEXTConfig.procontext_256()).eval()
+    whole = ProContEXT(ProContEXTConfig.procontext_256(keep_ratio=1.0)).eval()
     whole.load_state_dict(pruned.state_dict(), assign=True)
     frames = [torch.randint(0, 256, (3, 480, 640), dtype=torch.uint8) for _ in range(FRAMES + 1)]
     box = cxcywh_to_xywh(torch.tensor([[320.0, 240, 100, 80]], dtype=torch.float64))

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from trackkit.backbones import normalise
 from trackkit.crops import around_box
-from trackkit.trackers import create
 from trackkit.trackers.sbt import SBT
+from trackkit.weights import create
 
 ROUNDS = 15
 TOLERANCE = 2e-5  # of the goldens, logits

@@ -14,7 +14,6 @@ import dataclasses
 import tempfile
 from pathlib import Path
 
-from trackkit import trackers
 from trackkit.evaluation import compare, evaluate
 from trackkit.got10k import GOT10k
 from trackkit.paths import SAMPLES
@@ -33,11 +32,11 @@ def main() -> None:
     parser.add_argument("--real", type=Path)
     options = parser.parse_args()
     weights = sorted((SAMPLES / "weights").glob("*.safetensors"))
-    contestants = {path.stem: trackers.load(path) for path in weights} | {
-        name: trackers.load(name) for name in ("ncc", "stay")
+    contestants = {path.stem: weights.load(path) for path in weights} | {
+        name: weights.load(name) for name in ("ncc", "stay")
     }
     if "stark-tiny" in contestants:
-        fixed = contestants["stark-tiny, never updated"] = trackers.load(
+        fixed = contestants["stark-tiny, never updated"] = weights.load(
             SAMPLES / "weights" / "stark-tiny.safetensors"
         )
         fixed.config = dataclasses.replace(fixed.config, update_interval=10**9)

@@ -29,7 +29,7 @@ from trackkit.attention import Attention, sine_position
 from trackkit.backbones import normalise
 from trackkit.boxes import clip_with_margin, xyxy_to_cxcywh
 from trackkit.crops import around_box, box_to_frame, outside
-from trackkit.trackers.stark import Stark, StarkConfig
+from trackkit.trackers.stark import STARK, STARKConfig
 
 TO_REACH = 1.3
 TOLERANCE = {"corner logits": 1e-3, "box, px": 0.02}  # the golden files'
@@ -40,7 +40,7 @@ BOXES = (270.0, 200.0, 100.0, 80.0), (560.0, 10.0, 70.0, 60.0)
 class Plain:
     """The same tracker with the same weights, written out."""
 
-    net: Stark
+    net: STARK
     template: Tensor | None = None
     template_mask: Tensor | None = None
 
@@ -134,7 +134,7 @@ class Plain:
         return box, torch.stack(corners), maps
 
 
-def spread(net: Stark) -> None:
+def spread(net: STARK) -> None:
     """Random weights under which the corner maps have peaks, and frozen norms that do something."""
     for name, tensor in net.backbone.named_buffers():
         nn.init.uniform_(
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    ours = Stark(StarkConfig.s50()).eval()
+    ours = STARK(STARKConfig.s50()).eval()
     with torch.no_grad():
         spread(ours)
     frame = torch.randint(0, 256, (3, 480, 640), dtype=torch.uint8)

@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from trackkit.trackers import TRACKERS, create
+from trackkit.weights import TRACKERS, create
 
 FRAMES, WARM_UP = 40, 10  # the warm-up fills DASTM's memory
 

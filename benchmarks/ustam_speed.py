@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from trackkit.backbones import normalise
 from trackkit.boxes import clip_with_margin
 from trackkit.crops import around_box, box_to_frame
-from trackkit.trackers.ustam import Ustam, UstamConfig
+from trackkit.trackers.ustam import USTAM, USTAMConfig
 
 FRAMES, TURNS, TO_REACH = 3, 7, 1.25
 TOLERANCE = {"corner logits": 5e-5, "boxes, px": 0.01}  # the golden files'
@@ -32,7 +32,7 @@ TOLERANCE = {"corner logits": 5e-5, "boxes, px": 0.01}  # the golden files'
 class Plain:
     """The same tracker with the same weights, by the book."""
 
-    tracker: Ustam
+    tracker: USTAM
 
     def start(self, frame: Tensor, box: Tensor) -> None:
         cfg = self.tracker.config
@@ -74,7 +74,7 @@ def _map(q: Tensor, k: Tensor) -> Tensor:
 
 def main() -> None:
     torch.manual_seed(0)
-    ours = Ustam(UstamConfig.ustam_b288()).eval()
+    ours = USTAM(USTAMConfig.ustam_b288()).eval()
     nn.init.normal_(ours.spatial_attention.fc.weight, std=0.1)
     nn.init.normal_(ours.box_head.top_left.conv5.weight, std=0.5)
     frames = [torch.randint(0, 256, (3, 480, 640), dtype=torch.uint8) for _ in range(FRAMES + 1)]

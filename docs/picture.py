@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from trackkit import trackers
-from trackkit.course.drawing import draw_boxes
+from trackkit import weights
+from trackkit.drawing import draw_boxes
 from trackkit.got10k import GOT10k
 from trackkit.paths import SAMPLES
 from trackkit.tracking import track
@@ -27,8 +27,8 @@ def main() -> None:
 
     data = GOT10k(SAMPLES, "val")
     siamfc, ncc = (
-        trackers.load(SAMPLES / "weights" / "siamfc-tiny.safetensors"),
-        trackers.create("ncc"),
+        weights.load(SAMPLES / "weights" / "siamfc-tiny.safetensors"),
+        weights.create("ncc"),
     )
     rows = []
     for name in VIDEOS:

@@ -149,7 +149,7 @@ FAMILIES = {
             "have different numbers of them. Theirs has the first scale's box for all templates, "
             "and fails for unequal numbers.",
             "Where code and paper differ we follow the code, as its checkpoints need it; "
-            "`ProContextConfig.paper()` follows the paper: softmax over search tokens "
+            "`ProContEXTConfig.paper()` follows the paper: softmax over search tokens "
             "for pruning, an update in every confident frame, search windows of 4 target sizes, "
             "other rates.",
             "Templates in training are ordered as in tracking, all of the first frame before all "

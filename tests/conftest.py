@@ -1,4 +1,6 @@
-"""One thread, so that tests run side by side, and a home of their own, so that they leave no trace."""
+"""One thread, so that tests run side by side, and a home of their own, so that they leave no
+trace.
+"""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trackkit import ablations, cli, trackers
+from trackkit import ablations, cli, weights
 from trackkit.ablations import TABLES, Result, Row, Table, load, run
 from trackkit.errors import DataError, TrackkitError
 from trackkit.paths import SAMPLES
@@ -261,7 +261,7 @@ def test_json_holds_everything(whole):
         values["rows"][1]["mean"] == result.rows[1]["mean"]
         and values["rows"][1]["direction"] == result.rows[1]["direction"]
     )
-    config = trackers.load(out / "runs" / one["folder"] / "tracker.safetensors").config
+    config = weights.load(out / "runs" / one["folder"] / "tracker.safetensors").config
     assert config.window_influence == 0.0
 
 
@@ -300,7 +300,7 @@ def test_the_base_is_what_trackkit_train_makes(whole, data, tmp_path):
     assert cli.main([str(a) for a in arguments]) == 0
     folder = next(r["folder"] for r in whole[0].runs if (r["row"], r["seed"]) == ("base", 1))
     mine, other = (
-        trackers.load(p / "tracker.safetensors").state_dict()
+        weights.load(p / "tracker.safetensors").state_dict()
         for p in (whole[1] / "runs" / folder, tmp_path)
     )
     assert all(torch.equal(mine[key], other[key]) for key in other)

@@ -11,8 +11,8 @@ from trackkit.crops import Windows
 from trackkit.errors import DataError, TrackkitError
 from trackkit.got10k import GOT10k, read_sequence, write_sequence
 from trackkit.images import encode_jpeg
-from trackkit.sequences import FolderSequence, open_sequence
-from trackkit.video import VideoSequence, write_video
+from trackkit.sequences import FolderSequence
+from trackkit.video import VideoSequence, open_sequence, write_video
 
 
 def picture(seed: int = 0) -> torch.Tensor:

@@ -8,7 +8,7 @@ import pytest
 from certificates import FAMILIES, PAGE, not_on_page, text, written
 from golden import FOLDER, too_far
 
-from trackkit.trackers import TRACKERS
+from trackkit.weights import TRACKERS
 
 
 @pytest.fixture(scope="module")

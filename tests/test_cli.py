@@ -16,7 +16,7 @@ import torch
 from golden import golden, state_dict
 from PIL import Image
 
-from trackkit import ablations, cli, trackers
+from trackkit import ablations, cli, weights
 from trackkit.got10k import GOT10k
 from trackkit.synth import SynthConfig, SynthDataset, write_dataset
 from trackkit.training import read_log
@@ -56,7 +56,7 @@ def test_train_evaluate_track(tmp_path, capsys):
     assert run("train", "siamfc-tiny", *options, "--config.window-influence", 0.3) == 0
     assert "4 steps on GOT-10k-train" in capsys.readouterr().out
     checkpoint = tmp_path / "run" / "tracker.safetensors"
-    assert trackers.load(checkpoint).config.window_influence == 0.3
+    assert weights.load(checkpoint).config.window_influence == 0.3
 
     results = ("--data", data, "--out", tmp_path / "results")
     assert run("evaluate", checkpoint, "ncc", *results, "--json", tmp_path / "scores.json") == 0
@@ -202,7 +202,7 @@ def test_import(tmp_path, capsys, monkeypatch):
     torch.save({"epoch": 50, "model": weights}, "siamfc_alexnet_e50.pth")
     assert run("import", "siamfc_alexnet_e50.pth", "--tracker", "siamfc") == 0
     assert "siamfc.safetensors" in capsys.readouterr().out
-    loaded = trackers.load("siamfc.safetensors")
+    loaded = weights.load("siamfc.safetensors")
     assert all(torch.equal(value, weights[key]) for key, value in loaded.state_dict().items())
     assert (
         run(
@@ -267,7 +267,7 @@ def test_train_help_explains_every_field_of_the_config(name, capsys):
         run("train", name, "--help")
     shown = re.sub(r"[\s│]", "", capsys.readouterr().out)
     with torch.device("meta"):
-        config = type(trackers.create(name).config)
+        config = type(weights.create(name).config)
     entries = {}
     for cls in reversed(config.__mro__[:-1]):
         entries |= re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", inspect.getdoc(cls), re.M)
@@ -279,7 +279,7 @@ def test_train_help_explains_every_field_of_the_config(name, capsys):
 
 def test_no_config_goes_unexplained():
     with torch.device("meta"):
-        configs = {name: type(trackers.create(name).config) for name in trackers.TRACKERS}
+        configs = {name: type(weights.create(name).config) for name in weights.TRACKERS}
     assert {configs[name] for name in EXPLAINED} == {
         config for name, config in configs.items() if name not in ("stay", "ncc")
     }

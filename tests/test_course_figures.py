@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageColor
 
 from trackkit.course import figures
-from trackkit.course.drawing import COLOURS, animation, draw_boxes, to_image, to_png
 from trackkit.course.figures import show, show_source
+from trackkit.drawing import COLOURS, animation, draw_boxes, to_image, to_png
 
 GREEN, ORANGE = (torch.tensor(ImageColor.getrgb(c), dtype=torch.uint8) for c in COLOURS[:2])
 
@@ -65,7 +65,7 @@ def test_legend_is_in_the_corner():
 
 def test_drawing_and_animating_need_no_matplotlib():
     code = (
-        "import sys, torch; from trackkit.course.drawing import animation, draw_boxes;"
+        "import sys, torch; from trackkit.drawing import animation, draw_boxes;"
         "f = torch.zeros(3, 40, 40, dtype=torch.uint8); animation([f], {'a': [[1, 1, 9, 9]]}, "
         "alt='x');"
         "assert 'matplotlib' not in sys.modules"
@@ -126,7 +126,7 @@ def test_show_source_shows_the_code(displayed):
     data = displayed[0][0]
     assert data["text/plain"].startswith("def draw_boxes(") and "0x" not in data["text/plain"]
     assert data["text/markdown"].startswith(
-        "`trackkit.course.drawing.draw_boxes`\n```python\ndef draw_boxes("
+        "`trackkit.drawing.draw_boxes`\n```python\ndef draw_boxes("
     )
 
 

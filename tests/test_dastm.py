@@ -15,13 +15,14 @@ from torch import nn
 
 from trackkit import backbones, official
 from trackkit.backbones import ConvNorm, MobileOne, SmallTrunk
-from trackkit.budgets import TABLE_4, frame_macs, part_macs, within
+from trackkit.costs import DASTM_TABLE_4 as TABLE_4
+from trackkit.costs import frame_macs, macs, part_macs, profile, within
 from trackkit.errors import CheckpointError, DataError, TrackkitError
 from trackkit.memory import Memory, nearest, victim, wanted
-from trackkit.profiling import macs, profile
 from trackkit.sampling import Samples
 from trackkit.synth import SynthConfig, SynthDataset
-from trackkit.trackers import create, dastm, join, load, save, take
+from trackkit.trackers import dastm
+from trackkit.trackers.base import join, take
 from trackkit.trackers.dastm import (
     DASTM,
     DASTMConfig,
@@ -32,6 +33,7 @@ from trackkit.trackers.dastm import (
     read,
 )
 from trackkit.training import _groups, train
+from trackkit.weights import create, load, save
 
 
 @pytest.fixture(scope="module")
@@ -430,7 +432,9 @@ def test_rows_of_table_1(names, features):
 
 
 def stirred(module: nn.Module) -> nn.Module:
-    """Norms and weights as after training, kept small enough for twenty blocks of three branches."""
+    """Norms and weights as after training, kept small enough for twenty blocks of three
+    branches.
+    """
     torch.manual_seed(1)
     for part in module.modules():
         if isinstance(part, nn.BatchNorm2d):
@@ -726,7 +730,9 @@ def test_small_frames_and_boxes_at_the_border(tracker, exact):
 
 
 def test_labels_of_boxes_larger_than_the_crop_do_not_wrap():
-    """A box three times as wide as the crop; the authors' slices turn around at negative numbers."""
+    """A box three times as wide as the crop; the authors' slices turn around at negative
+    numbers.
+    """
     label = label_map(torch.tensor([[-100.0, 40, 400, 50.9], [10, 10, 12, 10]]), 97)
     assert label[0].sum() == 97 * 11 and label[0, 40:51].all()
     assert label[1].nonzero().tolist() == [[10, 10], [10, 11], [10, 12]]

@@ -58,7 +58,9 @@ def loaded() -> DASTM:
 
 
 def crop(name: str) -> Tensor:
-    """An input of the authors, whose colours are in the order of OpenCV: (1, 3, 289, 289), 0..255."""
+    """An input of the authors, whose colours are in the order of OpenCV: (1, 3, 289, 289),
+    0..255.
+    """
     return ((image(name, (1, 3, 289, 289)) + 2) / 4 * 255).flip(1)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trackkit import checkpoints, official
 from trackkit.errors import CheckpointError, TrackkitError
-from trackkit.trackers import TRACKERS, create
+from trackkit.weights import TRACKERS, create
 
 ZIP = {"_use_new_zipfile_serialization": True}  # as torch saves since 1.6
 OLD = {"_use_new_zipfile_serialization": False}

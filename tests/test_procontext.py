@@ -13,13 +13,14 @@ from trackkit import official
 from trackkit.errors import CheckpointError, DataError
 from trackkit.sampling import Samples
 from trackkit.synth import SynthConfig, SynthDataset
-from trackkit.trackers import TRACKERS, create, join, load, take
-from trackkit.trackers.procontext import ProContext, ProContextConfig, Templates, pruning_score
+from trackkit.trackers.base import join, take
+from trackkit.trackers.procontext import ProContEXT, ProContEXTConfig, Templates, pruning_score
 from trackkit.training import train
+from trackkit.weights import TRACKERS, create, load
 
 
 @pytest.fixture(scope="module")
-def tracker() -> ProContext:
+def tracker() -> ProContEXT:
     torch.manual_seed(0)
     return create("procontext-tiny")
 
@@ -29,9 +30,9 @@ def video():
     return frames("procontext", 6, 200, 260)
 
 
-def changed(tracker: ProContext, **changes) -> ProContext:
+def changed(tracker: ProContEXT, **changes) -> ProContEXT:
     """The same weights with another config."""
-    other = ProContext(replace(tracker.config, **changes)).eval()
+    other = ProContEXT(replace(tracker.config, **changes)).eval()
     other.load_state_dict(tracker.state_dict())
     return other
 
@@ -51,10 +52,10 @@ def test_one_template_is_ostrack(tracker, video):
     """Without scales and without a present, what is left is OSTrack, with the same weights; more
     templates do change things.
     """
-    config = ProContextConfig.procontext_256(
+    config = ProContEXTConfig.procontext_256(
         template_factors=(2.0,), dynamic=False, epochs=300, keep_ramp=80
     )
-    assert config == ProContextConfig.ostrack_256()
+    assert config == ProContEXTConfig.ostrack_256()
     one = changed(tracker, template_factors=(2.0,), dynamic=False)
     states, predictions = run(one, video)
     assert states[-1].dynamic is None and states[-1].static.tokens.shape[1] == 36
@@ -185,7 +186,7 @@ def test_both_softmaxes_rank_alike_only_for_one_row():
 @pytest.mark.parametrize("factors", [(2.0,), (2.0, 4.0), (2.0, 3.0, 4.0), (2.0, 2.7, 3.3, 4.0)])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_tables_2_and_3(video, factors, dynamic):
-    tracker = ProContext(ProContextConfig.tiny(template_factors=factors, dynamic=dynamic)).eval()
+    tracker = ProContEXT(ProContEXTConfig.tiny(template_factors=factors, dynamic=dynamic)).eval()
     states, _ = run(tracker, (video[0][:2], video[1]))
     assert states[-1].static.tokens.shape == (1, 36 * len(factors), 64)
     assert (states[-1].dynamic is not None) == dynamic
@@ -206,14 +207,14 @@ def test_the_state_given_is_left_alone(tracker, video):
 
 
 def test_half_a_cosine_of_pruning_in_training():
-    tracker = ProContext(ProContextConfig.tiny())
+    tracker = ProContEXT(ProContEXTConfig.tiny())
     ratios = [tracker.keep_at(epoch) for epoch in range(1, 301)]
     assert ratios[:19] == [1.0] * 19 and ratios[99:] == [0.7] * 201
     assert all(a >= b for a, b in itertools.pairwise(ratios))
     assert ratios[59] == pytest.approx(0.85)
 
 
-def batch_of(tracker: ProContext, count: int) -> dict[str, torch.Tensor]:
+def batch_of(tracker: ProContEXT, count: int) -> dict[str, torch.Tensor]:
     noise = torch.Generator().manual_seed(0)
     cfg = tracker.config
     crops = len(cfg.template_factors) * (2 if cfg.dynamic else 1)
@@ -256,7 +257,7 @@ def test_training_orders_templates_as_tracking_does(tracker, monkeypatch):
         tracker,
         "tokens",
         lambda images, position: (
-            seen.append(images) or ProContext.tokens(tracker, images, position)
+            seen.append(images) or ProContEXT.tokens(tracker, images, position)
         ),
     )
     with torch.no_grad():
@@ -266,7 +267,7 @@ def test_training_orders_templates_as_tracking_does(tracker, monkeypatch):
 
 
 def test_learns_and_is_saved(tmp_path):
-    tracker = ProContext(ProContextConfig.tiny())
+    tracker = ProContEXT(ProContEXTConfig.tiny())
     stage = replace(tracker.recipe("tiny")[0], steps=2, batch=2)
     train(
         tracker,
@@ -286,12 +287,12 @@ def test_samples():
     data = SynthDataset(SynthConfig(frames=20), 0, 4)
     pair = Samples(
         data,
-        ProContext(ProContextConfig.tiny(template_factors=(2.0,), dynamic=False)).samples(),
+        ProContEXT(ProContEXTConfig.tiny(template_factors=(2.0,), dynamic=False)).samples(),
         0,
         1,
     )[0]
     assert pair["templates"].shape == (1, 3, 48, 48) and pair["searches"].shape == (1, 3, 96, 96)
-    spec = ProContext(ProContextConfig.tiny()).samples()
+    spec = ProContEXT(ProContEXTConfig.tiny()).samples()
     four = Samples(data, replace(spec, flip_each=0.0), 0, 1)[0]
     assert four["templates"].shape == (4, 3, 48, 48)
     ratio = four["template_boxes"][:2, 2:] / four["template_boxes"][2:, 2:]
@@ -299,9 +300,9 @@ def test_samples():
 
 
 def test_recipes():
-    code, text = ProContextConfig.procontext_384(), ProContextConfig.paper()
+    code, text = ProContEXTConfig.procontext_384(), ProContEXTConfig.paper()
     with torch.device("meta"):
-        stage, other = ProContext(code).recipe("paper")[0], ProContext(text).recipe("paper")[0]
+        stage, other = ProContEXT(code).recipe("paper")[0], ProContEXT(text).recipe("paper")[0]
     assert (
         stage.steps == 300 * 468
         and stage.drops == (240 * 468,)
@@ -316,7 +317,7 @@ def test_recipes():
     assert stage.sample.template_factors == (2.0, 4.0) and stage.sample.order == "trident"
     assert (text.update_interval, text.pruning_softmax) == (1, "search")
     for scale in ("tiny", "laptop", "gpu"):
-        assert ProContext(ProContextConfig.tiny()).recipe(scale)
+        assert ProContEXT(ProContEXTConfig.tiny()).recipe(scale)
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -331,7 +332,7 @@ def test_recipes():
 ])  # fmt: skip
 def test_impossible_configs(changes, message):
     with pytest.raises(ValueError, match=message):
-        ProContextConfig.tiny(**changes)
+        ProContEXTConfig.tiny(**changes)
 
 
 def test_hard_frames_and_boxes(tracker):

@@ -14,22 +14,23 @@ from certificates import not_on_page
 from golden import certified, golden, image, mosaic, state_dict, too_far, worst
 from torch import Tensor, nn
 
-from trackkit import attention, official
+from trackkit import official, vit
 from trackkit.backbones import normalise
 from trackkit.boxes import clip_with_margin, cxcywh_to_xywh, xywh_to_cxcywh
 from trackkit.crops import around_box, gt_in_crop, outside
 from trackkit.heads import CenterHead
 from trackkit.losses import focal_loss, gaussian_target, localisation
-from trackkit.trackers import create, procontext
+from trackkit.trackers import procontext
 from trackkit.trackers.procontext import (
     Answer,
-    ProContext,
-    ProContextConfig,
+    ProContEXT,
+    ProContEXTConfig,
     Templates,
     box_at,
     eliminate,
     hann,
 )
+from trackkit.weights import create
 
 OSTRACK, PROCONTEXT, UNITS = (
     golden("ostrack_256_ce"),
@@ -43,7 +44,7 @@ TOLERANCE |= {"maps": 2e-5, "boxes": 1e-5, "tracking, px": 0.01}
 
 
 @cache
-def loaded(name: str) -> ProContext:
+def loaded(name: str) -> ProContEXT:
     """The golden weights; both networks have the same ones, but for the tables of positions."""
     if name == "ostrack-256":
         return official.load(name, state_dict(OSTRACK["keys"], OSTRACK["scale"]))
@@ -61,8 +62,8 @@ def loaded(name: str) -> ProContext:
 
 
 def varied(
-    tracker: ProContext, modules: dict[str, nn.Module] | None = None, **changes
-) -> ProContext:
+    tracker: ProContEXT, modules: dict[str, nn.Module] | None = None, **changes
+) -> ProContEXT:
     """The same weights with another config or other modules."""
     other = copy.copy(tracker)
     other._modules = {**tracker._modules, **(modules or {})}
@@ -70,7 +71,7 @@ def varied(
     return other
 
 
-def inputs(tracker: ProContext, case: int) -> tuple[list[Templates], Tensor]:
+def inputs(tracker: ProContEXT, case: int) -> tuple[list[Templates], Tensor]:
     """A case's images as groups of templates and search tokens."""
     item = FILES["procontext-384" if tracker.config.dynamic else "ostrack-256"]["inputs"][case]
     images = item["templates"] if "templates" in item else [item["template"]]
@@ -102,7 +103,7 @@ class Known(nn.Module):
         return self.block.think(x) if self.block else x
 
 
-def resumed(tracker: ProContext, attended: dict[int, tuple[Tensor, ...]], last: int) -> ProContext:
+def resumed(tracker: ProContEXT, attended: dict[int, tuple[Tensor, ...]], last: int) -> ProContEXT:
     """The tracker that takes the blocks before `last`, and the attention of that one, from another
     run.
     """
@@ -142,7 +143,7 @@ def first_case(name: str) -> tuple[dict[str, Tensor], list[Tensor], dict[int, tu
 
 @torch.no_grad()
 def outputs(
-    tracker: ProContext, case: int, keep: float | None = None
+    tracker: ProContEXT, case: int, keep: float | None = None
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """What the golden files keep, by their names, and the kept cells."""
     seen, blocks = {}, tracker.blocks
@@ -222,7 +223,7 @@ def differing(kept: list[Tensor], expected: list[dict]) -> int:
     return count
 
 
-def tracking(tracker: ProContext, expected: dict, first: int = 0, last: int = 4) -> float:
+def tracking(tracker: ProContEXT, expected: dict, first: int = 0, last: int = 4) -> float:
     """Largest difference of boxes and scores from the authors' run, continued from their box number
     `first`.
     """
@@ -305,7 +306,9 @@ def test_the_files_tolerances_are_kept():
 
 
 def test_templates_are_replaced_when_the_authors_replace_them():
-    """Of the frames counted 99, 100, 101, 102 the second; the tracking run above begins behind it."""
+    """Of the frames counted 99, 100, 101, 102 the second; the tracking run above begins behind
+    it.
+    """
     expected = PROCONTEXT["tracking"]
     assert expected["dynamic_templates_replaced"] == [False, True, False, False]
     tracker = tracker_that_sees(expected["max_raw_score_per_frame"][1])
@@ -319,9 +322,9 @@ def test_templates_are_replaced_when_the_authors_replace_them():
     assert replaced == expected["dynamic_templates_replaced"]
 
 
-def tracker_that_sees(score: float) -> ProContext:
+def tracker_that_sees(score: float) -> ProContEXT:
     """A tiny tracker, with the full one's update rule, whose every score is `score`."""
-    tracker = ProContext(ProContextConfig.tiny(update_interval=100)).eval()
+    tracker = ProContEXT(ProContEXTConfig.tiny(update_interval=100)).eval()
     tracker.head.score[-1].weight.data.zero_()
     tracker.head.score[-1].bias.data.fill_(torch.tensor(score).logit())
     return tracker
@@ -338,7 +341,7 @@ class SigmoidOffset(CenterHead):
 
 def mutant_tanh_gelu(tracker, patch):
     patch.setattr(
-        attention.Mlp,
+        vit.Mlp,
         "forward",
         lambda m, x: m.fc2(nn.functional.gelu(m.fc1(x), approximate="tanh")),
     )
@@ -379,7 +382,7 @@ def test_network_certificate_can_fail(mutate, monkeypatch):
 
 
 @torch.no_grad()
-def first_pruning(tracker: ProContext) -> int:
+def first_pruning(tracker: ProContEXT) -> int:
     """How many of the kept cells differ after the fourth block; the others are left out."""
     tracker = varied(tracker, {"blocks": tracker.blocks[:4]})
     answer = tracker(*inputs(tracker, 0))
@@ -481,7 +484,7 @@ def units() -> dict[str, float]:
 
     rates = []
     for name, table in UNITS["keep_rate_schedule"].items():
-        tracker = ProContext(ProContextConfig.tiny(keep_ramp=80 if "warm80" in name else 50))
+        tracker = ProContEXT(ProContEXTConfig.tiny(keep_ramp=80 if "warm80" in name else 50))
         rates += [abs(tracker.keep_at(int(epoch)) - rate) for epoch, rate in table.items()]
     found["keep ratios in training, units"] = max(rates)
 
@@ -576,10 +579,10 @@ def positions() -> float:
         [],
     )
     for config, grids in (
-        (ProContextConfig.ostrack_256, (8, 16)),
-        (ProContextConfig.ostrack_384, (12, 24)),
+        (ProContEXTConfig.ostrack_256, (8, 16)),
+        (ProContEXTConfig.ostrack_384, (12, 24)),
     ):
-        tracker = ProContext(config(depth=1, prune_blocks=(), head_channels=8))
+        tracker = ProContEXT(config(depth=1, prune_blocks=(), head_channels=8))
         theirs = {
             k.replace("embed.", "patch_embed.proj."): torch.full_like(v, 0.5)
             for k, v in tracker.state_dict().items()
@@ -597,10 +600,10 @@ def positions() -> float:
 
 
 def test_costs():
-    tracker = ProContext(ProContextConfig.tiny())
+    tracker = ProContEXT(ProContEXTConfig.tiny())
     for name, expected in UNITS["macs"].items():
         variant, keep = name.split(" keep ")
-        config = getattr(ProContextConfig, variant.lower().replace("-", "_"))(
+        config = getattr(ProContEXTConfig, variant.lower().replace("-", "_"))(
             keep_ratio=float(keep)
         )
         tracker.config = config  # of which a copy without values is made
@@ -619,12 +622,14 @@ def test_costs():
         for key in ("backbone.cls_token", "backbone.pos_embed")
     )
     with torch.device("meta"):
-        ours = sum(p.numel() for p in ProContext(ProContextConfig.ostrack_256()).parameters())
+        ours = sum(p.numel() for p in ProContEXT(ProContEXTConfig.ostrack_256()).parameters())
     assert ours + unused == UNITS["macs"]["OSTrack-256 keep 0.7"]["params_all"]
 
 
 def test_gaussian_targets_at_the_border():
-    """A centre that rounds to a cell outside the map leaves no peak, and the loss is not divided."""
+    """A centre that rounds to a cell outside the map leaves no peak, and the loss is not
+    divided.
+    """
     target = gaussian_target(torch.tensor([[0.99, 0.5, 0.4, 0.4]]), 16)
     assert 0 < target.max() < 1
     assert torch.isfinite(focal_loss(torch.full((1, 16, 16), 0.5), target))

@@ -15,15 +15,15 @@ import torch
 from golden import clouds
 from torch import Tensor, nn
 
-from trackkit import official, pretraining, trackers
+from trackkit import official, pretraining, weights
 from trackkit.attention import shift_bias, squares, whole
-from trackkit.eoc import ConvMlp, EoC
 from trackkit.errors import CheckpointError, DataError, TrackkitError
-from trackkit.pretraining import Classifier, load_pretrained
-from trackkit.trackers import join, take
+from trackkit.trackers.base import join, take
 from trackkit.trackers.sbt import SBT, Answer, SBTConfig, depthwise_correlation, positive_tokens
+from trackkit.trackers.sbt_backbone import ConvMlp, EoC
+from trackkit.trackers.sbt_pretraining import Classifier, load_pretrained
 from trackkit.trackers.siamfc_ca import SiamFCCA, SiamFCCAConfig
-from trackkit.trackers.stark import Stark, StarkConfig
+from trackkit.trackers.stark import STARK, STARKConfig
 from trackkit.training import train
 
 EQUAL = {"template_size": 128}
@@ -394,7 +394,7 @@ def test_it_learns(tmp_path):
         device="cpu",
     )
     assert log[-1]["loss"] < log[0]["loss"]
-    again = trackers.load(tmp_path / "tracker.safetensors")
+    again = weights.load(tmp_path / "tracker.safetensors")
     assert again.config == tracker.config and isinstance(again.config.cross[2], tuple)
     assert all(
         torch.equal(a, b)
@@ -619,7 +619,7 @@ def test_depthwise_correlation():
 
 
 CORRELATED = {
-    "STARK-CA": lambda: Stark(StarkConfig.tiny(backbone="sbt-tiny", dynamic=False, score=False)),
+    "STARK-CA": lambda: STARK(STARKConfig.tiny(backbone="sbt-tiny", dynamic=False, score=False)),
     "SiamFC-CA": lambda: SiamFCCA(SiamFCCAConfig.tiny()),
 }
 
@@ -637,8 +637,8 @@ def test_correlation_aware_trackers(name, video, tmp_path):
     assert calls(tracker, "absorb", blocks[0][0], lambda: tracker.step(later, video[:2])) == 1
     # both: both are compared
     assert calls(tracker, "absorb", blocks[1][3], lambda: tracker.step(later, video[:2])) == 2
-    trackers.save(tracker, tmp_path / "t.safetensors")
-    again = trackers.load(tmp_path / "t.safetensors")
+    weights.save(tracker, tmp_path / "t.safetensors")
+    again = weights.load(tmp_path / "t.safetensors")
     assert torch.allclose(again.step(state, video[1:])[1].box, prediction.box)
     (stage,) = tracker.recipe("tiny")[:1]
     assert stage.sample.search.size % 8 == 0
@@ -669,7 +669,7 @@ def test_correlation_aware_configs():
     with pytest.raises(ValueError, match="light, small"):
         SiamFCCAConfig(sbt="huge")
     with pytest.raises(ValueError, match="one template"):
-        StarkConfig.st50(backbone="sbt-small")
+        STARKConfig.st50(backbone="sbt-small")
     with torch.device("meta"):
-        stark = Stark(StarkConfig.s50(backbone="sbt-small"))
+        stark = STARK(STARKConfig.s50(backbone="sbt-small"))
     assert stark.backbone.stride == 16 and stark.bottleneck.weight.shape[:2] == (256, 320)

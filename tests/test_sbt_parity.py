@@ -20,10 +20,10 @@ from golden import certified, clouds, golden, image, state_dict, too_far, worst
 from torch import Tensor, nn
 
 from trackkit import official
-from trackkit.eoc import EoC
-from trackkit.profiling import macs, parameters
+from trackkit.costs import macs, parameters
 from trackkit.trackers import sbt
 from trackkit.trackers.sbt import SBT, Answer, SBTConfig, positive_tokens
+from trackkit.trackers.sbt_backbone import EoC
 
 FILES = {"sbt-light": golden("sbt_light"), "sbt-base": golden("sbt_base")}
 COUNTS, MATCHER = golden("sbt_counts"), golden("sbt_matcher")
@@ -304,7 +304,9 @@ def test_network_certificate_can_fail(mutate):
 
 def test_approximate_gelu_is_noticed():
     gelu = F.gelu
-    with patch("trackkit.eoc.torch.ops.aten.gelu_", lambda x: gelu(x, approximate="tanh")):
+    with patch(
+        "trackkit.trackers.sbt_backbone.torch.ops.aten.gelu_", lambda x: gelu(x, approximate="tanh")
+    ):
         assert breaks(loaded("sbt-light"))
 
 

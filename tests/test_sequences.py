@@ -18,8 +18,8 @@ from trackkit.crops import Windows, cut, reduction
 from trackkit.errors import DataError
 from trackkit.got10k import write_sequence
 from trackkit.images import encode_jpeg, image_size, read_image
-from trackkit.sequences import ArraySequence, FolderSequence, block_mean, natural_key, open_sequence
-from trackkit.video import VideoSequence, write_video
+from trackkit.sequences import ArraySequence, FolderSequence, block_mean, natural_key
+from trackkit.video import VideoSequence, open_sequence, write_video
 
 
 def scene(height: int = 60, width: int = 90, shift: int = 0) -> torch.Tensor:

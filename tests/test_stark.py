@@ -16,8 +16,8 @@ from trackkit.boxes import xywh_to_cxcywh
 from trackkit.errors import DataError
 from trackkit.sequences import ArraySequence
 from trackkit.synth import SynthConfig, SynthDataset
-from trackkit.trackers import join, take
-from trackkit.trackers.stark import Answer, Stark, StarkConfig
+from trackkit.trackers.base import join, take
+from trackkit.trackers.stark import STARK, Answer, STARKConfig
 from trackkit.tracking import Online, track, track_many
 
 SMALL = {
@@ -26,10 +26,10 @@ SMALL = {
 }  # fmt: skip
 
 
-def small(seed: int = 0, **changes) -> Stark:
+def small(seed: int = 0, **changes) -> STARK:
     """A network that nobody has trained, with norms and scores that say something."""
     torch.manual_seed(seed)
-    tracker = Stark(StarkConfig.tiny(**{**SMALL, **changes})).eval()
+    tracker = STARK(STARKConfig.tiny(**{**SMALL, **changes})).eval()
     with torch.no_grad():
         for layer in (getattr(tracker, "score_head", None), tracker.box_head):
             for p in layer.parameters() if layer else ():
@@ -74,7 +74,7 @@ KINDS = {
 
 
 @pytest.fixture(params=KINDS, scope="module")
-def kind(request) -> Stark:
+def kind(request) -> STARK:
     return small(**KINDS[request.param])
 
 
@@ -194,7 +194,7 @@ def test_a_template_is_encoded_once(kind, videos):
 # ---- the dynamic template ----
 
 
-def follow(tracker: Stark, video, frames: int) -> list:
+def follow(tracker: STARK, video, frames: int) -> list:
     """(state before, state after, prediction) of each step."""
     state, steps = tracker.start([video.frame(0)], video.boxes_xywh[:1]), []
     assert state.dynamic is state.template
@@ -324,7 +324,7 @@ def test_the_box_is_the_mean_of_the_corner_maps(videos):
 # ---- geometry ----
 
 
-class Oracle(Stark):
+class Oracle(STARK):
     """Finds in each search crop the box that it is told."""
 
     told: Tensor
@@ -342,7 +342,7 @@ class Oracle(Stark):
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_what_is_found_in_the_crop_is_found_in_the_frame(videos, exact):
-    tracker, frame = Oracle(StarkConfig.tiny(**SMALL, exact=exact)).eval(), videos[0].frame(0)
+    tracker, frame = Oracle(STARKConfig.tiny(**SMALL, exact=exact)).eval(), videos[0].frame(0)
     truth = torch.tensor([[100.3, 80.7, 41.0, 33.5]], dtype=torch.float64)
     state = tracker.start([frame], torch.tensor([[97.2, 83.1, 37.0, 35.0]]))
     tracker.told = torch.zeros(1, 1, 4)

@@ -28,10 +28,10 @@ from trackkit import attention, backbones, official
 from trackkit.crops import Windows
 from trackkit.errors import CheckpointError
 from trackkit.trackers import stark
-from trackkit.trackers.stark import Stark
+from trackkit.trackers.stark import STARK
 
 
-def failed(tracker: Stark, gold: dict) -> bool:
+def failed(tracker: STARK, gold: dict) -> bool:
     """Whether the certificate sees a mistake; the padded case shows most."""
     cases = reversed(gold["outputs"].items())
     return any(max(case_errors(tracker, gold, case, wanted).values()) > 1 for case, wanted in cases)
@@ -82,7 +82,7 @@ def mutant_positions_despite_padding(tracker, monkeypatch):
 def mutant_mask_of_any_pixel(tracker, monkeypatch):
     def any_pixel(images, mask):
         cells = F.max_pool2d(mask[:, None].float(), 16)[:, 0].bool()
-        return Stark.encode(
+        return STARK.encode(
             tracker, images, cells.repeat_interleave(16, 1).repeat_interleave(16, 2)
         )
 
@@ -150,7 +150,7 @@ def mutant_question_as_target(tracker, monkeypatch):
 
 def mutant_similarity_as_share(tracker, monkeypatch):
     def locate(memory, decoded, seen=None):
-        return Stark.locate(tracker, memory, decoded / math.sqrt(memory.shape[-1]), seen)
+        return STARK.locate(tracker, memory, decoded / math.sqrt(memory.shape[-1]), seen)
 
     tracker.locate = locate
 
@@ -158,7 +158,7 @@ def mutant_similarity_as_share(tracker, monkeypatch):
 def mutant_columns_first(tracker, monkeypatch):
     def locate(memory, decoded, seen=None):
         turned = memory.unflatten(1, (20, 20)).transpose(1, 2).flatten(1, 2)
-        return Stark.locate(tracker, turned, decoded, seen)
+        return STARK.locate(tracker, turned, decoded, seen)
 
     tracker.locate = locate
 
@@ -214,7 +214,7 @@ def test_one_other_tensor_fails(key):
 
 def test_the_order_of_templates_shows_in_the_memory_alone():
     tracker = copy.copy(loaded("stark-st50"))
-    tracker.forward = lambda templates, *rest, **more: Stark.forward(
+    tracker.forward = lambda templates, *rest, **more: STARK.forward(
         tracker, templates[::-1], *rest, **more
     )
     errors = network_errors(tracker, ST50, ST50["outputs"])
@@ -239,7 +239,7 @@ def test_a_forgotten_prefix_is_refused(mine, monkeypatch):
 # ---- tracking ----
 
 
-def lost(tracker: Stark) -> bool:
+def lost(tracker: STARK) -> bool:
     return any(error > 1 for error in tracking_errors(tracker, TRACK["outputs"]["st50"]))
 
 

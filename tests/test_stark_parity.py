@@ -28,11 +28,11 @@ from trackkit.boxes import (
     xywh_to_cxcywh,
     xywh_to_xyxy,
 )
+from trackkit.costs import parameters
 from trackkit.crops import Windows, context_side, cut, outside
 from trackkit.losses import localisation
-from trackkit.profiling import parameters
 from trackkit.sampling import gt_in_crop, jitter_box
-from trackkit.trackers.stark import Answer, Stark, StarkConfig, Tokens
+from trackkit.trackers.stark import STARK, Answer, STARKConfig, Tokens
 from trackkit.training import _optimizer, freeze
 
 S50, ST50 = golden("stark_s50"), golden("stark_st50")
@@ -40,7 +40,7 @@ ABLATIONS, TRACK, TRAIN = golden("stark_ablations"), golden("stark_track"), gold
 
 
 @lru_cache(maxsize=1)  # one network in memory at a time
-def loaded(name: str, tracking: bool = False) -> Stark:
+def loaded(name: str, tracking: bool = False) -> STARK:
     network = golden(name.replace("-", "_"))
     return official.load(
         name, state_dict(network["keys"], TRACK["scale"] if tracking else network["scale"])
@@ -61,7 +61,7 @@ def padding(item: dict) -> Tensor:
     return mask
 
 
-def encoded(tracker: Stark, inputs: list[dict], case: int) -> tuple[list[Tokens], Tokens]:
+def encoded(tracker: STARK, inputs: list[dict], case: int) -> tuple[list[Tokens], Tokens]:
     """Templates and search crop of a case as tokens."""
     items = [i for i in inputs if i["case"] == case]
     tokens = {i["role"]: tracker.encode(image(i["name"], i["shape"]), padding(i)) for i in items}
@@ -69,7 +69,7 @@ def encoded(tracker: Stark, inputs: list[dict], case: int) -> tuple[list[Tokens]
 
 
 @torch.no_grad()
-def outputs(tracker: Stark, inputs: list[dict], case: int) -> dict[str, Tensor]:
+def outputs(tracker: STARK, inputs: list[dict], case: int) -> dict[str, Tensor]:
     """What the golden files keep, by their names and in their shapes."""
     features = []
     hook = tracker.backbone.register_forward_hook(lambda module, given, made: features.append(made))
@@ -118,7 +118,7 @@ def deviation(value: Tensor, expected: dict | list) -> float:
     return (got - torch.tensor(wanted, dtype=torch.float64)).abs().max().item()
 
 
-def case_errors(tracker: Stark, gold: dict, case: str, wanted: dict) -> dict[str, float]:
+def case_errors(tracker: STARK, gold: dict, case: str, wanted: dict) -> dict[str, float]:
     """Differences from the authors' network by output, in units of the tolerances."""
     got = outputs(tracker, gold["inputs"], int(case))
     names = [name for name in wanted if not name.endswith("_shape")]
@@ -128,7 +128,7 @@ def case_errors(tracker: Stark, gold: dict, case: str, wanted: dict) -> dict[str
     return {name: math.inf if math.isnan(error) else error for name, error in errors.items()}
 
 
-def network_errors(tracker: Stark, gold: dict, cases: dict[str, dict]) -> dict[str, float]:
+def network_errors(tracker: STARK, gold: dict, cases: dict[str, dict]) -> dict[str, float]:
     """The largest over all cases."""
     return worst(*(case_errors(tracker, gold, case, wanted) for case, wanted in cases.items()))
 
@@ -171,7 +171,7 @@ CHANGES = {
 }
 
 
-def ablated(variant: str, **more) -> Stark:
+def ablated(variant: str, **more) -> STARK:
     """The authors' network with one of their switches turned; the file has its entries as a
     difference to ST50's.
     """
@@ -181,7 +181,7 @@ def ablated(variant: str, **more) -> Stark:
         for k, v in {**ST50["keys"], **about["keys_beside_st50"]}.items()
         if k not in about["keys_not_in"]
     }
-    tracker = Stark(StarkConfig.st50(**{**CHANGES[variant], **more})).eval()
+    tracker = STARK(STARKConfig.st50(**{**CHANGES[variant], **more})).eval()
     weights = state_dict(keys, ABLATIONS["scale"])
     checkpoints.load_strictly(
         tracker,
@@ -212,7 +212,7 @@ def golden_video() -> tuple[list[Tensor], list[list[int]]]:
     return frames(spec["name"], spec["n"], spec["height"], spec["width"])
 
 
-def following(variant: str, **changes) -> Stark:
+def following(variant: str, **changes) -> STARK:
     """The tracker of the golden run, or with other settings."""
     tracker = copy.copy(loaded(f"stark-{variant}", tracking=True))
     interval = {"update_interval": TRACK["st50_update_interval"]} if variant == "st50" else {}
@@ -220,7 +220,7 @@ def following(variant: str, **changes) -> Stark:
     return tracker
 
 
-def tracked(tracker: Stark, rows: list[dict]) -> Iterator[dict[str, float]]:
+def tracked(tracker: STARK, rows: list[dict]) -> Iterator[dict[str, float]]:
     """Differences from the authors' tracker, each step from their box before it."""
     images, boxes = golden_video()
     state = tracker.start(images[:1], torch.tensor(boxes[:1]))
@@ -238,7 +238,7 @@ def tracked(tracker: Stark, rows: list[dict]) -> Iterator[dict[str, float]]:
         }
 
 
-def tracking_errors(tracker: Stark, rows: list[dict]) -> Iterator[float]:
+def tracking_errors(tracker: STARK, rows: list[dict]) -> Iterator[float]:
     """The same in units of the tolerances, one after the other."""
     allowed = {
         "px": TRACK["tolerance"]["box_px"],
@@ -296,7 +296,7 @@ def crops() -> dict[str, float]:
 # ---- training ----
 
 
-def bare(config: StarkConfig) -> nn.Module:
+def bare(config: STARKConfig) -> nn.Module:
     """What the losses need of a tracker."""
     tracker = nn.Module()
     tracker.config = config
@@ -311,8 +311,8 @@ def losses() -> dict[str, float]:
     for case in TRAIN["loss"]:
         boxes, truth = torch.tensor(case["pred_cxcywh"]), torch.tensor(case["gt_xywh"])
         answer = Answer(boxes[:, None], None, boxes, None, {})
-        got = Stark._losses(
-            bare(StarkConfig.s50(exact=False)),
+        got = STARK._losses(
+            bare(STARKConfig.s50(exact=False)),
             answer,
             xywh_to_cxcywh(truth),
             torch.ones(len(boxes)),
@@ -330,19 +330,21 @@ def losses() -> dict[str, float]:
     case = TRAIN["stage2_bce"]
     logits = torch.tensor(case["logits"])[:, None]
     answer = Answer(torch.zeros(4, 1, 4), logits, logits, None, {})
-    got = Stark._losses(
-        bare(StarkConfig.st50()), answer, torch.zeros(4, 4), torch.tensor(case["labels"]), "score"
+    got = STARK._losses(
+        bare(STARKConfig.st50()), answer, torch.zeros(4, 4), torch.tensor(case["labels"]), "score"
     )["loss"]
     return worst(*found) | {"losses of scores, loss": abs(got.item() - case["value"])}
 
 
 @pytest.mark.parametrize("case", TRAIN["loss"], ids=["usual", "inside out", "beyond the crop"])
 def test_exact_losses(case):
-    """Where the authors drop the GIoU term of a whole batch for one box, the others' still counts."""
+    """Where the authors drop the GIoU term of a whole batch for one box, the others' still
+    counts.
+    """
     boxes, truth = torch.tensor(case["pred_cxcywh"]), torch.tensor(case["gt_xywh"])
     answer = Answer(boxes[:, None], None, boxes, None, {})
-    found = Stark._losses(
-        bare(StarkConfig.s50(exact=True)),
+    found = STARK._losses(
+        bare(STARKConfig.s50(exact=True)),
         answer,
         xywh_to_cxcywh(truth),
         torch.ones(len(boxes)),
@@ -465,7 +467,7 @@ def test_agrees_with_the_authors():
 
 @pytest.mark.parametrize("variant", ["s50", "st50"])
 def test_optimisers(variant):
-    tracker = Stark(getattr(StarkConfig, variant)())
+    tracker = STARK(getattr(STARKConfig, variant)())
     stages = tracker.recipe("paper")
     assert [stage.batch for stage in stages] == [128] * len(stages)
     for number, stage in enumerate(stages, start=1):

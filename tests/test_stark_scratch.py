@@ -18,10 +18,10 @@ from trackkit.got10k import GOT10k
 from trackkit.heads import soft_argmax
 from trackkit.losses import place_cross_entropy
 from trackkit.paths import SAMPLES
-from trackkit.trackers import load
-from trackkit.trackers.stark import Stark, StarkConfig
+from trackkit.stages import shortened
+from trackkit.trackers.stark import STARK, STARKConfig
 from trackkit.tracking import track
-from trackkit.training import shortened
+from trackkit.weights import load
 
 
 @given(st.floats(0, 1), st.floats(0, 1))
@@ -47,7 +47,7 @@ def test_a_place_outside_of_the_crop_counts_as_its_border():
 
 def test_attention_starts_as_a_lookup():
     torch.manual_seed(0)
-    tracker, width = Stark(StarkConfig.tiny()), 64
+    tracker, width = STARK(STARKConfig.tiny()), 64
     for layer in tracker.encoder.layers:
         queries, keys, _ = layer.self_attn.in_proj_weight.split(width)
         assert torch.equal(queries, keys)
@@ -58,13 +58,13 @@ def test_attention_starts_as_a_lookup():
     for layer in tracker.decoder.layers:
         seen = torch.randn(1, 1, width).expand(1, 3, width)
         assert torch.allclose(layer.cross_attn(seen, seen, seen)[0], seen, atol=1e-5)
-    assert not hasattr(Stark(StarkConfig.tiny(from_scratch=False)), "segment")
+    assert not hasattr(STARK(STARKConfig.tiny(from_scratch=False)), "segment")
 
 
 def test_shortened_stages_keep_their_proportions():
-    body, score = shortened(Stark(StarkConfig.tiny()).recipe("laptop"), 500)
+    body, score = shortened(STARK(STARKConfig.tiny()).recipe("laptop"), 500)
     assert (body.steps, score.steps, body.warmup, score.warmup) == (500, 50, 8, 8)
-    assert [stage.steps for stage in shortened(Stark(StarkConfig.tiny()).recipe("laptop"), 1)] == [
+    assert [stage.steps for stage in shortened(STARK(STARKConfig.tiny()).recipe("laptop"), 1)] == [
         1,
         1,
     ]
@@ -72,12 +72,12 @@ def test_shortened_stages_keep_their_proportions():
 
 def test_weights_to_start_from(monkeypatch):
     weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
-    tracker = Stark(StarkConfig.s50())
+    tracker = STARK(STARKConfig.s50())
     theirs = torchvision.models.resnet50().state_dict()
     monkeypatch.setattr(type(weights), "get_state_dict", lambda self, **rest: theirs)
     assert tracker.load_pretrained()
     assert torch.equal(tracker.backbone.layer3[5].conv3.weight, theirs["layer3.5.conv3.weight"])
-    assert not Stark(StarkConfig.tiny()).load_pretrained()
+    assert not STARK(STARKConfig.tiny()).load_pretrained()
 
     def offline(self, **rest):
         raise urllib.error.URLError("no network")
@@ -95,7 +95,7 @@ def test_weights_that_come_with_trackkit():
     the way.
     """
     tracker = load(SAMPLES / "weights" / "stark-tiny.safetensors")
-    assert tracker.config == StarkConfig.tiny()
+    assert tracker.config == STARKConfig.tiny()
     dataset = GOT10k(SAMPLES, "val")
     sequence = next(
         dataset[i] for i in range(len(dataset)) if dataset[i].name == "synth_val_rotation"

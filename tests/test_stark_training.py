@@ -15,16 +15,16 @@ from golden import golden
 from test_stark import KINDS, firsts, small
 from torch import Tensor
 
-from trackkit import official, trackers
+from trackkit import official, weights
 from trackkit.ablations import TABLES
 from trackkit.boxes import cxcywh_to_xyxy, giou
 from trackkit.errors import CheckpointError, TrackkitError
 from trackkit.sampling import Samples
 from trackkit.synth import SynthConfig, SynthDataset
-from trackkit.trackers import create
-from trackkit.trackers.stark import Answer, Stark, StarkConfig
+from trackkit.trackers.stark import STARK, Answer, STARKConfig
 from trackkit.tracking import track, track_many
 from trackkit.training import train
+from trackkit.weights import create
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +37,13 @@ def videos():
 DATA = SynthDataset(SynthConfig(), seed=0, length=50)
 
 
-def stages(tracker: Stark, steps: int, batch: int = 2) -> list:
+def stages(tracker: STARK, steps: int, batch: int = 2) -> list:
     return [
         replace(stage.resized(steps), batch=batch, warmup=0) for stage in tracker.recipe("tiny")
     ]
 
 
-def trained(tracker: Stark, out, steps: int, **options) -> list[dict]:
+def trained(tracker: STARK, out, steps: int, **options) -> list[dict]:
     return train(
         tracker,
         stages(tracker, steps),
@@ -96,7 +96,7 @@ def test_every_row_of_the_ablation_tables_trains_and_tracks(changes, videos, tmp
         [] if at_once else ["score"] * 2
     )
     assert all(0 < line["loss"] < 50 for line in log)
-    again = trackers.load(tmp_path / "run" / "tracker.safetensors")
+    again = weights.load(tmp_path / "run" / "tracker.safetensors")
     assert again.config == tracker.config
     runs = [
         [found.boxes_xywh for _, found in track_many(which, videos[:2], batch=2)]
@@ -108,7 +108,7 @@ def test_every_row_of_the_ablation_tables_trains_and_tracks(changes, videos, tmp
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def batch_of(tracker: Stark, negatives: float = 0.0, count: int = 3) -> dict[str, Tensor]:
+def batch_of(tracker: STARK, negatives: float = 0.0, count: int = 3) -> dict[str, Tensor]:
     samples = Samples(DATA, tracker.samples(negatives), seed=0, length=count)
     return {key: torch.stack([samples[i][key] for i in range(count)]) for key in samples[0]}
 
@@ -294,8 +294,8 @@ def test_templates_that_ask_do_not_meet_the_search_before(videos):
 )
 def test_a_saved_tracker_is_the_same(changes, videos, tmp_path):
     tracker = small(**changes)
-    trackers.save(tracker, tmp_path / "stark.safetensors")
-    loaded = trackers.load(tmp_path / "stark.safetensors")
+    weights.save(tracker, tmp_path / "stark.safetensors")
+    loaded = weights.load(tmp_path / "stark.safetensors")
     assert loaded.config == tracker.config
     assert torch.equal(track(loaded, videos[0]).boxes_xywh, track(tracker, videos[0]).boxes_xywh)
 
@@ -323,22 +323,22 @@ def test_a_saved_tracker_is_the_same(changes, videos, tmp_path):
 )
 def test_impossible_configs(changes, message):
     with pytest.raises(ValueError, match=message):
-        StarkConfig.st50(**changes)
+        STARKConfig.st50(**changes)
 
 
 def test_named_variants():
     s50, st50, st101, tiny = (
-        StarkConfig.s50(),
-        StarkConfig.st50(),
-        StarkConfig.st101(),
-        StarkConfig.tiny(),
+        STARKConfig.s50(),
+        STARKConfig.st50(),
+        STARKConfig.st101(),
+        STARKConfig.tiny(),
     )
     assert (
         replace(st50, dynamic=False, score=False) == s50
         and replace(st50, backbone="resnet101") == st101
     )
     assert (tiny.backbone, tiny.exact, tiny.dynamic, tiny.score) == ("tiny", True, True, True)
-    assert StarkConfig.st50(update_interval=25).update_interval == 25
+    assert STARKConfig.st50(update_interval=25).update_interval == 25
 
 
 def authors(name: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

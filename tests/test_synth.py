@@ -46,7 +46,9 @@ def window(left: int, top: int, side: int, size: int) -> Windows:
 
 
 def true_cover(scene, t: int) -> float:
-    """Visible share of the target's area, from masks of a scene whose target lies inside the frame."""
+    """Visible share of the target's area, from masks of a scene whose target lies inside the
+    frame.
+    """
     target, hidden = scene.target_mask(t) >= 128, scene.hidden_mask(t) >= 128
     return (target & ~hidden).sum() / target.sum()
 

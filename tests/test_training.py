@@ -16,13 +16,14 @@ import torch
 from golden import golden
 from torch import nn
 
-from trackkit import checkpoints, trackers
+from trackkit import checkpoints, weights
 from trackkit.errors import CheckpointError, TrackkitError
 from trackkit.sampling import CropSpec, Samples, SampleSpec, batches
+from trackkit.stages import Stage
 from trackkit.synth import SynthConfig, SynthDataset
 from trackkit.trackers.base import Tracker
 from trackkit.trackers.siamfc import SiamFC, SiamFCConfig
-from trackkit.training import Stage, _optimizer, freeze, read_log, train
+from trackkit.training import _optimizer, freeze, read_log, train
 
 
 def small_run(out: Path, steps: int = 6, second: int = 0, **options) -> SiamFC:
@@ -75,8 +76,8 @@ def test_run_leaves_log_state_and_tracker(whole):
     log = read_log(out)
     assert [line["step"] for line in log] == [2, 4, 6]
     assert all(0 < line["loss"] < 10 and line["samples_per_second"] > 0 for line in log)
-    assert same_weights(trackers.load(out / "tracker.safetensors"), tracker)
-    assert same_weights(trackers.load(out / "state.safetensors"), tracker), (
+    assert same_weights(weights.load(out / "tracker.safetensors"), tracker)
+    assert same_weights(weights.load(out / "state.safetensors"), tracker), (
         "a state loads as a tracker"
     )
     assert sorted(p.name for p in out.iterdir()) == [
@@ -316,7 +317,9 @@ class ToyConfig:
 
 
 class Toy(Tracker):
-    """Two layers of a backbone, the first to be frozen, and a head with dropout, named as in STARK."""
+    """Two layers of a backbone, the first to be frozen, and a head with dropout, named as in
+    STARK.
+    """
 
     Config = ToyConfig
     spec = SampleSpec(template=CropSpec(8, 2.0), search=CropSpec(8, 4.0))
@@ -452,7 +455,7 @@ def test_pickle_is_never_executed(tmp_path):
     ):
         torch.save({"net": Trap()}, tmp_path / name, **kwargs)
         with pytest.raises(CheckpointError, match="pickle"):
-            trackers.load(tmp_path / name)
+            weights.load(tmp_path / name)
     from trackkit import official
 
     with pytest.raises(CheckpointError, match="other than tensors"):
@@ -465,39 +468,39 @@ def test_checkpoint_errors(whole, tmp_path):
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(good[: len(good) // 2])
     with pytest.raises(CheckpointError, match="damaged"):
-        trackers.load(bad)
+        weights.load(bad)
     bad.write_bytes(b"")
     with pytest.raises(CheckpointError, match="damaged"):
-        trackers.load(bad)
+        weights.load(bad)
     with pytest.raises(CheckpointError, match="no such checkpoint"):
-        trackers.load(tmp_path / "none.safetensors")
+        weights.load(tmp_path / "none.safetensors")
     with pytest.raises(CheckpointError, match="no such checkpoint"):
-        trackers.load("siamfc-tny")
+        weights.load("siamfc-tny")
 
     tensors, about = checkpoints.read(whole[1] / "tracker.safetensors")
     checkpoints.write(bad, tensors, {**about, "tracker": "Oracle"})
     with pytest.raises(CheckpointError, match="'Oracle'"):
-        trackers.load(bad)
+        weights.load(bad)
     checkpoints.write(
         bad, tensors, {**about, "config": {**about["config"], "channels": [8, 8, 8, 8, 8]}}
     )
     with pytest.raises(CheckpointError, match=r"another size: backbone.conv1.0.weight"):
-        trackers.load(bad)
+        weights.load(bad)
     checkpoints.write(bad, tensors, {**about, "config": {**about["config"], "future": 1}})
     with pytest.raises(CheckpointError, match="future"):
-        trackers.load(bad)
+        weights.load(bad)
     bad.write_bytes(good.replace(b'\\"format\\": 1', b'\\"format\\": 9'))
     with pytest.raises(CheckpointError, match="format 9"):
-        trackers.load(bad)
+        weights.load(bad)
 
 
 def test_write_is_all_or_nothing(whole, tmp_path, monkeypatch):
     path = tmp_path / "x.safetensors"
-    trackers.save(whole[0], path)
+    weights.save(whole[0], path)
     before = path.read_bytes()
     monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("power cut")))
     with pytest.raises(OSError, match="power cut"):
-        trackers.save(SiamFC(SiamFCConfig.tiny()), path)
+        weights.save(SiamFC(SiamFCConfig.tiny()), path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 

@@ -15,9 +15,12 @@ from trackkit.crops import Windows
 from trackkit.errors import CheckpointError, DataError, TrackkitError
 from trackkit.sampling import Samples
 from trackkit.sequences import ArraySequence
-from trackkit.trackers import TRACKERS, join, load, save, take, ustam
-from trackkit.trackers.ustam import Ustam, UstamConfig, relative, sincos_position, warped
+from trackkit.trackers import ustam
+from trackkit.trackers.base import join, take
+from trackkit.trackers.ustam import USTAM, USTAMConfig, relative, warped
 from trackkit.training import freeze
+from trackkit.vit import sincos_position
+from trackkit.weights import TRACKERS, load, save
 
 SMALL = {"template_size": 16, "search_size": 32}  # for training: 16 search tokens
 BOX = torch.tensor([[100.0, 60.0, 40.0, 30.0]], dtype=torch.float64)
@@ -32,12 +35,12 @@ def noise(count: int, height: int = 160, width: int = 240, seed: int = 0) -> lis
     ]
 
 
-def tiny(seed: int = 0, **changes) -> Ustam:
+def tiny(seed: int = 0, **changes) -> USTAM:
     """Random weights, but boxes with an area, a spatial layer that does something and attention
     that is not flat.
     """
     torch.manual_seed(seed)
-    tracker = Ustam(UstamConfig.tiny(**changes)).eval()
+    tracker = USTAM(USTAMConfig.tiny(**changes)).eval()
     for name, parameter in tracker.named_parameters():
         if "spatial_attention" in name:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -50,7 +53,7 @@ def tiny(seed: int = 0, **changes) -> Ustam:
     return tracker
 
 
-def run(tracker: Ustam, frames: list[torch.Tensor], box: torch.Tensor = BOX) -> list[torch.Tensor]:
+def run(tracker: USTAM, frames: list[torch.Tensor], box: torch.Tensor = BOX) -> list[torch.Tensor]:
     state, boxes = tracker.start(frames[:1], box), []
     for frame in frames[1:]:
         state, prediction = tracker.step(state, [frame])
@@ -63,16 +66,16 @@ def run(tracker: Ustam, frames: list[torch.Tensor], box: torch.Tensor = BOX) -> 
 
 def test_without_its_patches_it_is_mixvit_bit_for_bit():
     both, frames = tiny(), noise(4)
-    plain = Ustam(replace(both.config, spatial=False, temporal=False)).eval()
+    plain = USTAM(replace(both.config, spatial=False, temporal=False)).eval()
     plain.start_from(both.state_dict())
-    off = Ustam(replace(both.config, temporal=False)).eval()
+    off = USTAM(replace(both.config, temporal=False)).eval()
     off.start_from(plain.state_dict())
     assert not off.spatial_attention.fc.weight.any() and not off.spatial_attention.fc.bias.any(), (
         "the zero start"
     )
     expected = run(plain, frames)
     assert all(torch.equal(a, b) for a, b in zip(run(off, frames), expected, strict=True))
-    start = Ustam(both.config).eval()
+    start = USTAM(both.config).eval()
     start.start_from(plain.state_dict())
     ours = run(start, frames)
     assert torch.equal(ours[0], expected[0]), "no map before the first frame"
@@ -131,7 +134,9 @@ def test_maps_do_not_change_anything():
 
 
 def test_what_is_subtracted_everywhere_does_not_matter():
-    """Eq. 6's mean, under the softmax that follows: of rows or of columns, the result is the same."""
+    """Eq. 6's mean, under the softmax that follows: of rows or of columns, the result is the
+    same.
+    """
     torch.manual_seed(0)
     share = torch.rand(2, 3, 16, 16).softmax(-1)
     column, row = (ustam.SpatialAttention(16, "map", mean) for mean in ("column", "row"))
@@ -318,7 +323,7 @@ def video(count: int = 24) -> ArraySequence:
     return ArraySequence("video", images, torch.tensor(boxes))
 
 
-def batch(tracker: Ustam, count: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
+def batch(tracker: USTAM, count: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
     samples = Samples([video()], tracker.samples(), seed, count)
     return {key: torch.stack([samples[i][key] for i in range(count)]) for key in samples[0]}
 
@@ -352,18 +357,18 @@ def test_the_last_map_gets_no_gradient_and_is_sometimes_forgotten():
     torch.testing.assert_close(forgotten, sum(s["loss"] for s in single) / 2)
     tracker.config = replace(tracker.config, forget=0.0)
     seen: list[torch.Tensor] = []
-    forward = Ustam.forward
+    forward = USTAM.forward
 
     def spy(self, memory, search, carried=None, maps=False):
         seen.append(carried)
         return forward(self, memory, search, carried, maps)
 
-    with patch.object(Ustam, "forward", spy):
+    with patch.object(USTAM, "forward", spy):
         kept = tracker.loss(data)["loss"]
     assert seen[0] is None and seen[1].abs().sum() > 0 and not seen[1].requires_grad
     assert abs(kept.item() - forgotten.item()) > 1e-6
     tracker.config = replace(tracker.config, forget=0.3)
-    with patch.object(Ustam, "forward", spy):
+    with patch.object(USTAM, "forward", spy):
         for i in range(25):
             torch.manual_seed(i)
             tracker.loss(data)
@@ -372,7 +377,7 @@ def test_the_last_map_gets_no_gradient_and_is_sometimes_forgotten():
 
 
 def test_the_spatial_layer_learns_from_its_zero_start():
-    tracker = Ustam(UstamConfig.tiny(**SMALL)).train()
+    tracker = USTAM(USTAMConfig.tiny(**SMALL)).train()
     tracker.loss(batch(tracker))["loss"].backward()
     for name, parameter in tracker.named_parameters():
         assert parameter.grad is not None and parameter.grad.any(), name
@@ -381,7 +386,7 @@ def test_the_spatial_layer_learns_from_its_zero_start():
 @pytest.mark.parametrize("kind", ["giou", "ciou"])
 def test_training_reduces_the_loss(kind):
     torch.manual_seed(0)
-    tracker = Ustam(UstamConfig.tiny(**SMALL)).train()
+    tracker = USTAM(USTAMConfig.tiny(**SMALL)).train()
     data, optimizer = batch(tracker), torch.optim.AdamW(tracker.parameters(), 1e-3)
     values = []
     for _ in range(12):
@@ -399,8 +404,8 @@ def test_training_reduces_the_loss(kind):
 def test_recipes():
     with torch.device("meta"):
         base, large, mixvit = (
-            Ustam(c)
-            for c in (UstamConfig.ustam_b288(), UstamConfig.ustam_l384(), UstamConfig.mixvit_l384())
+            USTAM(c)
+            for c in (USTAMConfig.ustam_b288(), USTAMConfig.ustam_l384(), USTAMConfig.mixvit_l384())
         )
     (paper,), (code,) = base.recipe("paper"), base.recipe("paper", "code")
     rates = [paper.rate(epoch * paper.steps // 500) for epoch in (0, 399, 400, 499)]
@@ -468,7 +473,7 @@ def test_pretrained_transformer():
 
     vit = timm.create_model("vit_tiny_patch16_224", pretrained=False)
     torch.nn.init.normal_(vit.blocks[3].mlp.fc1.bias)
-    tracker = Ustam(UstamConfig.tiny(**VIT))
+    tracker = USTAM(USTAMConfig.tiny(**VIT))
     head = tracker.box_head.top_left.conv1[0].weight.clone()
     tracker.start_from(vit.state_dict())
     assert torch.equal(tracker.blocks[3].mlp.fc1.bias, vit.blocks[3].mlp.fc1.bias)
@@ -480,7 +485,7 @@ def test_pretrained_transformer():
     }
     with pytest.raises(CheckpointError, match=r"missing: blocks\.3\.mlp\.fc1\.bias"):
         tracker.start_from(weights)
-    assert not Ustam(UstamConfig.tiny()).load_pretrained()
+    assert not USTAM(USTAMConfig.tiny()).load_pretrained()
 
 
 def official_entries(**shapes) -> dict[str, torch.Tensor]:
@@ -506,7 +511,7 @@ def test_checkpoints_of_others_are_refused():
             official.load("mixvit-b288", official_entries(**{"neck.weight": [3]}))
 
 
-def _empty(name: str) -> Ustam:
+def _empty(name: str) -> USTAM:
     with torch.device("meta"):
         return TRACKERS[name]().eval()
 
@@ -552,7 +557,7 @@ def test_second_stage_checkpoints_are_understood():
 )
 def test_impossible_configs(changes, message):
     with pytest.raises(ValueError, match=message):
-        UstamConfig.tiny(**changes)
+        USTAMConfig.tiny(**changes)
 
 
 @pytest.mark.parametrize(

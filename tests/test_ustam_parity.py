@@ -18,14 +18,15 @@ from golden import certified, golden, image, state_dict, too_far
 from torch import Tensor, nn
 
 from trackkit import attention, heads, official
-from trackkit.attention import VitAttention, sincos_position
 from trackkit.boxes import xyxy_to_cxcywh
 from trackkit.heads import soft_argmax
 from trackkit.losses import ciou, localisation
-from trackkit.trackers import create, ustam
-from trackkit.trackers.ustam import Memory, Ustam, UstamConfig
+from trackkit.trackers import ustam
+from trackkit.trackers.ustam import USTAM, Memory, USTAMConfig
+from trackkit.vit import VitAttention, sincos_position
+from trackkit.weights import create
 
-MIXVIT, USTAM, UNITS = golden("mixvit_b_288"), golden("ustam_b_288"), golden("mixformer_units")
+MIXVIT, GOLD, UNITS = golden("mixvit_b_288"), golden("ustam_b_288"), golden("mixformer_units")
 
 # The files give no tolerances. The spec does, 4 times the noise between float32 and float64 or
 # more; attention maps are small.
@@ -57,31 +58,31 @@ def position_table(grid: int, width: int) -> Tensor:
 @lru_cache
 def checkpoint() -> dict[str, Tensor]:
     """USTAM's, which is MixViT's and the spatial layer."""
-    keys = {**MIXVIT["keys"], **USTAM["keys_beside_mixvit"]}
+    keys = {**MIXVIT["keys"], **GOLD["keys_beside_mixvit"]}
     tables = {
         "backbone.pos_embed_s": position_table(18, 768),
         "backbone.pos_embed_t": position_table(8, 768),
     }
     drawn = {key: shape for key, shape in keys.items() if key not in tables}
-    return {**state_dict(drawn, {**MIXVIT["scale"], **USTAM["scale_beside_mixvit"]}), **tables}
+    return {**state_dict(drawn, {**MIXVIT["scale"], **GOLD["scale_beside_mixvit"]}), **tables}
 
 
 @lru_cache
-def mixvit() -> Ustam:
+def mixvit() -> USTAM:
     return official.load(
         "mixvit-b288", {key: value for key, value in checkpoint().items() if key in MIXVIT["keys"]}
     )
 
 
 @lru_cache
-def loaded() -> Ustam:
+def loaded() -> USTAM:
     return official.load("ustam-b288", checkpoint())
 
 
-def variant(tracker: Ustam, **changes) -> Ustam:
+def variant(tracker: USTAM, **changes) -> USTAM:
     """The same weights, shared, with another config."""
     with torch.device("meta"):
-        other = Ustam(replace(tracker.config, **changes)).eval()
+        other = USTAM(replace(tracker.config, **changes)).eval()
     weights = tracker.state_dict()
     other.load_state_dict({key: weights[key] for key in other.state_dict()}, assign=True)
     return other
@@ -107,7 +108,9 @@ def deviation(value: Tensor, expected: dict) -> float:
 
 
 def worst(errors: dict[str, float]) -> float:
-    """The largest deviation in units of what is allowed; what it is of stands after the last colon."""
+    """The largest deviation in units of what is allowed; what it is of stands after the last
+    colon.
+    """
     return max(error / ALLOWED[name.rsplit(": ", 1)[1]] for name, error in errors.items())
 
 
@@ -121,7 +124,7 @@ def grids(tokens: Tensor, *counts: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def mixvit_outputs(tracker: Ustam, case: dict) -> tuple[dict[str, Tensor], tuple]:
+def mixvit_outputs(tracker: USTAM, case: dict) -> tuple[dict[str, Tensor], tuple]:
     """What the golden file keeps, by its names; and memory, search tokens before the last block and
     after it.
     """
@@ -156,7 +159,7 @@ def mixvit_outputs(tracker: Ustam, case: dict) -> tuple[dict[str, Tensor], tuple
 
 
 @torch.no_grad()
-def head_outputs(tracker: Ustam, tokens: Tensor) -> dict[str, Tensor]:
+def head_outputs(tracker: USTAM, tokens: Tensor) -> dict[str, Tensor]:
     boxes, corners = tracker.locate(tokens)
     return {
         "score_map_tl: corner logits": corners[0][:, None],
@@ -333,7 +336,7 @@ def frame(name: str) -> Tensor:
 
 
 @lru_cache
-def tracking_run() -> tuple[dict[str, float], list[ustam.UstamState]]:
+def tracking_run() -> tuple[dict[str, float], list[ustam.USTAMState]]:
     """Deviation over the run, and the states before each frame."""
     gold = MIXVIT["tracking"]
     tracker = variant(mixvit(), update_interval=gold["online_template_update_interval"])
@@ -368,7 +371,7 @@ def test_the_second_template_counts():
     )
 
 
-def tracking_error(changes: dict, number: int, state: ustam.UstamState) -> float:
+def tracking_error(changes: dict, number: int, state: ustam.USTAMState) -> float:
     """Of one step from a state."""
     gold = MIXVIT["tracking"]
     _, prediction = variant(mixvit(), **changes).step(state, [frame(gold["frames"][number + 1])])
@@ -389,7 +392,7 @@ class Skip(nn.Module):
         return x
 
 
-def last_block(tracker: Ustam, tokens: Tensor, memory: Memory, maps: bool = False) -> ustam.Answer:
+def last_block(tracker: USTAM, tokens: Tensor, memory: Memory, maps: bool = False) -> ustam.Answer:
     """What the network answers when tokens come to its last block."""
     end = copy.copy(tracker)
     end._modules = {**tracker._modules, "blocks": nn.ModuleList([Skip(), tracker.blocks[-1]])}
@@ -402,12 +405,12 @@ def last_block(tracker: Ustam, tokens: Tensor, memory: Memory, maps: bool = Fals
 def inputs() -> tuple[Memory, list[Tensor]]:
     tracker = loaded()
     z = [
-        tracker.tokens(image(**USTAM["inputs"][role]), tracker.position_t)
+        tracker.tokens(image(**GOLD["inputs"][role]), tracker.position_t)
         for role in ("template", "online_template")
     ]
     searches = [
         tracker.tokens(image(**item), tracker.position_s)
-        for item in USTAM["inputs"]["search_sequence"]
+        for item in GOLD["inputs"]["search_sequence"]
     ]
     return tracker.remember(torch.cat(z, 1))[0], searches
 
@@ -423,7 +426,7 @@ def ustam_errors(
         "pred_boxes_cxcywh: boxes": boxes[:, None],
         "attention_map: maps": attention_map,
     }
-    return compared(got, USTAM["outputs"][variant_][number], f"USTAM-B288 {variant_}, ")
+    return compared(got, GOLD["outputs"][variant_][number], f"USTAM-B288 {variant_}, ")
 
 
 @lru_cache
@@ -491,7 +494,7 @@ def all_runs() -> list[dict[str, float]]:
 def test_ustam_network():
     for errors in all_runs():
         assert worst(errors) <= 1, errors
-    assert len(all_runs()) == sum(len(frames) for frames in USTAM["outputs"].values()) == 15
+    assert len(all_runs()) == sum(len(frames) for frames in GOLD["outputs"].values()) == 15
 
 
 @torch.no_grad()
@@ -557,8 +560,8 @@ def test_temporal_certificate_can_fail():
     answer = loaded()(memory, searches[1], first.roll(1, 1))
     errors = ustam_errors(answer, answer.carried, "spatial+temporal", 1)
     assert worst({k: v for k, v in errors.items() if k.endswith(": features")}) > 1
-    without = USTAM["outputs"]["spatial"][1]["search_feat"]["value"]
-    with_ = USTAM["outputs"]["spatial+temporal"][1]["search_feat"]["value"]
+    without = GOLD["outputs"]["spatial"][1]["search_feat"]["value"]
+    with_ = GOLD["outputs"]["spatial+temporal"][1]["search_feat"]["value"]
     assert max(abs(a - b) for a, b in zip(with_, without, strict=True)) > 10 * ALLOWED["features"]
 
 
@@ -596,12 +599,12 @@ COSTS = {
     "ustam-l384": "USTAM-L/384",
 }
 OTHERS = {
-    "MixViT-B/288 one template (does not fit)": UstamConfig.mixvit_b288(
+    "MixViT-B/288 one template (does not fit)": USTAMConfig.mixvit_b288(
         templates=1, update_interval=0
     ),
-    "MixViT-B/288 plain corner head (does not fit)": UstamConfig.mixvit_b288(head="corner"),
-    "MixViT-L/384 plain corner head (does not fit)": UstamConfig.mixvit_l384(head="corner"),
-    "MixViT-B/384 (templates 128)": UstamConfig.ustam_b384(spatial=False),
+    "MixViT-B/288 plain corner head (does not fit)": USTAMConfig.mixvit_b288(head="corner"),
+    "MixViT-L/384 plain corner head (does not fit)": USTAMConfig.mixvit_l384(head="corner"),
+    "MixViT-B/384 (templates 128)": USTAMConfig.ustam_b384(spatial=False),
 }
 
 
@@ -625,7 +628,7 @@ def test_costs(name):
 @pytest.mark.parametrize("name", OTHERS)
 def test_costs_of_what_the_paper_does_not_mean(name):
     with torch.device("meta"):
-        profile = Ustam(OTHERS[name]).profile()
+        profile = USTAM(OTHERS[name]).profile()
     gold = UNITS["macs"][name]
     assert (profile["parameters"], profile["macs"], profile["paper"]) == (
         gold["params_called_layers"],
@@ -640,7 +643,7 @@ def test_table_4():
     """
     for spatial, temporal in ((True, False), (False, True)):
         with torch.device("meta"):
-            profile = Ustam(UstamConfig.ustam_b288(spatial=spatial, temporal=temporal)).profile()
+            profile = USTAM(USTAMConfig.ustam_b288(spatial=spatial, temporal=temporal)).profile()
         assert (
             profile["macs"] // 1e8 / 10
             == profile["paper"]["macs"] / 1e9

@@ -38,9 +38,11 @@ from trackkit.evaluation import evaluate
 from trackkit.got10k import GOT10k
 from trackkit.paths import SAMPLES, atomic_write, home, writable
 from trackkit.sampling import training_set
+from trackkit.stages import Stage, shortened
 from trackkit.synth import SynthDataset
-from trackkit.trackers import Tracker, create, describe
-from trackkit.training import Stage, shortened, train
+from trackkit.trackers.base import Tracker
+from trackkit.training import train
+from trackkit.weights import create, describe
 
 
 @dataclass(frozen=True)

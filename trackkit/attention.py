@@ -115,6 +115,7 @@ class DecoderLayer(nn.Module):
         self.linear1, self.linear2 = nn.Linear(width, feedforward), nn.Linear(feedforward, width)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
         self.dropout, self.pre_norm = nn.Dropout(dropout), pre_norm
+        self.shortcut = True  # few queries may look by `look_by_few`
         xavier(self)
 
     def forward(
@@ -135,13 +136,12 @@ class DecoderLayer(nn.Module):
         x = x + self.dropout(self.self_attn(at, at, y)[0])
         x = x if pre else self.norm1(x)
         y = self.norm2(x) if pre else x
-        if weights or torch.is_grad_enabled() or self.cross_attn.heads * x.shape[1] >= x.shape[2]:
-            change, share = self.cross_attn(y + query, memory + position, memory, ignore, weights)
+        look = y + query, memory + position, memory, ignore
+        few = self.cross_attn.heads * x.shape[1] < x.shape[2]
+        if self.shortcut and few and not (weights or torch.is_grad_enabled()):
+            change, share = look_by_few(self.cross_attn, *look), None
         else:
-            change, share = (
-                look_by_few(self.cross_attn, y + query, memory + position, memory, ignore),
-                None,
-            )
+            change, share = self.cross_attn(*look, weights)
         x = x + self.dropout(change)
         x = x if pre else self.norm2(x)
         y = self.norm3(x) if pre else x
@@ -198,21 +198,6 @@ def sine_position(outside: Tensor, width: int) -> Tensor:
     return torch.cat(parts, -1).flatten(1, 2)
 
 
-def sincos_position(grid: int, width: int) -> Tensor:
-    """Fixed positions of grid x grid tokens, row by row: (1, grid * grid, width).
-
-    Half of the channels tell the column, the other half the row; of each half, first all sines,
-    then all cosines, of wavelengths from 2 pi to 20,000 pi.
-    """
-    quarter = width // 4
-    angle = torch.arange(grid, dtype=torch.float64)[:, None] * 10_000 ** (
-        -torch.arange(quarter, dtype=torch.float64) / quarter
-    )
-    wave = torch.cat([angle.sin(), angle.cos()], 1).float()  # (grid, width / 2)
-    column, row = wave.expand(grid, -1, -1), wave[:, None].expand(-1, grid, -1)
-    return torch.cat([column, row], 2).flatten(0, 1)[None]
-
-
 class LearnedPosition(nn.Module):
     """Position embedding from two learned tables, one row of each for a column and a row: up to 50
     x 50 cells.
@@ -239,38 +224,6 @@ def xavier(module: nn.Module) -> None:
     for parameter in module.parameters():
         if parameter.ndim > 1:
             nn.init.xavier_uniform_(parameter)
-
-
-class VitAttention(nn.Module):
-    """The attention of a plain vision transformer (Dosovitskiy et al. 2021), in two halves.
-
-    Trackers differ in what happens between them: who may look at whom, what is cached, what is done
-    to the map. The parameters have timm's names.
-    """
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (B, T, D) -> queries, keys and values, each (B, H, T, D / H)."""
-        return self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-
-    def merge(self, mixed: Tensor) -> Tensor:
-        """What the heads have gathered, (B, H, T, D / H) -> tokens (B, T, D)."""
-        return self.proj(mixed.transpose(1, 2).flatten(2))
-
-
-class Mlp(nn.Module):
-    """Linear, GELU, linear: (B, T, D) -> (B, T, D). The parameters have timm's names."""
-
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class DropPath(nn.Module):
@@ -354,6 +307,10 @@ class SE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * self.fc(x.mean((2, 3))).sigmoid()[:, :, None, None]
 
+    def macs(self, height: int, width: int) -> int:
+        """Multiply-accumulates for one map of height x width cells."""
+        return sum(layer.weight.numel() for layer in (self.fc[0], self.fc[2]))
+
 
 class CoordinateAttention(nn.Module):
     """Coordinate attention (Hou et al. 2021): a weight for each channel and row, and one for each
@@ -372,6 +329,11 @@ class CoordinateAttention(nn.Module):
         lines = torch.cat([x.mean(3), x.mean(2)], 2)[..., None]
         rows, columns = F.hardswish(self.bn1(self.conv1(lines))).split([height, width], 2)
         return x * self.conv_h(rows).sigmoid() * self.conv_w(columns).sigmoid().transpose(2, 3)
+
+    def macs(self, height: int, width: int) -> int:
+        """Multiply-accumulates for one map of height x width cells."""
+        first, row, column = (c.weight.numel() for c in (self.conv1, self.conv_h, self.conv_w))
+        return first * (height + width) + row * height + column * width
 
 
 class CBAM(nn.Module):
@@ -397,3 +359,8 @@ class CBAM(nn.Module):
             ]
         )
         return x * self.spatial(torch.stack([x.amax(1), x.mean(1)], 1)).sigmoid()
+
+    def macs(self, height: int, width: int) -> int:
+        """Multiply-accumulates for one map of height x width cells."""
+        shared = sum(layer.weight.numel() for layer in (self.channel[0], self.channel[2]))
+        return 2 * shared + self.spatial[0].weight.numel() * height * width

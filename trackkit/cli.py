@@ -60,9 +60,9 @@ def train(argv: list[str]) -> None:
 
     from trackkit.paths import home
     from trackkit.sampling import training_set
-    from trackkit.trackers import TRACKERS, create
-    from trackkit.training import shortened
+    from trackkit.stages import shortened
     from trackkit.training import train as run
+    from trackkit.weights import TRACKERS, create
 
     words = [a for a in argv if not a.startswith("-")]
     name = next((w for w in words if w in TRACKERS), words[0] if words else None)
@@ -132,12 +132,11 @@ def _track(
     """
     from torch.nn.functional import pad
 
-    from trackkit.course.drawing import draw_boxes
+    from trackkit.drawing import draw_boxes
     from trackkit.evaluation import average_overlap, sequence_overlaps
     from trackkit.paths import atomic_write, writable
-    from trackkit.sequences import open_sequence
     from trackkit.tracking import track_many
-    from trackkit.video import write_video
+    from trackkit.video import open_sequence, write_video
 
     sequence = open_sequence(video, parse_box(box))
     if len(sequence.boxes_xywh) == 0:
@@ -365,10 +364,10 @@ def _import(file: tyro.conf.Positional[Path], tracker: str, out: Path | None = N
             names.
         out: the file to write (default: TRACKER.safetensors in the present folder).
     """
-    from trackkit import official, trackers
+    from trackkit import official, weights
 
     out = out or Path(f"{tracker}.safetensors")
-    trackers.save(official.load(tracker, official.read(file)), out, source=file.name)
+    weights.save(official.load(tracker, official.read(file)), out, source=file.name)
     print(f"{out}: {tracker} with the weights of {file.name}; try `trackkit evaluate {out}`")
 
 
@@ -392,20 +391,18 @@ def _profile(
         json_output: print JSON.
         speed: also measure frames per second here.
     """
-    from trackkit import profiling
-    from trackkit.trackers import TRACKERS, create
+    from trackkit import costs
+    from trackkit.weights import TRACKERS, create
 
     if not name and not all:
         raise TrackkitError(f"name a tracker, or --all; there are {', '.join(TRACKERS)}")
-    rows = [profiling.profile(n) for n in (TRACKERS if all else [name])]
+    rows = [costs.profile(n) for n in (TRACKERS if all else [name])]
     for row in rows if speed else []:
-        row["frames_per_second"] = dataclasses.asdict(
-            profiling.frames_per_second(create(row["name"]))
-        )
+        row["frames_per_second"] = dataclasses.asdict(costs.frames_per_second(create(row["name"])))
     if json_output:
         print(json.dumps(rows if all else rows[0]))
         return
-    heading, *lines = profiling.table(rows)
+    heading, *lines = costs.table(rows)
     print(heading)
     for row, line in zip(rows, lines, strict=True):
         print(line)
@@ -467,7 +464,7 @@ def _label(tracker: str) -> str:
 def _load(tracker: str, device: str) -> Any:
     import torch
 
-    from trackkit.trackers import load
+    from trackkit.weights import load
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -102,6 +102,11 @@ class Windows:
         """
         return Windows(self.left // factor, self.top // factor, self.side // factor, self.size)
 
+    @property
+    def rows(self) -> Tensor:
+        """Left, top and side of each window, int64 (B, 3): as states and maps keep them."""
+        return torch.stack([self.left, self.top, self.side], 1)
+
     def divisible(self, factor: int) -> bool:
         """Whether `reduced(factor)` is exact."""
         return all(not (v % factor).any() for v in (self.left, self.top, self.side))
@@ -112,6 +117,11 @@ def reduction(side: float, size: int) -> int:
     pixel.
     """
     return max(r for r in (1, 2, 4, 8) if r == 1 or r * size <= side)
+
+
+def frame_sizes(frames: list[Tensor]) -> Tensor:
+    """Width and height of each frame (3, H, W): float64 (B, 2), on the CPU."""
+    return torch.tensor([frame.shape[:0:-1] for frame in frames], dtype=torch.float64)
 
 
 def mean_colour(frame: Tensor) -> Tensor:
@@ -162,6 +172,57 @@ def outside(windows: Windows, frame_sizes: Iterable[tuple[int, int]]) -> Tensor:
     return torch.from_numpy(np.stack(masks))
 
 
+@dataclass(frozen=True)
+class CropSpec:
+    """How a crop is taken around a target: a tracker states it once, for tracking (`around`,
+    `to_frame`) and, with jitter added, for training (`sampling`).
+
+    Attributes:
+        size: side of the crop in crop pixels.
+        factor: side of the window in units of `context_side(box, context)`.
+        context: margin before the factor, see `crops.context_side`.
+        shift_px: the window moves by up to this many crop pixels along each axis, uniformly.
+        scale: the target appears larger or smaller by up to this share, uniformly.
+        jitter_size, jitter_centre: the crop is taken around a box that is off in size and place,
+            see `jitter_box`.
+        fill: grey level 0..255 outside the frame; None is the frame's mean colour.
+        exact: the sample's box lies where the target is (`Windows.to_crop`); False imitates the
+            STARK authors, for whom it is half a crop pixel off (`gt_in_crop`) and the last row and
+            column of a frame are masked.
+    """
+
+    size: int
+    factor: float
+    context: float = 0.0
+    shift_px: float = 0.0
+    scale: float = 0.0
+    jitter_size: float = 0.0
+    jitter_centre: float = 0.0
+    fill: int | None = None
+    exact: bool = True
+
+    def __post_init__(self):
+        if self.size < 1 or self.factor <= 0 or not 0 <= self.scale < 1:
+            raise ValueError(f"impossible crop: {self}")
+        if min(self.jitter_size, self.jitter_centre) < 0 or not 0 <= (self.fill or 0) <= 255:
+            raise ValueError(f"a jitter must not be negative, a fill lies in 0..255: {self}")
+
+    def around(self, frames: list[Tensor], boxes_xywh: Tensor) -> tuple[Tensor, Windows]:
+        """Crops uint8 (B, 3, size, size) around the boxes (B, 4) and their windows, without jitter:
+        `around_box` with this crop's numbers.
+        """
+        fill = None if self.fill is None else torch.full((3,), float(self.fill))
+        side = context_side(boxes_xywh, self.context) * self.factor
+        windows = Windows.around(xywh_to_cxcywh(boxes_xywh)[:, :2], side.ceil(), self.size)
+        if not self.exact:
+            frames = [frame[:, :-1, :-1] for frame in frames]
+        return cut(frames, windows, fill), windows
+
+    def to_frame(self, boxes: Tensor, windows: Windows, around_xywh: Tensor) -> Tensor:
+        """Boxes (B, 4) found in crops of `around` -> frame pixels, see `box_to_frame`."""
+        return box_to_frame(boxes, windows, around_xywh, self.exact)
+
+
 def around_box(
     frames: list[Tensor], boxes_xywh: Tensor, factor: float, size: int, exact: bool = True
 ) -> tuple[Tensor, Windows]:
@@ -171,12 +232,7 @@ def around_box(
     The side is ceil(sqrt(w h) * factor) frame pixels; outside the frame is black. Without `exact`
     the last row and column of a frame are lost too, see `outside`.
     """
-    windows = Windows.around(
-        xywh_to_cxcywh(boxes_xywh)[:, :2], (context_side(boxes_xywh) * factor).ceil(), size
-    )
-    if not exact:
-        frames = [frame[:, :-1, :-1] for frame in frames]
-    return cut(frames, windows, torch.zeros(3)), windows
+    return CropSpec(size, factor, fill=0, exact=exact).around(frames, boxes_xywh)
 
 
 def box_to_frame(

@@ -4,6 +4,11 @@ do.
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
 
 class TrackkitError(ValueError):
     """Base of all errors that a user can mend; the command line prints them without a traceback."""
@@ -15,3 +20,55 @@ class DataError(TrackkitError):
 
 class CheckpointError(TrackkitError):
     """A checkpoint or result that is missing, damaged, or of another tracker or version."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Finite numbers from `low` to `high`; `above` and `below` leave the ends out. For
+    `check_fields`.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def __contains__(self, value: Any) -> bool:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
+        low = self.low < value if self.above else self.low <= value
+        high = value < self.high if self.below else value <= self.high
+        return math.isfinite(value) and low and high
+
+    def __str__(self) -> str:
+        low = f"{'above' if self.above else 'at least'} {self.low:g}"
+        high = f"{'below' if self.below else 'at most'} {self.high:g}"
+        if math.isinf(self.high):
+            return low
+        return high if math.isinf(self.low) else f"{low} and {high}"
+
+
+def check_fields(config: Any, **rules: Range | tuple) -> None:
+    """Check fields of a config: each rule is a `Range` or a tuple of choices.
+
+    Of a field that is a tuple each entry is checked; fields declared int take whole numbers only.
+    Raises ValueError with the field, what it must be, and what it is.
+    """
+    types = {field.name: str(field.type) for field in dataclasses.fields(config)}
+    for name, rule in rules.items():
+        value = getattr(config, name)
+        for entry in _entries(value):
+            whole = not types[name].startswith(("int", "tuple[int")) or isinstance(entry, int)
+            if not (entry in rule and whole):
+                must = (
+                    str(rule) if isinstance(rule, Range) else f"one of {', '.join(map(str, rule))}"
+                )
+                kind = "" if whole else "a whole number, "
+                raise ValueError(f"{name} must be {kind}{must}; got {value!r}")
+
+
+def _entries(value: Any) -> list:
+    """The entries of a tuple, nested or not, or the value itself."""
+    if not isinstance(value, tuple):
+        return [value]
+    return [entry for part in value for entry in _entries(part)]

@@ -1,19 +1,17 @@
-"""Which frames of a sequence make a training sample: those good enough, and how they are drawn."""
+"""What a training sample is made of: which frames of a sequence, and how their crops are taken."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trackkit.crops import CropSpec
 from trackkit.errors import DataError
 from trackkit.sequences import Sequence
-
-if TYPE_CHECKING:
-    from trackkit.sampling import SampleSpec
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,71 @@ class FrameRule:
             & (cover > (max(1, self.min_cover_share * cover.max()) if self.min_cover_share else 0))
         )
         return passes.nonzero()[0]
+
+
+ORDERS = ("forward", "any", "clip", "causal", "trident")
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """One training sample: T templates and N searches of one sequence.
+
+    Attributes:
+        template, search: how their crops are taken.
+        templates, searches: T and N.
+        order: which frames show what.
+            "forward": templates come before searches. "any": the frames are mixed.
+            "clip": templates come first, then the searches as neighbouring usable frames.
+            "causal": any frame is the template, the searches are drawn from those after it
+            (STARK-S). "trident": first template and search are any two frames, even the same; the
+            other templates lie near the search, on the first one's side, and need not show the
+            target (STARK-ST).
+        max_gap: all frames of a sample lie within this many frames. "causal": the searches lie so
+            near to the template (farther only where none do). "trident": the later templates lie so
+            near to the search.
+        rule: which frames may be used.
+        flip, grey: probabilities of mirroring the sample and of removing its colours.
+        brightness: each crop is brightened or darkened by up to this share.
+        flip_each: probability that a crop is mirrored by itself, after `flip`.
+        masks: the sample says which pixels lie outside their frame. Crops of which a tracker would
+            see nothing else are drawn again.
+        negatives: probability that the searches do not show the target; the sample says whether
+            they do.
+        same_window: later searches are cut from the first one's window, moved by up to
+            `search.shift_px`, so that what was seen in one lies near the same place in the next
+            (USTAM).
+        template_factors: with these, each template frame is cropped once with each of them in place
+            of `template.factor`; the sample has all frames with the first factor, then all with the
+            next (ProContEXT).
+    """
+
+    template: CropSpec
+    search: CropSpec
+    templates: int = 1
+    searches: int = 1
+    order: str = "forward"
+    max_gap: int = 100
+    rule: FrameRule = dataclasses.field(default_factory=FrameRule)
+    flip: float = 0.0
+    grey: float = 0.0
+    brightness: float = 0.0
+    flip_each: float = 0.0
+    masks: bool = False
+    negatives: float = 0.0
+    same_window: bool = False
+    template_factors: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if self.order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r}")
+        if self.templates < 1 or self.searches < 1 or self.max_gap < 1:
+            raise ValueError(
+                "a sample needs at least one template, one search and a gap of one frame"
+            )
+        if (self.order == "causal" and self.templates > 1) or (
+            self.order == "trident" and self.searches > 1
+        ):
+            raise ValueError('the order "causal" has one template, "trident" has one search')
 
 
 def choose_frames(

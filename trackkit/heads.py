@@ -208,3 +208,20 @@ class MixHead(nn.Module):
             if self.output is None:
                 x = channel(x) if channel is self.channel[-1] else F.relu(channel(x))
         return x if self.output is None else self.output(x)
+
+
+def hann_window(size: int, border: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Cosine window (size, size), 1 or just below it in the middle: who weighs a response with it
+    says that the target does not move far between two frames.
+
+    Trackers have two conventions. `border` "zero": the outermost cells are 0 (SiamFC, SBT,
+    STMTrack). "open": the window would reach 0 one cell further out (OSTrack, our template
+    matching).
+    """
+    if border not in ("zero", "open"):
+        raise ValueError(f'border must be "zero" or "open", got {border!r}')
+    if border == "zero":
+        window = torch.hann_window(size, periodic=False, dtype=dtype)
+    else:
+        window = torch.hann_window(size + 2, periodic=False, dtype=dtype)[1:-1]
+    return window[:, None] * window

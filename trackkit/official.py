@@ -22,8 +22,9 @@ from torch import Tensor
 
 from trackkit import checkpoints, pickles
 from trackkit.errors import CheckpointError
-from trackkit.pretraining import pvt_name
-from trackkit.trackers import TRACKERS, Tracker, create
+from trackkit.trackers.base import Tracker
+from trackkit.trackers.sbt_pretraining import pvt_name
+from trackkit.weights import TRACKERS, create
 
 # under which training loops keep the weights
 WRAPPERS = ("net", "model", "state_dict", "model_state_dict")
@@ -54,7 +55,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
 
 
 def load(name: str, state_dict: Mapping[str, Any]) -> Tracker:
-    """The tracker called `name` (`trackers.TRACKERS`) with the authors' weights, in evaluation
+    """The tracker called `name` (`weights.TRACKERS`) with the authors' weights, in evaluation
     mode.
 
     Half precision becomes float32; numbers and arrays become tensors; the "module." that
@@ -133,7 +134,9 @@ def _shapes(name: str) -> dict[str, torch.Size]:
 
 
 def _advice(name: str, tensors: dict[str, Tensor]) -> str:
-    """The other trackers that all entries fit, or if there is none the one that most of them fit."""
+    """The other trackers that all entries fit, or if there is none the one that most of them
+    fit.
+    """
     misfits = {other: _misfits(other, tensors) for other in TRACKERS if _shapes(other)}
     fits = [other for other, count in misfits.items() if count == 0 and other != name]
     if fits:

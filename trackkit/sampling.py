@@ -12,7 +12,6 @@ import dataclasses
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -21,115 +20,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from trackkit.boxes import cxcywh_to_xywh, xywh_to_cxcywh
-from trackkit.crops import Windows, context_side, gt_in_crop, outside, reduction
+from trackkit.crops import CropSpec, Windows, context_side, gt_in_crop, outside, reduction
 from trackkit.errors import DataError
-from trackkit.frames import FrameRule, choose_frames
+from trackkit.frames import SampleSpec, choose_frames
 from trackkit.got10k import GOT10k
 from trackkit.sequences import Sequence
 from trackkit.synth import SynthConfig, SynthDataset
 
 log = logging.getLogger("trackkit")
 
-ORDERS = ("forward", "any", "clip", "causal", "trident")
 TRIES = 100  # draws before giving up: data that need more are broken
 TOKEN = 16  # crop pixels from one token of a tracker to the next, or a multiple of it
-
-
-@dataclass(frozen=True)
-class CropSpec:
-    """How a crop is taken around a target.
-
-    Attributes:
-        size: side of the crop in crop pixels.
-        factor: side of the window in units of `context_side(box, context)`.
-        context: margin before the factor, see `crops.context_side`.
-        shift_px: the window moves by up to this many crop pixels along each axis, uniformly.
-        scale: the target appears larger or smaller by up to this share, uniformly.
-        jitter_size, jitter_centre: the crop is taken around a box that is off in size and place,
-            see `jitter_box`.
-        fill: grey level 0..255 outside the frame; None is the frame's mean colour.
-        exact: the sample's box lies where the target is (`Windows.to_crop`); False imitates the
-            STARK authors, for whom it is half a crop pixel off (`gt_in_crop`) and the last row and
-            column of a frame are masked.
-    """
-
-    size: int
-    factor: float
-    context: float = 0.0
-    shift_px: float = 0.0
-    scale: float = 0.0
-    jitter_size: float = 0.0
-    jitter_centre: float = 0.0
-    fill: int | None = None
-    exact: bool = True
-
-    def __post_init__(self):
-        if self.size < 1 or self.factor <= 0 or not 0 <= self.scale < 1:
-            raise ValueError(f"impossible crop: {self}")
-        if min(self.jitter_size, self.jitter_centre) < 0 or not 0 <= (self.fill or 0) <= 255:
-            raise ValueError(f"a jitter must not be negative, a fill lies in 0..255: {self}")
-
-
-@dataclass(frozen=True)
-class SampleSpec:
-    """One training sample: T templates and N searches of one sequence.
-
-    Attributes:
-        template, search: how their crops are taken.
-        templates, searches: T and N.
-        order: which frames show what.
-            "forward": templates come before searches. "any": the frames are mixed.
-            "clip": templates come first, then the searches as neighbouring usable frames.
-            "causal": any frame is the template, the searches are drawn from those after it
-            (STARK-S). "trident": first template and search are any two frames, even the same; the
-            other templates lie near the search, on the first one's side, and need not show the
-            target (STARK-ST).
-        max_gap: all frames of a sample lie within this many frames. "causal": the searches lie so
-            near to the template (farther only where none do). "trident": the later templates lie so
-            near to the search.
-        rule: which frames may be used.
-        flip, grey: probabilities of mirroring the sample and of removing its colours.
-        brightness: each crop is brightened or darkened by up to this share.
-        flip_each: probability that a crop is mirrored by itself, after `flip`.
-        masks: the sample says which pixels lie outside their frame. Crops of which a tracker would
-            see nothing else are drawn again.
-        negatives: probability that the searches do not show the target; the sample says whether
-            they do.
-        same_window: later searches are cut from the first one's window, moved by up to
-            `search.shift_px`, so that what was seen in one lies near the same place in the next
-            (USTAM).
-        template_factors: with these, each template frame is cropped once with each of them in place
-            of `template.factor`; the sample has all frames with the first factor, then all with the
-            next (ProContEXT).
-    """
-
-    template: CropSpec
-    search: CropSpec
-    templates: int = 1
-    searches: int = 1
-    order: str = "forward"
-    max_gap: int = 100
-    rule: FrameRule = dataclasses.field(default_factory=FrameRule)
-    flip: float = 0.0
-    grey: float = 0.0
-    brightness: float = 0.0
-    flip_each: float = 0.0
-    masks: bool = False
-    negatives: float = 0.0
-    same_window: bool = False
-    template_factors: tuple[float, ...] = ()
-
-    def __post_init__(self):
-        if self.order not in ORDERS:
-            raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r}")
-        if self.templates < 1 or self.searches < 1 or self.max_gap < 1:
-            raise ValueError(
-                "a sample needs at least one template, one search and a gap of one frame"
-            )
-        if (self.order == "causal" and self.templates > 1) or (
-            self.order == "trident" and self.searches > 1
-        ):
-            raise ValueError('the order "causal" has one template, "trident" has one search')
 
 
 def jitter_box(

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trackkit.boxes import check_boxes
 from trackkit.crops import Windows, cut, reduction
 from trackkit.errors import DataError
 from trackkit.images import SUFFIXES, image_size, read_image
@@ -198,43 +197,6 @@ class FolderSequence(Sequence):
     def path(self, index: int) -> Path:
         """File of frame `index`."""
         return self.folder / self.files[self._check_index(index)]
-
-
-def open_sequence(
-    path: str | os.PathLike, first_box_xywh: Tensor | list[float] | None = None
-) -> Sequence:
-    """Open what a user has: a folder in the GOT-10k layout, a folder of images, or a video file.
-
-    With `first_box_xywh` (left, top, width, height in pixels of the first frame) the sequence has
-    this box only, even if the folder has labels. Without it the labels are read; images and videos
-    then have no box.
-
-    Raises DataError for a path that is none of these, or a box that no tracker can start from.
-    """
-    path = Path(path).expanduser()
-    if path.is_file():
-        if path.suffix.lower() in SUFFIXES:
-            raise DataError(
-                f"{path} is one image; give the folder that holds all frames, or a video file"
-            )
-        from trackkit.video import VideoSequence  # needs PyAV
-
-        sequence = VideoSequence(path)
-    elif not path.is_dir():
-        raise DataError(
-            f"{path} does not exist; expected a video file, a folder of images or a GOT-10k "
-            "sequence"
-        )
-    elif first_box_xywh is None and (path / "groundtruth.txt").is_file():
-        from trackkit.got10k import read_sequence
-
-        return read_sequence(path)
-    else:
-        sequence = FolderSequence(path)
-    if first_box_xywh is not None:
-        box = torch.as_tensor(first_box_xywh, dtype=torch.float64).reshape(1, -1)
-        sequence.boxes_xywh = check_boxes(box, f"first box of {path}", sequence.frame_size(0))
-    return sequence
 
 
 def list_images(folder: Path) -> list[str]:

@@ -145,7 +145,9 @@ class Online:
         )
 
     def update(self, image, maps: bool = False) -> tuple[float, float, float, float]:
-        """The target's box in the next image; `prediction` keeps the score and, if asked, the maps."""
+        """The target's box in the next image; `prediction` keeps the score and, if asked, the
+        maps.
+        """
         if self.state is None:
             raise RuntimeError("call init(image, box) before update(image)")
         self.state, self.prediction = self.tracker.step(self.state, [_as_frame(image)], maps)

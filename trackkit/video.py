@@ -13,9 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trackkit.boxes import check_boxes
 from trackkit.errors import DataError
+from trackkit.got10k import read_sequence
+from trackkit.images import SUFFIXES
 from trackkit.paths import atomic_write
-from trackkit.sequences import Sequence, block_mean
+from trackkit.sequences import FolderSequence, Sequence, block_mean
 
 CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 
@@ -180,3 +183,36 @@ def write_video(path: str | os.PathLike, frames: Iterable[Tensor], fps: float) -
 
 def _stamp(packet: av.Packet) -> int | None:
     return packet.pts if packet.pts is not None else packet.dts
+
+
+def open_sequence(
+    path: str | os.PathLike, first_box_xywh: Tensor | list[float] | None = None
+) -> Sequence:
+    """Open what a user has: a folder in the GOT-10k layout, a folder of images, or a video file.
+
+    With `first_box_xywh` (left, top, width, height in pixels of the first frame) the sequence has
+    this box only, even if the folder has labels. Without it the labels are read; images and videos
+    then have no box.
+
+    Raises DataError for a path that is none of these, or a box that no tracker can start from.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        if path.suffix.lower() in SUFFIXES:
+            raise DataError(
+                f"{path} is one image; give the folder that holds all frames, or a video file"
+            )
+        sequence = VideoSequence(path)
+    elif not path.is_dir():
+        raise DataError(
+            f"{path} does not exist; expected a video file, a folder of images or a GOT-10k "
+            "sequence"
+        )
+    elif first_box_xywh is None and (path / "groundtruth.txt").is_file():
+        return read_sequence(path)
+    else:
+        sequence = FolderSequence(path)
+    if first_box_xywh is not None:
+        box = torch.as_tensor(first_box_xywh, dtype=torch.float64).reshape(1, -1)
+        sequence.boxes_xywh = check_boxes(box, f"first box of {path}", sequence.frame_size(0))
+    return sequence

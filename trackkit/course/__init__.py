@@ -8,7 +8,6 @@ needed.
 from __future__ import annotations
 
 from trackkit.course.checks import check
-from trackkit.course.drawing import animation, draw_boxes
 from trackkit.course.figures import (
     figure_curves,
     figure_frames,
@@ -19,6 +18,7 @@ from trackkit.course.figures import (
     show_source,
 )
 from trackkit.course.widgets import Explorer, Player, choice, number, switch
+from trackkit.drawing import animation, draw_boxes
 
 __all__ = [
     "Explorer",

@@ -17,13 +17,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from trackkit.course.drawing import COLOURS, draw_boxes, spoken, to_image, to_png
+from trackkit.drawing import COLOURS, draw_boxes, spoken, to_image, to_png
 from trackkit.evaluation import THRESHOLDS, Scores, average_overlap, success_curve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from trackkit.course.drawing import Picture
+    from trackkit.drawing import Picture
 
 _LINESTYLES = ("-", "--", ":", "-.")
 

@@ -23,11 +23,11 @@ import traitlets
 from torch import Tensor
 
 from trackkit.boxes import iou
-from trackkit.course.drawing import animation, draw_boxes, to_png
+from trackkit.drawing import animation, draw_boxes, to_png
 from trackkit.sequences import Sequence
 
 if TYPE_CHECKING:
-    from trackkit.course.drawing import Picture
+    from trackkit.drawing import Picture
 
 # The slider's handle is hidden from the keyboard and from screen readers, and what is painted over
 # it is not: the number field is the accessible control. `behavior="snap"` lets the mouse press and

@@ -30,7 +30,7 @@ class Prediction:
 
     Attributes:
         box: (B, 4) float64 on the CPU, xywh, frame pixels; may reach outside the frame.
-        score: (B,) on the CPU, confidence in [0, 1]; its meaning is the tracker's.
+        score: (B,) float64 on the CPU, confidence in [0, 1]; its meaning is the tracker's.
         maps: named intermediate results (responses, attention) when asked for, else None.
     """
 
@@ -43,16 +43,18 @@ class Tracker(nn.Module):
     """Base class. A subclass has a `Config` dataclass and gives `start`, `step`, `loss` and
     `recipe`.
 
-    Every `step` is checked: as many frames as targets come in, and numbers come out. See
-    `_checked`.
+    `start` and `step` run without gradients, and what goes in and comes out is checked: see
+    `_checked`. `trackkit.trackers.template` is an example to copy.
     """
 
     Config: ClassVar[type]
 
     def __init_subclass__(cls, **rest: Any):
         super().__init_subclass__(**rest)
+        if "start" in vars(cls):
+            cls.start = torch.no_grad()(cls.start)
         if "step" in vars(cls):
-            cls.step = _checked(cls.step)
+            cls.step = torch.no_grad()(_checked(cls.step))
 
     def __init__(self, config: Any = None):
         super().__init__()
@@ -89,7 +91,7 @@ class Tracker(nn.Module):
         raise TrackkitError(f"{type(self).__name__} has nothing to train")
 
     def recipe(self, scale: str) -> list[Any]:
-        """The training stages (`training.Stage`) at `scale`: tiny, laptop, gpu or paper."""
+        """The training stages (`stages.Stage`) at `scale`: tiny, laptop, gpu or paper."""
         raise TrackkitError(f"{type(self).__name__} has nothing to train")
 
     def load_pretrained(self) -> bool:
@@ -155,8 +157,8 @@ def _remedy(frame: Any) -> str:
 
 
 def _checked(step: Callable) -> Callable:
-    """`step` that refuses another number of frames than there are targets in the state, and answers
-    that are no numbers.
+    """`step` with its contract: as many frames as targets go in, a `Prediction` as it is described
+    comes out, and its numbers are finite.
     """
 
     @functools.wraps(step)
@@ -170,6 +172,16 @@ def _checked(step: Callable) -> Callable:
                 "of each, in the same order"
             )
         state, prediction = step(self, state, frames, *rest, **named)
+        for name, value, shape in (
+            ("box", prediction.box, (len(frames), 4)),
+            ("score", prediction.score, (len(frames),)),
+        ):
+            got = value.dtype, value.device.type, tuple(value.shape)
+            if got != (torch.float64, "cpu", shape):
+                raise TrackkitError(
+                    f"{type(self).__name__}.step: a prediction's {name} must be float64 {shape} on "
+                    f"the CPU; got {got[0]} {got[2]} on {got[1]}"
+                )
         fine = torch.isfinite(prediction.box).all(-1) & torch.isfinite(prediction.score)
         if not fine.all():
             which = int((~fine).nonzero()[0])
@@ -204,6 +216,15 @@ def join(first: State, second: State) -> State:
     if hasattr(first, "fitted"):
         first, second = first.fitted(second), second.fitted(first)
     return _map(lambda a, b: torch.cat([a, b]), first, second)
+
+
+def put(state: State, rows: list[int], new: State) -> State:
+    """The state with `rows` of its B sequences replaced by those of `new`, in that order."""
+
+    def replaced(old: Tensor, fresh: Tensor) -> Tensor:
+        return old.index_copy(0, torch.as_tensor(rows, device=old.device), fresh.to(old.device))
+
+    return _map(replaced, state, new)
 
 
 def _map(function, *states):

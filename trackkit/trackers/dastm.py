@@ -35,8 +35,8 @@ from trackkit.heads import SidesHead
 from trackkit.losses import detection_losses
 from trackkit.memory import Memory
 from trackkit.sampling import CropSpec, SampleSpec
+from trackkit.stages import Stage
 from trackkit.trackers.base import Prediction, Tracker
-from trackkit.training import Stage
 
 MODULES = ("se", "ca", "cbam")  # Table 1
 
@@ -544,7 +544,6 @@ class DASTM(Tracker):
 
     # ---- tracking (STMTrack) ----
 
-    @torch.no_grad()
     def start(self, frames: list[Tensor], boxes_xywh: Tensor) -> DASTMState:
         frames, boxes = self.checked(frames, boxes_xywh)
         batch, half = len(frames), boxes[:, 2:] / 2 if self.config.exact else (boxes[:, 2:] - 1) / 2
@@ -559,7 +558,6 @@ class DASTM(Tracker):
         )
         return self._memorise(state, frames)
 
-    @torch.no_grad()
     def step(
         self, state: DASTMState, frames: list[Tensor], maps: bool = False
     ) -> tuple[DASTMState, Prediction]:
@@ -717,22 +715,6 @@ class DASTM(Tracker):
 
     # ---- costs (DASTM, Table 4) ----
 
-    def profile(self) -> dict:
-        """Parameters, and multiply-accumulates of a frame with a full memory.
-
-        STMTrack's paper has no such numbers. DASTM's has only the peak memory of an RTX 3060 and
-        frames per second, see `budgets`. Its baseline is STMTrack as published, so what is
-        MobileOne's and what the attention's merit cannot be told.
-        """
-        from trackkit.budgets import TABLE_4, frame_macs
-        from trackkit.profiling import parameters
-
-        return {
-            "parameters": parameters(self),
-            "macs": frame_macs(self.config),
-            "paper": TABLE_4.get(self.config, {}),
-        }
-
     # ---- training (STMTrack; DASTM, section IV.B) ----
 
     def loss(self, batch: dict[str, Tensor], kind: str = "") -> dict[str, Tensor]:
@@ -756,14 +738,10 @@ class DASTM(Tracker):
             answer.score, answer.centre, answer.boxes, self.cells(queries.shape[-1]), truth, shown
         )
         if cfg.cost_weight and choices is not None:
-            from trackkit.budgets import part_macs
-
-            parts = part_macs(replace(cfg, segments=1))
-            costs = torch.tensor(
-                [0, *(parts[name] for name in self.attention.branches)],
-                dtype=torch.float32,
-                device=queries.device,
-            )
+            # multiply-accumulates of each choice for a memory frame of h x w cells
+            cells = cells_of(cfg.trunk, cfg.size) - 2 * cfg.trim
+            macs = [branch.macs(cells, cells) for branch in self.attention.branches.values()]
+            costs = torch.tensor([0, *macs], dtype=torch.float32, device=queries.device)
             losses["cost"] = (
                 (choices.probability * costs / costs.max()).sum(-1).mean() - cfg.cost_share
             ).abs()

@@ -9,11 +9,11 @@ relation are learned in the same layers. On the way it removes background: searc
 middle of the template hardly looks at. ProContEXT adds templates: of two scales, and of the present
 beside the first frame.
 
-    ProContextConfig.procontext_256(template_factors=(2.0,), dynamic=False)    # is OSTrack: same
+    ProContEXTConfig.procontext_256(template_factors=(2.0,), dynamic=False)    # is OSTrack: same
     network, same weights
 
 Networks and tracking are those of the authors' code (botaoye/OSTrack, jp-lan/ProContEXT), whose
-checkpoints load by `trackkit.official`. Where their paper differs, `ProContextConfig.paper()`
+checkpoints load by `trackkit.official`. Where their paper differs, `ProContEXTConfig.paper()`
 follows the paper. We differ from the code in two places: a new sequence starts with its own
 templates (theirs keeps those of the first sequence that a tracker object saw), and pruning by the
 target's box uses each template's own (theirs, that of the first scale for all).
@@ -28,21 +28,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trackkit.attention import DropPath, Mlp, VitAttention, sine_position, xavier
-from trackkit.backbones import SmallNet, normalise, timm_weights
+from trackkit import vit
+from trackkit.attention import xavier
+from trackkit.backbones import SmallNet, normalise
 from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, xywh_to_cxcywh
 from trackkit.checkpoints import load_strictly
 from trackkit.crops import Windows, around_box, box_to_frame
-from trackkit.errors import CheckpointError
-from trackkit.heads import CenterHead
+from trackkit.heads import CenterHead, hann_window
 from trackkit.losses import focal_loss, gaussian_target, localisation
 from trackkit.sampling import CropSpec, SampleSpec
+from trackkit.stages import Stage
 from trackkit.trackers.base import Prediction, Tracker
-from trackkit.training import Stage
 
 
 @dataclass(frozen=True)
-class ProContextConfig:
+class ProContEXTConfig:
     """Numbers of the network, of tracking and of training; every row of the paper's Tables 2 to 4
     is a field.
 
@@ -77,7 +77,7 @@ class ProContextConfig:
         margin: the box keeps at least so many frame pixels inside the frame, and is at least as
             large.
         exact: boxes go into and out of crops by the crops' own geometry; False imitates the
-            authors, see `StarkConfig`.
+            authors, see `STARKConfig`.
         search_jitter: how far off the training's search crops are, in centre and size
             (`sampling.CropSpec`).
         template_jitter: the same of the training's templates.
@@ -156,7 +156,7 @@ class ProContextConfig:
             raise ValueError("update_interval and epochs must be at least 1")
 
     @classmethod
-    def ostrack_256(cls, **changes) -> ProContextConfig:
+    def ostrack_256(cls, **changes) -> ProContEXTConfig:
         """OSTrack-256: one template of the first frame."""
         return cls.procontext_256(
             **{
@@ -169,12 +169,12 @@ class ProContextConfig:
         )
 
     @classmethod
-    def ostrack_384(cls, **changes) -> ProContextConfig:
+    def ostrack_384(cls, **changes) -> ProContEXTConfig:
         """OSTrack-384."""
         return cls(**{"template_factors": (2.0,), "dynamic": False, **changes})
 
     @classmethod
-    def procontext_256(cls, **changes) -> ProContextConfig:
+    def procontext_256(cls, **changes) -> ProContEXTConfig:
         """The smaller ProContEXT of the ablations; its search factor is the paper's, its jitter
         OSTrack-256's, as none is given.
         """
@@ -187,12 +187,12 @@ class ProContextConfig:
         return cls(**{**small, "epochs": 100, "keep_ramp": 50, **changes})
 
     @classmethod
-    def procontext_384(cls, **changes) -> ProContextConfig:
+    def procontext_384(cls, **changes) -> ProContEXTConfig:
         """ProContEXT as released."""
         return cls(**changes)
 
     @classmethod
-    def paper(cls, **changes) -> ProContextConfig:
+    def paper(cls, **changes) -> ProContEXTConfig:
         """ProContEXT-384 by the text of its paper. The templates' jitter has no figures there; this
         one is ours.
         """
@@ -208,7 +208,7 @@ class ProContextConfig:
         )
 
     @classmethod
-    def tiny(cls, **changes) -> ProContextConfig:
+    def tiny(cls, **changes) -> ProContEXTConfig:
         """ProContEXT with a hundredth of the weights: learns from scratch on a laptop's CPU."""
         small = {
             "template_size": 48, "search_size": 96, "search_factor": 4.0, "stem": "conv", "patch": 8,
@@ -244,7 +244,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class ProContextState:
+class ProContEXTState:
     """What ProContEXT remembers of B sequences."""
 
     box: Tensor  # (B, 4) xywh, frame pixels, float64
@@ -253,46 +253,19 @@ class ProContextState:
     dynamic: Templates | None  # of the last confident frame
 
 
-class Block(nn.Module):
-    """A layer of the vision transformer, in two halves: the tokens look at one another, then each
-    thinks for itself.
-    """
-
-    def __init__(self, width: int, heads: int, drop_path: float):
-        super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(width, eps=1e-6), VitAttention(width, heads)
-        self.norm2, self.mlp = nn.LayerNorm(width, eps=1e-6), Mlp(width, 4 * width)
-        self.drop = DropPath(drop_path)
-
-    def attend(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, D) after attention (Eq. 1: every token looks at every token), and its queries
-        and keys (B, H, T, D / H).
-        """
-        q, k, v = self.attn.split(self.norm1(x))
-        return x + self.drop(self.attn.merge(F.scaled_dot_product_attention(q, k, v))), q, k
-
-    def think(self, x: Tensor) -> Tensor:
-        return x + self.drop(self.mlp(self.norm2(x)))
-
-
-class ProContext(Tracker):
+class ProContEXT(Tracker):
     """The network and the way it tracks."""
 
-    Config = ProContextConfig
+    Config = ProContEXTConfig
 
-    def __init__(self, config: ProContextConfig = ProContextConfig()):
+    def __init__(self, config: ProContEXTConfig = ProContEXTConfig()):
         super().__init__(config)
         cfg = config
-        rates = [cfg.drop_path * i / max(cfg.depth - 1, 1) for i in range(cfg.depth)]
-        if cfg.stem == "patch":
-            self.embed = nn.Conv2d(3, cfg.width, cfg.patch, cfg.patch)
-        else:
-            net = SmallNet()
-            self.embed = nn.Sequential(net, nn.Conv2d(net.channels, cfg.width, 1))
+        self.embed = vit.patch_embedding(cfg.stem, cfg.width)
         # shared by all templates
-        self.position_z = _position(cfg.template_size // cfg.patch, cfg.width)
-        self.position_x = _position(cfg.grid, cfg.width)
-        self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads, rate) for rate in rates)
+        self.position_z = vit.learned_position(cfg.template_size // cfg.patch, cfg.width)
+        self.position_x = vit.learned_position(cfg.grid, cfg.width)
+        self.blocks = vit.blocks(cfg.width, cfg.depth, cfg.heads, 4 * cfg.width, cfg.drop_path)
         self.norm = nn.LayerNorm(cfg.width, eps=1e-6)
         self.head = CenterHead(cfg.width, cfg.head_channels)
         xavier(self.blocks)
@@ -302,10 +275,10 @@ class ProContext(Tracker):
         """Start the transformer as the authors do, from ViT-B as a masked autoencoder; see
         `Tracker.load_pretrained`.
         """
-        if self.config.stem != "patch":
-            return False
-        self.start_from(timm_weights("vit_base_patch16_224.mae"))
-        return True
+        weights = vit.mae_weights(self.config.stem, self.config.width)
+        if weights is not None:
+            self.start_from(weights)
+        return weights is not None
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
         """Take the transformer from a ViT's weights (the entry "model" of
@@ -314,31 +287,14 @@ class ProContext(Tracker):
         Its table of positions, bicubically resized, is where both of ours begin. Raises
         CheckpointError if it does not fit.
         """
-        if "pos_embed" not in weights:
-            raise CheckpointError(
-                "the pretrained transformer has no entry pos_embed; give the weights of a plain ViT"
-            )
-        table = weights["pos_embed"][:, 1:].transpose(1, 2)  # without the class token's
-        table = table.unflatten(2, (math.isqrt(table.shape[2]), -1))
-        theirs = {
-            name: name.replace("embed.", "patch_embed.proj.")
-            for name in self.state_dict()
-            if not name.startswith(("head.", "position"))
+        weights, cfg = vit.renamed(weights), self.config
+        own = {
+            name: value if name.startswith("head.") else weights[name]
+            for name, value in self.state_dict().items()
+            if name.startswith("head.") or name in weights
         }
-        own = {name: weights[other] for name, other in theirs.items() if other in weights}
-        own |= {
-            name: value for name, value in self.state_dict().items() if name.startswith("head.")
-        }
-        for name, size in (
-            ("position_z", self.config.template_size),
-            ("position_x", self.config.search_size),
-        ):
-            grid = size // self.config.patch
-            own[name] = (
-                F.interpolate(table, (grid, grid), mode="bicubic", align_corners=False)
-                .flatten(2)
-                .transpose(1, 2)
-            )
+        own["position_z"] = vit.resized_position(weights, cfg.template_size // cfg.patch)
+        own["position_x"] = vit.resized_position(weights, cfg.grid)
         load_strictly(self, own, "the pretrained transformer")
 
     # ---- the network (paper, section 2.1) ----
@@ -370,7 +326,8 @@ class ProContext(Tracker):
         cell = torch.arange(cells, device=x.device).expand(batch, -1)
         kept, focus = [], []
         for index, block in enumerate(self.blocks):
-            x, q, k = block.attend(x)
+            q, k, v = block.project(x)
+            x = block.gather(x, F.scaled_dot_product_attention(q, k, v))  # Eq. 1
             count = math.ceil(keep * cell.shape[1])
             prune = index in cfg.prune_blocks and count < cell.shape[1]
             if prune or maps:
@@ -407,21 +364,19 @@ class ProContext(Tracker):
 
     # ---- tracking (Algorithm 1) ----
 
-    @torch.no_grad()
-    def start(self, frames: list[Tensor], boxes_xywh: Tensor) -> ProContextState:
+    def start(self, frames: list[Tensor], boxes_xywh: Tensor) -> ProContEXTState:
         frames, boxes = self.checked(frames, boxes_xywh)
         static = self._remember(frames, boxes)
-        return ProContextState(
+        return ProContEXTState(
             boxes,
             torch.zeros(len(frames), dtype=torch.long),
             static,
             static if self.config.dynamic else None,
         )
 
-    @torch.no_grad()
     def step(
-        self, state: ProContextState, frames: list[Tensor], maps: bool = False
-    ) -> tuple[ProContextState, Prediction]:
+        self, state: ProContEXTState, frames: list[Tensor], maps: bool = False
+    ) -> tuple[ProContEXTState, Prediction]:
         cfg, frames = self.config, self.moved(frames)
 
         # 1. where is it, around its last box (lines 8 and 9)
@@ -430,7 +385,9 @@ class ProContext(Tracker):
         )
         groups = [state.static, state.dynamic] if cfg.dynamic else [state.static]
         answer = self(groups, self.tokens(normalise(crops), self.position_x), maps=maps)
-        response = answer.score * hann(cfg.grid).to(answer.score)  # prefers small motion
+        response = answer.score * hann_window(cfg.grid, "open").to(
+            answer.score
+        )  # prefers small motion
         box = box_to_frame(box_at(response, answer).double().cpu(), windows, state.box, cfg.exact)
         # (B, 2): width, height
         sizes = torch.tensor([frame.shape[:0:-1] for frame in frames], dtype=torch.float64)
@@ -456,7 +413,9 @@ class ProContext(Tracker):
         )
 
     def _remember(self, frames: list[Tensor], boxes: Tensor) -> Templates:
-        """Templates of each frame at each factor. Crops, patches and positions are made once, here."""
+        """Templates of each frame at each factor. Crops, patches and positions are made once,
+        here.
+        """
         tokens, places = [], []
         for factor in self.config.template_factors:
             crops, windows = around_box(
@@ -486,33 +445,6 @@ class ProContext(Tracker):
         }
         # (B, prunings, g, g)
         return shown | ({"kept": torch.stack(kept, 1).unflatten(2, (grid, grid))} if kept else {})
-
-    def profile(self) -> dict:
-        """Parameters and multiply-accumulates of a frame as the papers' counter (thop) has them.
-
-        It knows convolutions and linear layers, but neither attention's products nor tables of
-        positions, and it runs the templates' patch embedding too. ProContEXT's version, not
-        OSTrack's, adds four for each output of a norm. Counted on a copy without values, so nothing
-        is computed.
-        """
-        from trackkit.profiling import by_layers
-
-        cfg, groups = self.config, 2 if self.config.dynamic else 1
-        count, z, x = groups * len(cfg.template_factors), cfg.template_size, cfg.search_size
-        with torch.device("meta"):
-            twin, templates, search = (
-                type(self)(cfg).eval(),
-                torch.empty(count, 3, z, z),
-                torch.empty(1, 3, x, x),
-            )
-
-        def frame() -> None:
-            tokens = twin.tokens(templates, twin.position_z).flatten(0, 1)[None]
-            twin(
-                [Templates(tokens, torch.empty(1, count, 4))], twin.tokens(search, twin.position_x)
-            )
-
-        return {**by_layers(twin, frame, norm=0 if count == 1 else 4), "paper": PAPER.get(cfg, {})}
 
     # ---- training (section 2.2) ----
 
@@ -613,22 +545,6 @@ class ProContext(Tracker):
         ]
 
 
-PAPER = {
-    ProContextConfig.ostrack_256(): {"macs": 21_500_000_000},
-    ProContextConfig.ostrack_256(keep_ratio=1.0): {"macs": 29_000_000_000},
-    ProContextConfig.ostrack_384(): {"macs": 48_300_000_000},
-    ProContextConfig.ostrack_384(keep_ratio=1.0): {"macs": 65_300_000_000},
-    ProContextConfig.procontext_256(keep_ratio=0.6): {"macs": 36_100_000_000},
-    ProContextConfig.procontext_256(): {"macs": 38_000_000_000},
-    ProContextConfig.procontext_256(keep_ratio=0.8): {"macs": 40_100_000_000},
-    # of 42.649: rounded twice
-    ProContextConfig.procontext_256(keep_ratio=0.9): {"macs": 42_700_000_000},
-    ProContextConfig.procontext_256(keep_ratio=1.0): {"macs": 45_500_000_000},
-    # OSTrack's paper; ProContEXT, Table 4. Neither prints parameters, and "FLOPs" are
-    # multiply-accumulates
-}
-
-
 # ---- token pruning (section 2.1, "Token Pruning") ----
 
 
@@ -697,14 +613,6 @@ def eliminate(x: Tensor, score: Tensor, known: int, count: int) -> tuple[Tensor,
 # ---- from maps to boxes ----
 
 
-def hann(size: int) -> Tensor:
-    """Cosine window (size, size), highest in the middle, without the zeros at the border that
-    `torch.hann_window` has.
-    """
-    window = torch.hann_window(size + 2, periodic=False)[1:-1]
-    return window[:, None] * window
-
-
 def box_at(peak: Tensor, answer: Answer) -> Tensor:
     """The box (B, 4), cxcywh in units of the crop, at the highest cell of `peak` (B, g, g) (Eq. 4).
 
@@ -719,8 +627,3 @@ def box_at(peak: Tensor, answer: Answer) -> Tensor:
     )
     cell = torch.stack([best % grid, best // grid], 1)
     return torch.cat([(cell + offset) / grid, size], 1)
-
-
-def _position(grid: int, width: int) -> nn.Parameter:
-    """A learned table of positions (1, grid * grid, width) that begins as sines."""
-    return nn.Parameter(sine_position(torch.zeros(1, grid, grid, dtype=torch.bool), width))

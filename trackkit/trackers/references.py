@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trackkit.boxes import cxcywh_to_xywh, xywh_to_cxcywh
-from trackkit.crops import Windows, context_side, cut, mean_colour
+from trackkit.crops import Windows, context_side, cut, frame_sizes, mean_colour
 from trackkit.errors import DataError
+from trackkit.heads import hann_window
 from trackkit.trackers.base import Prediction, Tracker
 
 
@@ -77,7 +78,9 @@ def _correlate(template: Tensor, image: Tensor) -> Tensor:
 
 
 def _energy(image: Tensor, height: int, width: int) -> Tensor:
-    """Squared deviations from the channel means, summed over each window; shapes as `_correlate`."""
+    """Squared deviations from the channel means, summed over each window; shapes as
+    `_correlate`.
+    """
     squares = _window_sums(image * image, height, width)
     variation = squares - _window_sums(image, height, width) ** 2 / (height * width)
     # what is left of a flat window is rounding, about 1e-13 of its squares
@@ -122,7 +125,7 @@ class StayTracker(Tracker):
         self, state: StayState, frames: list[Tensor], maps: bool = False
     ) -> tuple[StayState, Prediction]:
         return state, Prediction(
-            state.box.clone(), torch.ones(len(state.box)), {} if maps else None
+            state.box.clone(), torch.ones(len(state.box), dtype=torch.float64), {} if maps else None
         )
 
 
@@ -179,7 +182,6 @@ class NccTracker(Tracker):
     def __init__(self, config: NccConfig = NccConfig()):
         super().__init__(config)
 
-    @torch.no_grad()
     def start(self, frames: list[Tensor], boxes_xywh: Tensor) -> NccState:
         cfg = self.config
         frames, boxes = self.checked(frames, boxes_xywh)
@@ -197,7 +199,6 @@ class NccTracker(Tracker):
             crops[..., inner, inner].clone(), anchor, fill, box[:, :2], box[:, 2:], side
         )
 
-    @torch.no_grad()
     def step(
         self, state: NccState, frames: list[Tensor], maps: bool = False
     ) -> tuple[NccState, Prediction]:
@@ -209,8 +210,7 @@ class NccTracker(Tracker):
         response = normalised_cross_correlation(state.template, crops)  # (B, r, r)
 
         # 2. the best position, with a window that prefers small motion
-        hann = torch.hann_window(response.shape[-1] + 2, periodic=False, dtype=torch.float64)[1:-1]
-        window = hann[:, None] * hann[None, :]
+        window = hann_window(response.shape[-1], "open", torch.float64)
         blended = (1 - cfg.window_influence) * response + cfg.window_influence * window
         score = (
             response.flatten(1).gather(1, blended.flatten(1).argmax(1)[:, None])[:, 0].clamp(0, 1)
@@ -221,14 +221,11 @@ class NccTracker(Tracker):
             [subpixel_peak(blended) + state.anchor, torch.zeros_like(state.size)], 1
         )
         centre = windows.to_frame(centre_size)[:, :2]
-        limits = torch.tensor(
-            [[frame.shape[2], frame.shape[1]] for frame in frames], dtype=torch.float64
-        )
-        centre = torch.minimum(centre.clamp(min=0), limits)
+        centre = torch.minimum(centre.clamp(min=0), frame_sizes(frames))
 
         box = cxcywh_to_xywh(torch.cat([centre, state.size], 1))
         seen = {"crop": crops, "response": response, "blended": blended} if maps else None
-        return replace(state, centre=centre), Prediction(box, score.float(), seen)
+        return replace(state, centre=centre), Prediction(box, score.double(), seen)
 
 
 def subpixel_peak(response: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ not computed. We depart from theirs in three places: blocks after the last CA ru
 skipped; with the paper's placements there are none), targets that reach outside the crop keep their
 positive tokens (`SBTConfig.positives`), and windows are exact if wished (`SBTConfig.exact`).
 
-The backbone (sections 3.1 to 3.3) is `trackkit.eoc`, which other trackers use too; this file has
-the rest: the heads, tracking, training, and correlation after the backbone for comparison. How
-single images prepare the network: `trackkit.pretraining`. x is the search crop, z the template.
+The backbone (sections 3.1 to 3.3) is `trackkit.trackers.sbt_backbone`, which other trackers use
+too; this file has the rest: the heads, tracking, training, and correlation after the backbone for
+comparison. How single images prepare the network: `trackkit.trackers.sbt_pretraining`. x is the
+search crop, z the template.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from torch import Tensor, nn
 from trackkit.backbones import normalise
 from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, giou
 from trackkit.crops import around_box, box_to_frame
-from trackkit.eoc import Backbone, Encoded, EoC, initialise
 from trackkit.heads import MLP, MixHead
 from trackkit.sampling import CropSpec, SampleSpec
+from trackkit.stages import Stage
 from trackkit.trackers.base import Prediction, Tracker
-from trackkit.training import Stage
+from trackkit.trackers.sbt_backbone import Backbone, Encoded, EoC, initialise
 
 CHOICES = {
     "attention": ("srg", "vg", "vl", "sl"),
@@ -105,7 +106,7 @@ class SBTConfig:
         margin: the box keeps at least so many frame pixels inside the frame, and is at least as
             large.
         exact: boxes go into and out of crops by the crops' own geometry; False imitates the
-            authors, see `StarkConfig`.
+            authors, see `STARKConfig`.
     """
 
     template_size: int = 128
@@ -336,14 +337,12 @@ class SBT(Tracker):
 
     # ---- tracking (section 6.1, "Testing") ----
 
-    @torch.no_grad()
     def start(self, frames: list[Tensor], boxes_xywh: Tensor) -> SBTState:
         cfg = self.config
         frames, boxes = self.checked(frames, boxes_xywh)
         crops, _ = around_box(frames, boxes, cfg.template_factor, cfg.template_size, cfg.exact)
         return SBTState(boxes, self.encode(normalise(crops)))
 
-    @torch.no_grad()
     def step(
         self, state: SBTState, frames: list[Tensor], maps: bool = False
     ) -> tuple[SBTState, Prediction]:
@@ -462,55 +461,6 @@ class SBT(Tracker):
             )
         ]
 
-    def profile(self) -> dict:
-        """Parameters and multiply-accumulates by the rule that gives the paper's Table 2: what its
-        counter knew.
-
-        It knew convolutions (with their biases, one operation an output) and linear layers, so no
-        layer norm and no product inside attention; and it ran the whole network on a pair, template
-        and all. Table 2 has two misprints: light's figures stand in each other's place, and base's
-        21.27 M should be 21.97 M.
-        """
-        with torch.device("meta"):
-            twin, (z, x) = (
-                SBT(self.config).eval(),
-                (
-                    torch.empty(1, 3, s, s)
-                    for s in (self.config.template_size, self.config.search_size)
-                ),
-            )
-        layers, macs = [m for m in twin.modules() if isinstance(m, (nn.Conv2d, nn.Linear))], 0
-
-        def count(layer: nn.Module, _, output: Tensor) -> None:
-            nonlocal macs
-            macs += output.numel() * layer.weight[0].numel()
-            macs += output.numel() if isinstance(layer, nn.Conv2d) else 0
-
-        for layer in layers:
-            layer.register_forward_hook(count)
-        # with gradients: without them some layers take short cuts
-        x, z = twin.backbone.together(twin.backbone.alone(x), twin.backbone.alone(z), both=True)
-        features = x.map if twin.levelwise is None else twin.levelwise(x.levels, z.levels)
-        for head in (twin.class_head, twin.box_head):
-            head(features.flatten(1, 2))
-        parameters = sum(p.numel() for layer in layers for p in layer.parameters())
-        return {"parameters": parameters, "macs": macs, "paper": TABLE_2.get(self.config, {})}
-
-
-TABLE_2 = {
-    SBTConfig.light(): {
-        "parameters": 3_030_000,
-        "macs": 3_810_000_000,
-        "note": "printed in each other's place",
-    },
-    SBTConfig.small(): {"parameters": 13_800_000, "macs": 11_920_000_000},
-    SBTConfig.base(): {
-        "parameters": 21_270_000,
-        "macs": 19_270_000_000,
-        "note": "21.27 M is a misprint of 21.97 M",
-    },
-    SBTConfig.large(): {"parameters": 35_200_000, "macs": 31_460_000_000},
-}  # the paper says FLOPs and counts multiply-accumulates
 
 # epochs, epochs after which the rate falls to a tenth, pairs an epoch, batch, rate of the heads
 # (the rest: a tenth)

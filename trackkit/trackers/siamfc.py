@@ -25,8 +25,8 @@ from trackkit.crops import Windows, context_side, cut, mean_colour
 from trackkit.frames import FrameRule
 from trackkit.losses import balanced_bce
 from trackkit.sampling import CropSpec, SampleSpec
+from trackkit.stages import Stage
 from trackkit.trackers.base import Prediction, Tracker
-from trackkit.training import Stage
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,9 @@ class SiamFCConfig:
 
     @classmethod
     def tiny(cls) -> SiamFCConfig:
-        """Half the resolution and a twentieth of the weights: trains in minutes on a laptop's CPU."""
+        """Half the resolution and a twentieth of the weights: trains in minutes on a laptop's
+        CPU.
+        """
         return cls(
             exemplar_size=63,
             search_size=127,
@@ -251,7 +253,6 @@ class SiamFC(Tracker):
 
     # ---- tracking (paper, section 2.3; constants of the authors' 3-scale version) ----
 
-    @torch.no_grad()
     def start(self, frames: list[Tensor], boxes_xywh: Tensor) -> SiamFCState:
         cfg = self.config
         frames, boxes = self.checked(frames, boxes_xywh)
@@ -262,7 +263,6 @@ class SiamFC(Tracker):
         side = exemplar_side * cfg.search_size / cfg.exemplar_size
         return SiamFCState(self.features(crops), fill, box[:, :2], box[:, 2:], side)
 
-    @torch.no_grad()
     def step(
         self, state: SiamFCState, frames: list[Tensor], maps: bool = False
     ) -> tuple[SiamFCState, Prediction]:
@@ -321,7 +321,7 @@ class SiamFC(Tracker):
                 "blended": blended,
                 "scale": best,
             }
-        return new, Prediction(box, score.cpu(), seen)
+        return new, Prediction(box, score.double().cpu(), seen)
 
     # ---- training (paper, section 2.2) ----
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from trackkit.backbones import normalise
-from trackkit.eoc import CorrelatedFeatures
 from trackkit.trackers.base import Tracker
 from trackkit.trackers.sbt import SBTConfig
+from trackkit.trackers.sbt_backbone import CorrelatedFeatures
 from trackkit.trackers.siamfc import SiamFC, SiamFCConfig, cross_correlation
 
 

@@ -7,35 +7,34 @@ into two maps of corners. STARK-S knows the first frame only. STARK-ST also has 
 of a later frame, and a score head that says when a frame is fit to become it.
 
 The networks, the training and the tracking are those of the authors' code (researchmm/Stark), whose
-checkpoints load by `trackkit.official`. `StarkConfig.exact` switches between its coordinate habits
+checkpoints load by `trackkit.official`. `STARKConfig.exact` switches between its coordinate habits
 and exact ones; see there.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trackkit.attention import Attention, DecoderLayer, EncoderLayer, LearnedPosition, sine_position
+from trackkit.attention import DecoderLayer, EncoderLayer, LearnedPosition, sine_position
 from trackkit.backbones import ResNet, SmallNet, normalise
 from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, giou, xyxy_to_cxcywh
 from trackkit.crops import Windows, around_box, box_to_frame, outside
-from trackkit.eoc import CorrelatedFeatures
 from trackkit.frames import FrameRule
 from trackkit.heads import MLP, CornerHead, soft_argmax
 from trackkit.losses import localisation, place_cross_entropy
 from trackkit.sampling import CropSpec, SampleSpec
+from trackkit.stages import Stage
 from trackkit.trackers.base import Prediction, Tracker, take
 from trackkit.trackers.sbt import SBTConfig
-from trackkit.training import Stage
+from trackkit.trackers.sbt_backbone import CorrelatedFeatures
 
 
 @dataclass(frozen=True)
-class StarkConfig:
+class STARKConfig:
     """Numbers of the network, of training and of tracking; every row of the paper's Tables 6 and 7
     is a field.
 
@@ -147,22 +146,22 @@ class StarkConfig:
             raise ValueError(f'query "{self.query}" needs a decoder and queries = 1')
 
     @classmethod
-    def s50(cls, **changes) -> StarkConfig:
+    def s50(cls, **changes) -> STARKConfig:
         """STARK-S50: the first frame only."""
         return cls(**{"dynamic": False, "score": False, **changes})
 
     @classmethod
-    def st50(cls, **changes) -> StarkConfig:
+    def st50(cls, **changes) -> STARKConfig:
         """STARK-ST50: with a dynamic template and a score head."""
         return cls(**changes)
 
     @classmethod
-    def st101(cls, **changes) -> StarkConfig:
+    def st101(cls, **changes) -> STARKConfig:
         """STARK-ST101."""
         return cls(**{"backbone": "resnet101", **changes})
 
     @classmethod
-    def tiny(cls, **changes) -> StarkConfig:
+    def tiny(cls, **changes) -> STARKConfig:
         """STARK-ST with a hundredth of the weights: learns from scratch on a laptop's CPU."""
         small = {
             "backbone": "tiny", "template_size": 48, "search_size": 96, "template_factor": 1.5, "search_factor": 3.0, "width": 64, "heads": 4,
@@ -193,7 +192,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class StarkState:
+class STARKState:
     """What STARK remembers of B sequences."""
 
     box: Tensor  # (B, 4) xywh, frame pixels, float64
@@ -203,12 +202,12 @@ class StarkState:
     query: Tensor | None  # (B, 1, D), when questions are updated
 
 
-class Stark(Tracker):
+class STARK(Tracker):
     """The network and the way it tracks."""
 
-    Config = StarkConfig
+    Config = STARKConfig
 
-    def __init__(self, config: StarkConfig = StarkConfig()):
+    def __init__(self, config: STARKConfig = STARKConfig()):
         super().__init__(config)
         cfg = config
         self.backbone = _backbone(cfg.backbone)
@@ -374,13 +373,12 @@ class Stark(Tracker):
 
     # ---- tracking (section 3.2, "Inference") ----
 
-    @torch.no_grad()
-    def start(self, frames: list[Tensor], boxes_xywh: Tensor) -> StarkState:
+    def start(self, frames: list[Tensor], boxes_xywh: Tensor) -> STARKState:
         frames, boxes = self.checked(frames, boxes_xywh)
         template = self._look(
             frames, boxes, self.config.template_factor, self.config.template_size
         )[0]
-        return StarkState(
+        return STARKState(
             box=boxes,
             frame=torch.zeros(len(frames), dtype=torch.long),
             template=template,
@@ -390,10 +388,9 @@ class Stark(Tracker):
             else None,
         )
 
-    @torch.no_grad()
     def step(
-        self, state: StarkState, frames: list[Tensor], maps: bool = False
-    ) -> tuple[StarkState, Prediction]:
+        self, state: STARKState, frames: list[Tensor], maps: bool = False
+    ) -> tuple[STARKState, Prediction]:
         cfg, frames = self.config, self.moved(frames)
 
         # 1. where is it, around its last box
@@ -468,7 +465,9 @@ class Stark(Tracker):
         return boxes, (sum(peaks) / 2).double().cpu()
 
     def _renewed(self, dynamic: Tokens, frames: list[Tensor], boxes: Tensor, due: Tensor) -> Tokens:
-        """The dynamic templates, those of the sequences that are `due` (B,) made from this frame."""
+        """The dynamic templates, those of the sequences that are `due` (B,) made from this
+        frame.
+        """
         which = due.nonzero()[:, 0].tolist()
         new = self._look(
             [frames[i] for i in which],
@@ -486,42 +485,12 @@ class Stark(Tracker):
         )
         return take(both, rows.tolist())
 
-    def profile(self) -> dict:
-        """Parameters and multiply-accumulates of a tracked frame, by the rule behind the paper's
-        Table 5.
-
-        Its counter knew neither attention (projections included) nor layer norms nor the query, and
-        the templates' features are not computed in a tracked frame.
-        """
-        from trackkit.profiling import macs, parameters
-
-        cfg = self.config
-        with torch.device("meta"):  # a twin of shapes only
-            twin = type(self)(cfg).eval()
-        templates = [_blank(twin, cfg.template_size)] * (1 + cfg.dynamic)
-        uncounted = [
-            m for m in twin.modules() if isinstance(m, (Attention, nn.LayerNorm, nn.Embedding))
-        ]
-
-        def frame() -> None:
-            answer = twin(templates, _blank(twin, cfg.search_size))
-            if cfg.query == "updated":
-                twin.query_after(answer.decoded)
-
-        with patch.object(
-            Attention, "forward", lambda module, query, *rest: (torch.zeros_like(query), None)
-        ):
-            total = macs(frame)
-        return {
-            "parameters": parameters(twin) - sum(map(parameters, uncounted)),
-            "macs": total,
-            "paper": TABLE_5.get(cfg, {}),
-        }
-
     # ---- training (sections 3.1 and 3.2, "Training and Inference") ----
 
     def loss(self, batch: dict[str, Tensor], kind: str = "box") -> dict[str, Tensor]:
-        """Losses of a batch: kind "box" (Eq. 2), "score" (Eq. 3), or "joint" (their sum, Table 7)."""
+        """Losses of a batch: kind "box" (Eq. 2), "score" (Eq. 3), or "joint" (their sum, Table
+        7).
+        """
         searches = self._encode_all(batch, "search")
         count = len(searches.features) // len(batch["searches"])
         templates = self._encode_all(batch, "template")
@@ -705,24 +674,6 @@ class Stark(Tracker):
                 )
             )
         return stages
-
-
-def _blank(twin: Stark, size: int) -> Tokens:
-    """Tokens without values of a crop of `size` pixels, for a network on the device "meta"; nothing
-    is outside the frame.
-    """
-    with torch.no_grad():
-        return twin.encode(
-            torch.empty(1, 3, size, size, device="meta"),
-            torch.zeros(1, size, size, dtype=torch.bool),
-        )
-
-
-TABLE_5 = {
-    StarkConfig.s50(): {"parameters": 23_300_000, "macs": 10_500_000_000},
-    StarkConfig.st50(): {"parameters": 23_500_000, "macs": 10_900_000_000},
-    StarkConfig.st101(): {"parameters": 42_400_000, "macs": 18_500_000_000},
-}  # the paper says FLOPs and counts multiply-accumulates
 
 
 def hungarian(answer: Answer, truth: Tensor) -> Tensor:

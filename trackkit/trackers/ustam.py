@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trackkit.attention import DropPath, Mlp, VitAttention, sincos_position
-from trackkit.backbones import SmallNet, normalise, timm_weights
+from trackkit import vit
+from trackkit.backbones import normalise
 from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, xyxy_to_cxcywh
 from trackkit.checkpoints import load_strictly
 from trackkit.crops import around_box, box_to_frame
@@ -32,12 +32,12 @@ from trackkit.frames import FrameRule
 from trackkit.heads import CornerHead, PyramidCornerHead, soft_argmax
 from trackkit.losses import ciou, localisation
 from trackkit.sampling import CropSpec, SampleSpec
+from trackkit.stages import Stage
 from trackkit.trackers.base import Prediction, Tracker
-from trackkit.training import Stage
 
 
 @dataclass(frozen=True)
-class UstamConfig:
+class USTAMConfig:
     """Numbers of the network, of training and of tracking; Table 4's rows are `spatial` and
     `temporal`.
 
@@ -84,7 +84,7 @@ class UstamConfig:
         margin: the box keeps at least so many frame pixels inside the frame, and is at least as
             large.
         exact: boxes go into and out of crops by the crops' own geometry; False: with the authors'
-            habits, see `StarkConfig`.
+            habits, see `STARKConfig`.
     """
 
     template_size: int = 128
@@ -146,7 +146,7 @@ class UstamConfig:
     @property
     def stride(self) -> int:
         """Crop pixels from one token to the next."""
-        return 16 if self.stem == "patch" else SmallNet.stride
+        return vit.stride_of(self.stem)
 
     @property
     def grid(self) -> int:
@@ -154,12 +154,12 @@ class UstamConfig:
         return self.search_size // self.stride
 
     @classmethod
-    def mixvit_b288(cls, **changes) -> UstamConfig:
+    def mixvit_b288(cls, **changes) -> USTAMConfig:
         """MixViT-B, as its authors track on GOT-10k."""
         return cls(**{"spatial": False, "temporal": False, "update_interval": 200, **changes})
 
     @classmethod
-    def mixvit_l384(cls, **changes) -> UstamConfig:
+    def mixvit_l384(cls, **changes) -> USTAMConfig:
         """MixViT-L; the authors track in a larger window than they train in."""
         return cls(
             **{
@@ -173,24 +173,24 @@ class UstamConfig:
         )
 
     @classmethod
-    def ustam_b288(cls, **changes) -> UstamConfig:
+    def ustam_b288(cls, **changes) -> USTAMConfig:
         """USTAM-Base."""
         return cls(**changes)
 
     @classmethod
-    def ustam_b384(cls, **changes) -> UstamConfig:
+    def ustam_b384(cls, **changes) -> USTAMConfig:
         """USTAM-Base with a larger search crop (Tables 3 and 5); Table 1 gives all of Base the same
         template.
         """
         return cls(**{"search_size": 384, **changes})
 
     @classmethod
-    def ustam_l384(cls, **changes) -> UstamConfig:
+    def ustam_l384(cls, **changes) -> USTAMConfig:
         """USTAM-Large."""
         return cls(**{**LARGE, **changes})
 
     @classmethod
-    def tiny(cls, **changes) -> UstamConfig:
+    def tiny(cls, **changes) -> USTAMConfig:
         """USTAM with a hundredth of the weights: learns from scratch on a laptop's CPU."""
         small = {
             "template_size": 48, "search_size": 96, "search_factor": 4.0, "train_factor": 4.0, "stem": "conv",
@@ -212,7 +212,9 @@ LARGE = {
 
 @dataclass(frozen=True)
 class Memory:
-    """What the search tokens need of the templates, whose tokens never look at them: computed once."""
+    """What the search tokens need of the templates, whose tokens never look at them: computed
+    once.
+    """
 
     keys: Tensor  # (B, L, H, T, d): of each of the L blocks, T tokens of all templates
     values: Tensor  # (B, L, H, T, d)
@@ -233,7 +235,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class UstamState:
+class USTAMState:
     """What USTAM remembers of B sequences."""
 
     box: Tensor  # (B, 4) xywh, frame pixels, float64
@@ -243,28 +245,6 @@ class UstamState:
     first: Tensor | None
     carried: Tensor | None  # (B, H, n, n), 0 before the first tracked frame
     window: Tensor | None  # (B, 3) int64, left, top and side of the crop which that map is of
-
-
-class Block(nn.Module):
-    """A transformer block, in two parts: what is between them, who looks at whom, is the tracker's."""
-
-    def __init__(self, width: int, heads: int, hidden: int, drop_path: float):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn, self.mlp, self.drop_path = (
-            VitAttention(width, heads),
-            Mlp(width, hidden),
-            DropPath(drop_path),
-        )
-
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (B, T, D) -> queries, keys and values, each (B, H, T, d)."""
-        return self.attn.split(self.norm1(x))
-
-    def merge(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """Tokens (B, T, D) and what their heads gathered (B, H, T, d) -> tokens (B, T, D)."""
-        x = x + self.drop_path(self.attn.merge(mixed))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class SpatialAttention(nn.Module):
@@ -303,25 +283,20 @@ def relative(share: Tensor, mean: str) -> Tensor:
     return share - means.amax(-1)[..., None, None]
 
 
-class Ustam(Tracker):
+class USTAM(Tracker):
     """The network and the way it tracks; MixViT when `spatial` and `temporal` are off."""
 
-    Config = UstamConfig
+    Config = USTAMConfig
 
-    def __init__(self, config: UstamConfig = UstamConfig()):
+    def __init__(self, config: USTAMConfig = USTAMConfig()):
         super().__init__(config)
         cfg = config
-        if cfg.stem == "patch":
-            self.embed = nn.Conv2d(3, cfg.width, 16, 16)
-        else:
-            net = SmallNet()
-            self.embed = nn.Sequential(net, nn.Conv2d(net.channels, cfg.width, 1))
+        self.embed = vit.patch_embedding(cfg.stem, cfg.width)
         self.register_buffer(
-            "position_t", sincos_position(cfg.template_size // cfg.stride, cfg.width)
+            "position_t", vit.sincos_position(cfg.template_size // cfg.stride, cfg.width)
         )
-        self.register_buffer("position_s", sincos_position(cfg.grid, cfg.width))
-        rates = torch.linspace(0, cfg.drop_path, cfg.depth, device="cpu").tolist()
-        self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads, cfg.hidden, rate) for rate in rates)
+        self.register_buffer("position_s", vit.sincos_position(cfg.grid, cfg.width))
+        self.blocks = vit.blocks(cfg.width, cfg.depth, cfg.heads, cfg.hidden, cfg.drop_path)
         if cfg.spatial:
             self.spatial_attention = SpatialAttention(cfg.grid**2, cfg.residual, cfg.mean)
         self.box_head = {"pyramid": PyramidCornerHead, "corner": CornerHead}[cfg.head](
@@ -336,11 +311,10 @@ class Ustam(Tracker):
         """Start the transformer as the authors do, from a masked autoencoder; see
         `Tracker.load_pretrained`.
         """
-        names = {768: "vit_base_patch16_224.mae", 1024: "vit_large_patch16_224.mae"}
-        if self.config.stem != "patch" or self.config.width not in names:
-            return False
-        self.start_from(timm_weights(names[self.config.width]))
-        return True
+        weights = vit.mae_weights(self.config.stem, self.config.width)
+        if weights is not None:
+            self.start_from(weights)
+        return weights is not None
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
         """Take the transformer of a ViT (the entry "model" of `mae_pretrain_vit_base.pth`, or
@@ -349,10 +323,7 @@ class Ustam(Tracker):
         What those do not have, such as the spatial layer, stays. Raises CheckpointError if the
         transformer does not fit.
         """
-        weights = {
-            key.replace("patch_embed.proj.", "embed."): value for key, value in weights.items()
-        }
-        taken = {}
+        weights, taken = vit.renamed(weights), {}
         for key, value in self.state_dict().items():
             if key in weights and not key.startswith("position_"):
                 taken[key] = weights[key]
@@ -375,10 +346,10 @@ class Ustam(Tracker):
         """
         keys, values = [], []
         for block in self.blocks:
-            q, k, v = block.split(x)
+            q, k, v = block.project(x)
             keys.append(k)
             values.append(v)
-            x = block.merge(x, F.scaled_dot_product_attention(q, k, v))
+            x = block.think(block.gather(x, F.scaled_dot_product_attention(q, k, v)))
         return Memory(torch.stack(keys, 1), torch.stack(values, 1)), x
 
     def forward(
@@ -394,7 +365,7 @@ class Ustam(Tracker):
         cfg, seen, x, n = self.config, {}, search, search.shape[1]
         last, kept = cfg.depth - 1, None
         for i, block in enumerate(self.blocks):
-            q, *own = block.split(x)  # (B, H, n, d)
+            q, *own = block.project(x)  # (B, H, n, d)
             # Eq. 1: (B, H, T + n, d)
             k, v = (torch.cat(pair, 2) for pair in zip(memory[i], own, strict=True))
             mixed = F.scaled_dot_product_attention(q, k, v)  # Eq. 2, right
@@ -417,7 +388,7 @@ class Ustam(Tracker):
                     seen["enhanced"] = kept
             if maps:
                 seen[f"attention_{i}"] = attention_map(q, k)  # (B, H, n, T + n), before the patches
-            x = block.merge(x, mixed)
+            x = block.think(block.gather(x, mixed))
         boxes, corners = self.locate(x)
         return Answer(boxes, corners, x, kept if cfg.temporal else None, seen)
 
@@ -431,8 +402,7 @@ class Ustam(Tracker):
 
     # ---- tracking (section 3.3) ----
 
-    @torch.no_grad()
-    def start(self, frames: list[Tensor], boxes_xywh: Tensor) -> UstamState:
+    def start(self, frames: list[Tensor], boxes_xywh: Tensor) -> USTAMState:
         cfg = self.config
         frames, boxes = self.checked(frames, boxes_xywh)
         first = self._template(frames, boxes)
@@ -442,7 +412,7 @@ class Ustam(Tracker):
             if cfg.temporal
             else None
         )
-        return UstamState(
+        return USTAMState(
             box=boxes,
             frame=torch.zeros(len(frames), dtype=torch.long),
             memory=memory,
@@ -453,10 +423,9 @@ class Ustam(Tracker):
             else None,
         )
 
-    @torch.no_grad()
     def step(
-        self, state: UstamState, frames: list[Tensor], maps: bool = False
-    ) -> tuple[UstamState, Prediction]:
+        self, state: USTAMState, frames: list[Tensor], maps: bool = False
+    ) -> tuple[USTAMState, Prediction]:
         cfg, frames = self.config, self.moved(frames)
 
         # 1. where is it, around its last box
@@ -504,7 +473,7 @@ class Ustam(Tracker):
         return self.tokens(normalise(crops), self.position_t)
 
     def _renewed(
-        self, state: UstamState, frames: list[Tensor], boxes: Tensor, due: Tensor
+        self, state: USTAMState, frames: list[Tensor], boxes: Tensor, due: Tensor
     ) -> Memory:
         """The memory, anew with the second template from this frame for the sequences that are
         `due` (B,).
@@ -515,28 +484,6 @@ class Ustam(Tracker):
         keys, values = state.memory.keys.clone(), state.memory.values.clone()
         keys[which], values[which] = new.keys, new.values
         return Memory(keys, values)
-
-    def profile(self) -> dict:
-        """Parameters and multiply-accumulates by the rule behind the paper's Table 4.
-
-        Its counter (thop) knows linear and convolution layers and counts 4 for each element that
-        goes through a norm, but neither the products of queries, keys and values nor softmax; and
-        it counts the templates in every frame. The paper cuts its figures off after one decimal:
-        97.28 is 97.2.
-        """
-        from trackkit.profiling import by_layers
-
-        cfg = self.config
-        with torch.device("meta"):  # a twin of shapes only
-            twin = type(self)(cfg).eval()
-            template = torch.empty(cfg.templates, 3, cfg.template_size, cfg.template_size)
-            search = torch.empty(1, 3, cfg.search_size, cfg.search_size)
-
-        def frame() -> None:
-            memory, _ = twin.remember(twin.tokens(template, twin.position_t).flatten(0, 1)[None])
-            twin(memory, twin.tokens(search, twin.position_s))
-
-        return {**by_layers(twin, frame), "paper": _paper(cfg)}
 
     # ---- training (section 3.3) ----
 
@@ -633,23 +580,6 @@ class Ustam(Tracker):
                 **rest,
             )
         ]
-
-
-TABLE_4 = {
-    (768, 288, True): {"parameters": 97_200_000, "macs": 43_600_000_000},
-    (768, 288, False): {"parameters": 97_100_000, "macs": 43_200_000_000},
-    (1024, 384, True): {"parameters": 318_000_000, "macs": 274_600_000_000},
-    (1024, 384, False): {"parameters": 317_700_000, "macs": 271_600_000_000},
-    # by width, search size and spatial attention; temporal attention costs nothing that its counter
-    # counts
-}
-
-
-def _paper(cfg: UstamConfig) -> dict[str, int]:
-    """The figures of Table 4 if it has this network."""
-    if (cfg.head, cfg.templates, cfg.stem) != ("pyramid", 2, "patch"):
-        return {}
-    return TABLE_4.get((cfg.width, cfg.search_size, cfg.spatial), {})
 
 
 def losses(boxes: Tensor, truth: Tensor, kind: str) -> dict[str, Tensor]:

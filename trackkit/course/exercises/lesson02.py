@@ -247,7 +247,9 @@ def _layer(
     relu: bool = True,
     last: str = "norm2",
 ) -> Tensor:
-    """`encoder_layer` with parts left out: `on` are the places of the position (query, key, value)."""
+    """`encoder_layer` with parts left out: `on` are the places of the position (query, key,
+    value).
+    """
 
     def norm(which, t: Tensor, when: str) -> Tensor:
         return which(t) if order == when else t

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from trackkit.backbones import timm_weights
-from trackkit.eoc import Backbone, BackboneStage, initialise
 from trackkit.errors import CheckpointError
 from trackkit.trackers.sbt import SBTConfig
+from trackkit.trackers.sbt_backbone import Backbone, BackboneStage, initialise
 
 
 class Classifier(nn.Module):

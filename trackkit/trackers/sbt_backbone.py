@@ -298,8 +298,8 @@ class Backbone(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def load_pretrained(self, blocks: int | None = None) -> bool:
-        """Start from PVTv2's ImageNet weights, see `trackkit.pretraining`; False if there are none
-        for these blocks.
+        """Start from PVTv2's ImageNet weights, see `trackkit.trackers.sbt_pretraining`; False if
+        there are none for these blocks.
         """
         from trackkit import pretraining
 
@@ -336,7 +336,9 @@ class Backbone(nn.Module):
         return Encoded(x, levels)
 
     def prepare(self, z: Encoded) -> Encoded:
-        """A template with its part in the first CA block, which is the same for every search crop."""
+        """A template with its part in the first CA block, which is the same for every search
+        crop.
+        """
         block = self.steps()[self.first][1] if self.first < len(self.steps()) else None
         # the squares of a local attention are no entries of a batch
         if block is None or block.local:

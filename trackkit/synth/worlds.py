@@ -1,7 +1,8 @@
 """Worlds: what is in a procedural video, where everything moves, and the labels that follow from
 it.
 
-`World` decides; `trackkit.scenes.Scene` draws it; `trackkit.synth` has the dials and the data sets.
+`World` decides; `trackkit.synth.scenes.Scene` draws it; `trackkit.synth` has the dials and the data
+sets.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from trackkit.bodies import RIGID, SKELETONS, Body, Part
-from trackkit.textures import (
+from trackkit.synth.bodies import RIGID, SKELETONS, Body, Part
+from trackkit.synth.textures import (
     BACKGROUNDS,
     OUTLINE,
     SHAPES,

@@ -4,7 +4,7 @@ samples.
 A scene has a textured background, a target, clutter, things that look like the target and things
 that pass in front of it; a dial for each attribute sets how much of it there is, and every label is
 computed rather than annotated. The same seed gives the same bytes on every machine (see
-`trackkit.textures`).
+`trackkit.synth.textures`).
 
     config = SynthConfig()                        # a bit of everything
     config = SynthConfig.only("occlusion")        # one attribute, all else still
@@ -28,9 +28,9 @@ from trackkit.crops import Windows
 from trackkit.errors import DataError
 from trackkit.got10k import write_sequence
 from trackkit.paths import writable
-from trackkit.scenes import Scene
 from trackkit.sequences import Sequence
-from trackkit.textures import Draw
+from trackkit.synth.scenes import Scene
+from trackkit.synth.textures import Draw
 
 BANKS = ("train", "val", "test")  # each has textures and outlines of its own
 

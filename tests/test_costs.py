@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from golden import golden
 from torch import nn
 
-from trackkit import cli, profiling
+from trackkit import cli, costs
+from trackkit.costs import count, frames_per_second, macs, parameters, profile
 from trackkit.errors import DataError, TrackkitError
-from trackkit.profiling import count, frames_per_second, macs, parameters, profile
-from trackkit.trackers import TRACKERS, create
 from trackkit.trackers.references import NccTracker, StayTracker
+from trackkit.weights import TRACKERS, create
 
 
 def test_siamfc_as_its_specification_counts():
@@ -42,7 +42,7 @@ def test_a_tracker_may_count_as_its_paper_does(monkeypatch):
         def profile(self):
             return {"parameters": 1, "macs": 2, "paper": {"parameters": 3}}
 
-    monkeypatch.setattr(profiling, "create", lambda name: Own())
+    monkeypatch.setattr(costs, "create", lambda name: Own())
     assert profile("own") == {"name": "own", "parameters": 1, "macs": 2, "paper": {"parameters": 3}}
 
 
@@ -87,7 +87,7 @@ def test_speed_states_its_circumstances():
 
 def test_warm_up_is_not_timed_and_frames_are_repeated(monkeypatch):
     clock = iter(range(1000))
-    monkeypatch.setattr(profiling, "now", lambda device: float(next(clock)))
+    monkeypatch.setattr(costs, "now", lambda device: float(next(clock)))
     seen = []
 
     class Watching(StayTracker):
@@ -262,14 +262,14 @@ def test_costs_of_memory_trackers(rows):
 
 def test_counts_need_no_weights(monkeypatch):
     """The largest would take gigabytes and ten seconds."""
-    monkeypatch.setattr(profiling, "create", lambda name: made.append(create(name)) or made[-1])
+    monkeypatch.setattr(costs, "create", lambda name: made.append(create(name)) or made[-1])
     made: list = []
     profile("mixvit-l384")
     assert [{p.device.type for p in tracker.parameters()} for tracker in made] == [{"meta"}]
 
 
 def test_the_table_is_readable(rows, monkeypatch, capsys):
-    monkeypatch.setattr(profiling, "profile", rows.get)
+    monkeypatch.setattr(costs, "profile", rows.get)
     assert cli.main(["profile", "--all"]) == 0
     heading, *lines = capsys.readouterr().out.splitlines()
     assert heading.split() == ["tracker", "parameters", "paper", "MACs", "a", "frame", "paper"]

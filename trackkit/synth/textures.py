@@ -33,7 +33,9 @@ BACKGROUNDS, TEXTURES, SHAPES = 16, 40, 48  # per bank
 
 
 class Draw:
-    """Random numbers from a key of integers: the same key gives the same numbers on every machine."""
+    """Random numbers from a key of integers: the same key gives the same numbers on every
+    machine.
+    """
 
     def __init__(self, *key: int):
         self._bits = np.random.PCG64(np.random.SeedSequence(key))
@@ -293,7 +295,9 @@ def background(bank: int, index: int) -> Texture:
 
 @lru_cache(maxsize=3 * TEXTURES)
 def texture(bank: int, index: int) -> Texture:
-    """Texture `index` for objects, 256 texels along a side; a sprite wears a 128 x 128 piece of it."""
+    """Texture `index` for objects, 256 texels along a side; a sprite wears a 128 x 128 piece of
+    it.
+    """
     draw = Draw(12, bank, index)
     middle, spread = draw.between(70, 185), draw.between(25, 90)
     palette = _palette(
@@ -339,7 +343,9 @@ class Shape:
 
 
 def _angle(x: Floats, y: Floats) -> Floats:
-    """Direction of (x, y) in turns, 0..1, to 1e-5 rad; polynomial of Abramowitz and Stegun's kind."""
+    """Direction of (x, y) in turns, 0..1, to 1e-5 rad; polynomial of Abramowitz and Stegun's
+    kind.
+    """
     ax, ay = np.abs(x), np.abs(y)
     low, high = np.minimum(ax, ay), np.maximum(np.maximum(ax, ay), 1e-9)
     a = low / high

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from trackkit.textures import (
+from trackkit.synth.textures import (
     ALPHA,
     MASK,
     ONES,
@@ -22,7 +22,7 @@ from trackkit.textures import (
     noise_tape,
     texture,
 )
-from trackkit.worlds import World
+from trackkit.synth.worlds import World
 
 BLUR_TAPS = 8
 Image = NDArray[np.uint8]
