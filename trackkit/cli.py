@@ -39,6 +39,8 @@ class TrainOptions(Generic[Config]):
     """Folder of the run (default: TRACKKIT_HOME/runs/NAME-SCALE-SEED)."""
     scale: Literal["tiny", "laptop", "gpu", "paper"] | None = None
     """Length of training (default: tiny for a tiny tracker, else paper)."""
+    preset: str = ""
+    """Which recipe, where a paper and its code or two data sets differ: SBT and USTAM have some."""
     seed: int = 0
     """Seed of the weights and of the samples."""
     steps: int | None = None
@@ -78,7 +80,7 @@ def train(argv: list[str]) -> None:
     if options.pretrained:
         tracker.load_pretrained()
     scale = options.scale or ("tiny" if name.endswith("-tiny") else "paper")
-    stages = tracker.recipe(scale)
+    stages = tracker.recipe(scale, options.preset)
     if options.steps is not None:
         stages = shortened(stages, options.steps)
     if options.batch is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,13 @@ from torch import Tensor
 from trackkit import checkpoints, pickles
 from trackkit.errors import CheckpointError
 from trackkit.trackers.base import Tracker
+from trackkit.trackers.dastm import DASTM
+from trackkit.trackers.procontext import ProContEXT
+from trackkit.trackers.sbt import SBT
 from trackkit.trackers.sbt_pretraining import pvt_name
+from trackkit.trackers.siamfc import SiamFC
+from trackkit.trackers.stark import STARK
+from trackkit.trackers.ustam import USTAM
 from trackkit.weights import TRACKERS, create
 
 # under which training loops keep the weights
@@ -175,99 +182,115 @@ def _authors_name(name: str, ours: str, names: dict[str, list[str]]) -> str | No
     return None
 
 
-STARK = (
-    ("backbone.0.body.", "backbone."),
-    ("backbone.1.row_embed.", "position.row."),
-    ("backbone.1.col_embed.", "position.column."),
-    ("transformer.", ""),
-    (".multihead_attn.", ".cross_attn."),
-    ("query_embed.", "query."),
-    ("cls_head.", "score_head."),
-)
+# ---- our names for the authors' entries, by tracker class ----
 
-SBT = (  # and `pretraining.pvt_name` for the backbone
-    ("box_head.class_head.", "class_head."),
-    ("box_head.bbox_head.", "box_head."),
-    ("layers_spatial.", "spatial."),
-    ("layers_channle.", "channel."),
+
+@dataclass(frozen=True)
+class Renaming:
+    """How the entries of an authors' checkpoint become ours.
+
+    `rules` are (pattern, replacement) pairs for `re.sub`, applied in this order; `unused` are the
+    entries (`fnmatch`) that the authors' networks keep and never use.
+    """
+
+    rules: tuple[tuple[str, Any], ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+def _corner(match: re.Match) -> str:
+    """`box_head.conv3_tl...` -> `box_head.top_left.2...`"""
+    number, which, rest = match.groups()
+    side = "top_left" if which == "tl" else "bottom_right"
+    return f"box_head.{side}.{int(number) - 1}{rest}"
+
+
+def _centre(match: re.Match) -> str:
+    """`box_head.conv3_ctr...` -> `head.score.2...`"""
+    number, which, rest = match.groups()
+    return f"head.{'score' if which == 'ctr' else which}.{int(number) - 1}{rest}"
+
+
+def _pyramid(match: re.Match) -> str:
+    """`box_head.adjust1_tl...` -> `box_head.top_left.adjust1...`"""
+    layer, which, rest = match.groups()
+    return f"box_head.{'top_left' if which == 'tl' else 'bottom_right'}.{layer}{rest}"
+
+
+VIT = (
+    (r"backbone\.patch_embed\.proj\.", "embed."),
+    (r"backbone\.pos_embed_", "position_"),
+    (r"backbone\.", ""),
 )
-OSTRACK = (
-    ("backbone.patch_embed.proj.", "embed."),
-    ("backbone.pos_embed_", "position_"),
-    ("backbone.", ""),
-)
-STMTRACK = (
-    ("head.si", "head.scale"),
-    ("head.bi", "head.shift"),
-    ("basemodel_m.proj_fg_bg_label_map.", "memory.label."),
-    ("basemodel_m.", "memory.trunk."),
-    ("basemodel_q.", "query.trunk."),
-    ("neck_m.adjustor.", "memory.neck."),
-    ("neck_q.adjustor.", "query.neck."),
-    ("head.cls_ctr.", "head.score_tower."),
-    ("head.reg.", "head.side_tower."),
-    ("head.cls_score.", "head.score."),
-    ("head.ctr_score.", "head.centre."),
-    ("head.reg_offsets.", "head.sides."),
-)
-# entries of the authors' checkpoints that their networks never use, by the beginning of the
-# tracker's name
-UNUSED = {
-    "sbt": ("backbone.norm1.*", "backbone.norm2.*"),  # of the single-image form
-    "ostrack": ("backbone.cls_token", "backbone.pos_embed"),
-    "procontext": ("backbone.cls_token", "backbone.pos_embed"),
-    # adjusters of the framework's Siamese head
-    "stmtrack": ("r_z_k.*", "c_z_k.*", "r_x.*", "c_x.*"),
-    # what its transformer inherits from timm, and the score branch of a second training stage
-    **dict.fromkeys(
-        ("mixvit", "ustam"),
+VIT_UNUSED = ("backbone.cls_token", "backbone.pos_embed")  # inherited from timm
+
+RENAMINGS: dict[type[Tracker], Renaming] = {
+    SiamFC: Renaming(),  # has the authors' names
+    STARK: Renaming(
         (
-            "backbone.cls_token",
-            "backbone.pos_embed",
-            "backbone.norm.*",
-            "backbone.head.*",
-            "score_branch.*",
+            (r"backbone\.0\.body\.", "backbone."),
+            (r"backbone\.1\.row_embed\.", "position.row."),
+            (r"backbone\.1\.col_embed\.", "position.column."),
+            (r"transformer\.", ""),
+            (r"\.multihead_attn\.", ".cross_attn."),
+            (r"query_embed\.", "query."),
+            (r"cls_head\.", "score_head."),
+            (r"^box_head\.conv(\d)_(tl|br)(.*)$", _corner),
+        )
+    ),
+    SBT: Renaming(
+        (
+            (r"^.*$", lambda match: pvt_name(match[0])),
+            (r"box_head\.class_head\.", "class_head."),
+            (r"box_head\.bbox_head\.", "box_head."),
+            (r"layers_spatial\.", "spatial."),
+            (r"layers_channle\.", "channel."),
         ),
+        ("backbone.norm1.*", "backbone.norm2.*"),  # of the single-image form
+    ),
+    ProContEXT: Renaming(
+        (*VIT, (r"^box_head\.conv(\d)_(ctr|offset|size)(.*)$", _centre)), VIT_UNUSED
+    ),
+    USTAM: Renaming(
+        (*VIT, (r"^box_head\.(conv\d|adjust\d)_(tl|br)(.*)$", _pyramid)),
+        # the score branch is of a second training stage
+        (*VIT_UNUSED, "backbone.norm.*", "backbone.head.*", "score_branch.*"),
+    ),
+    DASTM: Renaming(
+        (
+            (r"^head\.si$", "head.scale"),
+            (r"^head\.bi$", "head.shift"),
+            (r"^basemodel_m\.proj_fg_bg_label_map\.", "memory.label."),
+            (r"^basemodel_m\.", "memory.trunk."),
+            (r"^basemodel_q\.", "query.trunk."),
+            (r"^neck_m\.adjustor\.", "memory.neck."),
+            (r"^neck_q\.adjustor\.", "query.neck."),
+            (r"^head\.cls_ctr\.", "head.score_tower."),
+            (r"^head\.reg\.", "head.side_tower."),
+            (r"^head\.cls_score\.", "head.score."),
+            (r"^head\.ctr_score\.", "head.centre."),
+            (r"^head\.reg_offsets\.", "head.sides."),
+            (r"(_tower\.)conv1\.", r"\g<1>0."),
+            (r"(_tower\.)conv_layers\.(\d+)", lambda m: f"{m[1]}{int(m[2]) + 1}"),
+            (r"^(head\.(?:score|centre|sides))\.conv\.", r"\1.0."),
+            (r"^(head\.(?:score|centre|sides))\.bn\.", r"\1.1."),
+        ),
+        # adjusters of the framework's Siamese head
+        ("r_z_k.*", "c_z_k.*", "r_x.*", "c_x.*"),
     ),
 }
 
 
+def renaming(name: str) -> Renaming:
+    """That of the tracker's class, or of the ancestor that its weights are of."""
+    return next(
+        (RENAMINGS[cls] for cls in TRACKERS[name][0].__mro__ if cls in RENAMINGS), Renaming()
+    )
+
+
 def rename(name: str, key: str) -> str:
-    """Our name for an entry of the authors' checkpoint. Our SiamFC has the authors' names."""
-    if name.startswith("stark"):
-        for theirs, ours in STARK:
-            key = key.replace(theirs, ours)
-        corner = re.fullmatch(r"box_head\.conv(\d)_(tl|br)(.*)", key)
-        if corner:
-            number, which, rest = corner.groups()
-            key = f"box_head.{'top_left' if which == 'tl' else 'bottom_right'}.{int(number) - 1}{rest}"
-    if name.startswith("sbt"):
-        key = pvt_name(key)
-        for theirs, ours in SBT:
-            key = key.replace(theirs, ours)
-    if name.startswith(("ostrack", "procontext")):
-        for theirs, ours in OSTRACK:
-            key = key.replace(theirs, ours)
-        tower = re.fullmatch(r"box_head\.conv(\d)_(ctr|offset|size)(.*)", key)
-        if tower:
-            number, which, rest = tower.groups()
-            key = f"head.{'score' if which == 'ctr' else which}.{int(number) - 1}{rest}"
-    if name.startswith(("mixvit", "ustam")):
-        for theirs, ours in OSTRACK:
-            key = key.replace(theirs, ours)
-        tower = re.fullmatch(r"box_head\.(conv\d|adjust\d)_(tl|br)(.*)", key)
-        if tower:
-            layer, which, rest = tower.groups()
-            key = f"box_head.{'top_left' if which == 'tl' else 'bottom_right'}.{layer}{rest}"
-    if name == "stmtrack":
-        for theirs, ours in STMTRACK:
-            if key == theirs or (theirs.endswith(".") and key.startswith(theirs)):
-                key = ours + key.removeprefix(theirs)
-        if "_tower." in key:
-            layers = re.compile(r"conv_layers\.(\d+)")
-            key = layers.sub(lambda match: str(int(match[1]) + 1), key.replace("conv1.", "0."))
-        elif key.startswith(("head.score.", "head.centre.", "head.sides.")):
-            key = key.replace(".conv.", ".0.").replace(".bn.", ".1.")
+    """Our name for an entry of the authors' checkpoint."""
+    for pattern, replacement in renaming(name).rules:
+        key = re.sub(pattern, replacement, key)
     return key
 
 
@@ -275,15 +298,9 @@ def _names(name: str, keys: Iterable[str]) -> dict[str, list[str]]:
     """Our name of each entry -> the authors' names that stand for it, one if all is well; without
     entries that nothing uses.
     """
-    unused = [
-        pattern
-        for family, patterns in UNUSED.items()
-        if name.startswith(family)
-        for pattern in patterns
-    ]
     names: dict[str, list[str]] = {}
     for theirs in keys:
         plain = theirs.removeprefix("module.")
-        if not any(fnmatch.fnmatchcase(plain, pattern) for pattern in unused):
+        if not any(fnmatch.fnmatchcase(plain, pattern) for pattern in renaming(name).unused):
             names.setdefault(rename(name, plain), []).append(theirs)
     return names

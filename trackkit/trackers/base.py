@@ -48,6 +48,8 @@ class Tracker(nn.Module):
     """
 
     Config: ClassVar[type]
+    # what `recipe` has to offer where a paper and its code, or two data sets, differ
+    presets: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **rest: Any):
         super().__init_subclass__(**rest)
@@ -90,9 +92,19 @@ class Tracker(nn.Module):
         """
         raise TrackkitError(f"{type(self).__name__} has nothing to train")
 
-    def recipe(self, scale: str) -> list[Any]:
-        """The training stages (`stages.Stage`) at `scale`: tiny, laptop, gpu or paper."""
+    def recipe(self, scale: str, preset: str = "") -> list[Any]:
+        """The training stages (`stages.Stage`) at `scale`: tiny, laptop, gpu or paper.
+
+        `preset` is one of `presets`; "" is the tracker's own choice. Raises TrackkitError for one
+        that there is not.
+        """
         raise TrackkitError(f"{type(self).__name__} has nothing to train")
+
+    def check_preset(self, preset: str) -> None:
+        """For `recipe`."""
+        if preset and preset not in self.presets:
+            there = f"there are {', '.join(self.presets)}" if self.presets else "it has none"
+            raise TrackkitError(f"{type(self).__name__} has no preset {preset!r}; {there}")
 
     def load_pretrained(self) -> bool:
         """Take the backbone's weights from where the paper's training starts; False if it starts

@@ -768,7 +768,7 @@ class DASTM(Tracker):
         }
         return SampleSpec(template=crop, search=crop, **frames)
 
-    def recipe(self, scale: str) -> list[Stage]:
+    def recipe(self, scale: str, preset: str = "") -> list[Stage]:
         """Everything but the trunks' convolutions, then those too. `paper`: by DASTM's paper or by
         STMTrack's code.
 
@@ -779,6 +779,7 @@ class DASTM(Tracker):
         its norms from the first. Without `load_pretrained` there is nothing to keep frozen, and all
         learns at once.
         """
+        self.check_preset(preset)
         cfg, sample = self.config, self.samples()
         plain = not cfg.attention  # STMTrack
         if scale in ("tiny", "laptop") or cfg.trunk == "tiny":

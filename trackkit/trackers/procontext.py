@@ -519,13 +519,14 @@ class ProContEXT(Tracker):
             masks=True,  # only so that crops without anything in them are drawn again
         )
 
-    def recipe(self, scale: str) -> list[Stage]:
+    def recipe(self, scale: str, preset: str = "") -> list[Stage]:
         """One stage. `paper`: `epochs` of 60,000 samples in batches of 128, the rate falling to a
         tenth after four fifths.
 
         The short scales are for the tiny network, which starts from nothing: larger rates that fall
         smoothly.
         """
+        self.check_preset(preset)
         cfg = self.config
         steps, batch = {
             "tiny": (300, 16),

@@ -292,6 +292,7 @@ class SBT(Tracker):
     """The network and the way it tracks."""
 
     Config = SBTConfig
+    presets = ("code-got10k", "paper", "paper-got10k", "code", "code-large", "code-got10k-large")
 
     def __init__(self, config: SBTConfig = SBTConfig()):
         super().__init__(config)
@@ -435,12 +436,14 @@ class SBT(Tracker):
             masks=True,
         )
 
-    def recipe(self, scale: str, preset: str = "code-got10k") -> list[Stage]:
+    def recipe(self, scale: str, preset: str = "") -> list[Stage]:
         """One stage of pairs. The scale "paper" follows one of `PRESETS`.
 
         The short scales are for the tiny network, which starts from nothing: one large rate that
         falls smoothly.
         """
+        self.check_preset(preset)
+        preset = preset or "code-got10k"
         steps, batch = {
             "tiny": (300, 16),
             "laptop": (3000, 24),

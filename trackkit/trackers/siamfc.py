@@ -359,12 +359,13 @@ class SiamFC(Tracker):
             ),
         )
 
-    def recipe(self, scale: str) -> list[Stage]:
+    def recipe(self, scale: str, preset: str = "") -> list[Stage]:
         """One stage of pairs. `paper` is 50 epochs of GOT-10k's 9,335 pairs by SGD, the rate
         falling to a thousandth.
 
         The short runs of the tiny network use AdamW, with which a few thousand pairs are enough.
         """
+        self.check_preset(preset)
         steps, batch = {
             "tiny": (300, 16),
             "laptop": (1850, 16),

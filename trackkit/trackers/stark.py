@@ -607,13 +607,14 @@ class STARK(Tracker):
             negatives=negatives,
         )
 
-    def recipe(self, scale: str) -> list[Stage]:
+    def recipe(self, scale: str, preset: str = "") -> list[Stage]:
         """Localisation, then the score head alone. `paper`: 500 and 50 epochs of 60,000 samples in
         batches of 128.
 
         The short scales are for the tiny network, which starts from nothing: larger rates that fall
         smoothly.
         """
+        self.check_preset(preset)
         cfg = self.config
         first, second, batch = {
             "tiny": (150, 30, 8),

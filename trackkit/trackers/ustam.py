@@ -287,6 +287,7 @@ class USTAM(Tracker):
     """The network and the way it tracks; MixViT when `spatial` and `temporal` are off."""
 
     Config = USTAMConfig
+    presets = ("paper", "code")
 
     def __init__(self, config: USTAMConfig = USTAMConfig()):
         super().__init__(config)
@@ -537,7 +538,7 @@ class USTAM(Tracker):
             masks=True,
         )
 
-    def recipe(self, scale: str, preset: str | None = None) -> list[Stage]:
+    def recipe(self, scale: str, preset: str = "") -> list[Stage]:
         """One stage. At `paper`: 500 epochs of 60,000 samples, the rate falls to a tenth after 400.
 
         `preset` "paper" is Table 1 of USTAM (rate 1e-4, GIoU; its batch is not given), "code"
@@ -545,10 +546,9 @@ class USTAM(Tracker):
         288, its first six blocks frozen). None: each its own. The short scales are for the tiny
         network, which starts from nothing.
         """
+        self.check_preset(preset)
         cfg = self.config
         preset = preset or ("paper" if cfg.spatial or cfg.temporal else "code")
-        if preset not in ("paper", "code"):
-            raise TrackkitError(f"no preset is called {preset!r}; there are paper and code")
         large = cfg.depth == 24 and preset == "code"
         batch = {"tiny": 16, "laptop": 24, "gpu": 64, "paper": 288 if large else 256}[scale]
         steps = {"tiny": 300, "laptop": 3000, "gpu": 20_000, "paper": 500 * (60_000 // batch)}[
