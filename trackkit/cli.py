@@ -369,7 +369,10 @@ def _import(file: tyro.conf.Positional[Path], tracker: str, out: Path | None = N
     from trackkit import official, weights
 
     out = out or Path(f"{tracker}.safetensors")
-    weights.save(official.load(tracker, official.read(file)), out, source=file.name)
+    entries = official.read(file)
+    weights.save(official.load(tracker, entries), out, source=file.name)
+    if dropped := official.left_out(tracker, entries):
+        print(f"left out, as the tracker does not use it: {', '.join(dropped)}")
     print(f"{out}: {tracker} with the weights of {file.name}; try `trackkit evaluate {out}`")
 
 

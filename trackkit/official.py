@@ -41,14 +41,19 @@ def read(path: str | Path) -> dict[str, Tensor]:
     """The tensors of an authors' checkpoint (`torch.save`), by the authors' names.
 
     Files that hold the weights under "net", "model", "state_dict" or "model_state_dict" are
-    understood. Only tensors, numbers (NumPy's too) and plain containers are read; nothing in the
-    file is executed. A number with a dotted name is an entry without dimensions; others, such as an
-    epoch or a best score, are left out like the rest of a training loop's notes.
+    understood. Nothing in the file is executed: objects beside the weights (settings, statistics)
+    are not made, see `trackkit.pickles`. A number with a dotted name is an entry without
+    dimensions; others, such as an epoch or a best score, are left out like the rest of a training
+    loop's notes.
 
-    Raises CheckpointError if the file is missing or damaged, or if it holds other pickled objects:
-    then it says which, and how to get at the tensors.
+    Raises CheckpointError if the file is missing or damaged, or has no tensors.
     """
-    content = _unwrapped(pickles.read(path, WRAPPERS))
+    content = _unwrapped(pickles.read(path))
+    if isinstance(content, pickles.StandIn):
+        raise CheckpointError(
+            f"{path}: a whole object, {content.name}, which would have to be made by the authors' "
+            "code; in a place that has it, load the object and save its state_dict()"
+        )
     entries = content.items() if isinstance(content, Mapping) else ()
     named = {str(key): value for key, value in entries}
     tensors = {
@@ -84,6 +89,10 @@ def load(name: str, state_dict: Mapping[str, Any]) -> Tracker:
     )
     names = _names(name, tensors)
     found = {ours: tensors[theirs[0]] for ours, theirs in names.items()}
+    # frozen norms do not count batches, and nothing that tracks reads the count
+    counts = (key for key in wanted.keys() - found.keys() if key.endswith(".num_batches_tracked"))
+    counts = (key for key in counts if key.replace("num_batches_tracked", "running_mean") in found)
+    found |= {key: torch.tensor(0) for key in counts}
 
     def note(ours: str) -> str:
         theirs = names[ours][0] if ours in names else _authors_name(name, ours, names)
@@ -129,6 +138,13 @@ def _tensor(key: str, value: Any) -> Tensor:
         f"entry {key} is a {type(value).__name__}, not a tensor; official.read leaves aside what "
         "is no weight"
     )
+
+
+def left_out(name: str, state_dict: Mapping[str, Any]) -> list[str]:
+    """Which entries `load` does not use, as "pattern: how many", for a message."""
+    keys = [str(key).removeprefix("module.") for key in _unwrapped(state_dict)]
+    counts = {pattern: len(fnmatch.filter(keys, pattern)) for pattern in renaming(name).unused}
+    return [f"{pattern}: {count}" for pattern, count in counts.items() if count]
 
 
 # ---- which trackers fit ----
