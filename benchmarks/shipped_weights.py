@@ -18,6 +18,7 @@ from trackkit.evaluation import compare, evaluate
 from trackkit.got10k import GOT10k
 from trackkit.paths import SAMPLES
 from trackkit.synth import EMBEDDED, SynthSequence, sample, write_dataset
+from trackkit.weights import load
 
 
 def further() -> list[SynthSequence]:
@@ -32,11 +33,11 @@ def main() -> None:
     parser.add_argument("--real", type=Path)
     options = parser.parse_args()
     weights = sorted((SAMPLES / "weights").glob("*.safetensors"))
-    contestants = {path.stem: weights.load(path) for path in weights} | {
-        name: weights.load(name) for name in ("ncc", "stay")
+    contestants = {path.stem: load(path) for path in weights} | {
+        name: load(name) for name in ("ncc", "stay")
     }
     if "stark-tiny" in contestants:
-        fixed = contestants["stark-tiny, never updated"] = weights.load(
+        fixed = contestants["stark-tiny, never updated"] = load(
             SAMPLES / "weights" / "stark-tiny.safetensors"
         )
         fixed.config = dataclasses.replace(fixed.config, update_interval=10**9)

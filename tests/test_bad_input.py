@@ -119,7 +119,7 @@ def test_the_first_frame_is_looked_at_when_the_set_is_opened(root):
         ("groundtruth.txt", "1,2,3,4\n" * 4, "has 4 lines, but there are 3 frames"),
         (
             "groundtruth.txt",
-            "1,2,3,4\n1,2,nan,4\n1,2,3,4\n",
+            "1,2,3,4\n1,2,inf,4\n1,2,3,4\n",
             "groundtruth.txt, line 2: expected left,top",
         ),
         (

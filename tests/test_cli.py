@@ -21,6 +21,7 @@ from trackkit.got10k import GOT10k
 from trackkit.synth import SynthConfig, SynthDataset, write_dataset
 from trackkit.training import read_log
 from trackkit.video import VideoSequence, write_video
+from trackkit.weights import load
 
 ROOT = Path(__file__).parent.parent
 
@@ -202,7 +203,7 @@ def test_import(tmp_path, capsys, monkeypatch):
     torch.save({"epoch": 50, "model": weights}, "siamfc_alexnet_e50.pth")
     assert run("import", "siamfc_alexnet_e50.pth", "--tracker", "siamfc") == 0
     assert "siamfc.safetensors" in capsys.readouterr().out
-    loaded = weights.load("siamfc.safetensors")
+    loaded = load("siamfc.safetensors")
     assert all(torch.equal(value, weights[key]) for key, value in loaded.state_dict().items())
     assert (
         run(

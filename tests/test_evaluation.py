@@ -387,7 +387,8 @@ def test_the_files_alone_decide(tmp_path):
     data = Videos([moving("a", 3)])
     tracker = StayTracker()
     shifted = data[0].boxes_xywh + 0.00049
-    write_results(tmp_path, "a", shifted, torch.ones(3), "stay", fingerprint(tracker))
+    about = "stay", fingerprint(tracker), data[0].fingerprint()
+    write_results(tmp_path, "a", shifted, torch.ones(3), *about)
     assert evaluate(tracker, data, tmp_path, "stay").ao == pytest.approx(1, abs=1e-12)
 
 

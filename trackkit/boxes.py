@@ -13,6 +13,9 @@ from torch import Tensor
 
 from trackkit.errors import DataError
 
+# sides of a box in units of the frame's longer side; windows around larger ones would take gigabytes
+LARGEST = 10
+
 
 def xywh_to_xyxy(boxes: Tensor) -> Tensor:
     """Left, top, width, height -> left, top, right, bottom. Shape (..., 4)."""
@@ -117,7 +120,7 @@ def check_boxes(boxes_xywh: Tensor, what: str, frame_size: tuple[int, int] | Non
     share at least a part with the frame.
 
     Raises DataError for a wrong shape, NaN or infinite numbers, a width or height that is not
-    positive, or a box outside its frame.
+    positive, or a box outside its frame or `LARGEST` times larger than it.
     """
     boxes = torch.as_tensor(boxes_xywh, dtype=torch.float64)
     if boxes.ndim != 2 or boxes.shape[-1] != 4:
@@ -136,6 +139,11 @@ def check_boxes(boxes_xywh: Tensor, what: str, frame_size: tuple[int, int] | Non
             raise DataError(
                 f"{what}: box {index} ({text}) has no area; width and height must be positive "
                 "pixels"
+            )
+        if frame_size is not None and box[2:].max() > LARGEST * max(frame_size):
+            raise DataError(
+                f"{what}: box {index} ({text}) is more than {LARGEST} times as large as its "
+                f"{frame_size[0]}x{frame_size[1]} frame; give left, top, width, height in pixels"
             )
         if frame_size is not None and area(clip_xywh(box, *frame_size)) <= 0:
             raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +16,15 @@ from torch import Tensor
 from trackkit.errors import CheckpointError
 from trackkit.paths import atomic_write
 
-FORMAT = 1
+FORMAT = 2
 
 
 def write(path: str | Path, tensors: dict[str, Tensor], about: dict) -> None:
     """Write tensors and a description (anything JSON holds) as one safetensors file, atomically."""
     contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    metadata = {"trackkit": json.dumps({"format": FORMAT, **about})}
+    about = json.loads(json.dumps({**about, "format": FORMAT}))
+    about["digest"] = _digest(contiguous, about)
+    metadata = {"trackkit": json.dumps(about)}
     with atomic_write(path) as partial:
         # save_file would make a private file of its own
         partial.write_bytes(serialize(contiguous, metadata))
@@ -72,10 +75,24 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         ) from error
     if written != FORMAT:
         raise CheckpointError(
-            f"{path}: format {written}, this trackkit reads {FORMAT}; update trackkit or train "
-            "again"
+            f"{path}: format {written}, this trackkit reads {FORMAT}; update trackkit or train again"
+        )
+    if about.pop("digest", None) != _digest(tensors, about):
+        raise CheckpointError(
+            f"{path}: damaged, its contents have changed since they were written; train again or "
+            "copy it anew"
         )
     return tensors, about
+
+
+def _digest(tensors: dict[str, Tensor], about: dict) -> str:
+    """Of all that a file says: a changed bit in weights, in a step count or in a config shows."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_strictly(module: torch.nn.Module, tensors: dict[str, Tensor], what: str) -> None:

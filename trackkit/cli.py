@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import tyro
 
 from trackkit import __version__
-from trackkit.errors import TrackkitError
+from trackkit.errors import Stopped, TrackkitError
 
 Config = TypeVar("Config")
 
@@ -103,10 +104,8 @@ def train(argv: list[str]) -> None:
     )
     # each stage has a loss of its own
     rows = [row for row in log if row["stage"] == log[-1]["stage"]]
-    print(
-        f"{out / 'tracker.safetensors'}: {rows[0]['stage']} loss {rows[0]['loss']:.3f} -> "
-        f"{rows[-1]['loss']:.3f}"
-    )
+    course = f"loss {rows[0]['loss']:.3f} -> {rows[-1]['loss']:.3f}" if rows else "finished"
+    print(f"{out / 'tracker.safetensors'}: {stages[-1].name} {course}")
 
 
 def track(argv: list[str]) -> None:
@@ -512,6 +511,10 @@ def main(argv: list[str] | None = None) -> int:
     except TrackkitError as error:
         print(f"trackkit {argv[0]}: {error}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        command = shlex.join(["trackkit", *argv])
+        print(f"\ntrackkit train: {stopped}. It goes on with: {command}", file=sys.stderr)
+        return 128 + stopped.signal
     except KeyboardInterrupt:
         print(
             f"\ntrackkit {argv[0]}: interrupted; the same command continues from the last file "

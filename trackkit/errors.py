@@ -22,6 +22,14 @@ class CheckpointError(TrackkitError):
     """A checkpoint or result that is missing, damaged, or of another tracker or version."""
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal has ended a training, which was saved first; `signal` is its number."""
+
+    def __init__(self, text: str, signal: int):
+        super().__init__(text)
+        self.signal = int(signal)
+
+
 @dataclass(frozen=True)
 class Range:
     """Finite numbers from `low` to `high`; `above` and `below` leave the ends out. For

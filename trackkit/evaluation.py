@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 from trackkit import __version__
 from trackkit.errors import DataError
+from trackkit.paths import alone
 from trackkit.results import claim, has_results, read_results, write_results
 from trackkit.sequences import Sequence
 from trackkit.trackers.base import Tracker
@@ -316,16 +317,19 @@ def evaluate(
     videos.
     """
     identity = fingerprint(tracker)
-    folder = claim(results_dir, name, identity)
-    waiting = [i for i in range(len(dataset)) if not _done(folder, dataset[i])]
-    done = len(dataset) - len(waiting)
-    with tqdm(
-        total=len(dataset), initial=done, desc=name, unit="sequence", disable=None
-    ) as progress:
-        for index, track in track_many(tracker, Subset(dataset, waiting), batch):
-            sequence = dataset[waiting[index]]
-            write_results(folder, sequence.name, track.boxes_xywh, track.seconds, name, identity)
-            progress.update()
+    with alone(results_dir, "writes results"):
+        folder = claim(results_dir, name, identity)
+        waiting = [i for i in range(len(dataset)) if not _done(folder, dataset[i])]
+        done = len(dataset) - len(waiting)
+        with tqdm(
+            total=len(dataset), initial=done, desc=name, unit="sequence", disable=None
+        ) as progress:
+            for index, track in track_many(tracker, Subset(dataset, waiting), batch):
+                sequence = dataset[waiting[index]]
+                found = track.boxes_xywh, track.seconds
+                about = name, identity, sequence.fingerprint()
+                write_results(folder, sequence.name, *found, *about)
+                progress.update()
     hidden = sum(not dataset[i].labelled for i in range(len(dataset)))
     if hidden:
         print(
@@ -363,19 +367,16 @@ def fingerprint(tracker: Tracker) -> str:
 
 def _done(folder: Path, sequence: Sequence) -> bool:
     """Whether complete results of this very sequence are there."""
-    if not has_results(folder, sequence.name):
-        return False
     try:
         boxes, _ = read_results(folder, sequence.name, len(sequence))
-    except DataError:  # cut short or damaged: computed again
+    except DataError:  # missing, cut short or damaged: computed again
         return False
     if (boxes[0] - sequence.boxes_xywh[0]).abs().max() > 1e-3:  # files have 3 decimals
         raise DataError(
             f"{folder}: the results of {sequence.name} start from another box than this data set's "
-            "sequence; "
-            "they are of other videos of that name, so choose another folder"
+            "sequence; they are of other videos of that name, so choose another folder"
         )
-    return True
+    return has_results(folder, sequence.name, sequence.fingerprint())
 
 
 # ---- tables ----

@@ -12,9 +12,12 @@ opening the 9,335 training sequences again takes a moment. Frames are never cach
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -78,19 +81,30 @@ class GOT10k:
             f"{self.folder.resolve().parent.name}-{split}" if own else self.folder.resolve().name
         )
         exclude = (BROKEN if split == "train" else ()) if exclude is None else exclude
-        names = [name for name in _names(self.folder) if name not in set(exclude)]
-        if not names:
+        places = {name: at for name, at in _places(self.folder).items() if name not in set(exclude)}
+        if not places:
             raise DataError(
                 f"{self.folder}: no sequences left after leaving out {len(exclude)} by name"
             )
-        self.names = names
-        self._labels = Index.open(self.folder, names, one_box=not (own and split != "test"))
+        self.names, self._places = list(places), list(places.values())
+        self._labels = Index.open(self.folder, self._places, one_box=not (own and split != "test"))
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> FolderSequence:
-        return _sequence(self.folder / self.names[index], self._labels[index])
+        name, place = self.names[index], self._places[index]
+        return _sequence(self.folder / place, self._labels[index], name)
+
+    @property
+    def identity(self) -> str:
+        """What a training on this data is a training on: the sequences and their labels, wherever
+        they lie.
+        """
+        digest = hashlib.sha256(json.dumps(self.names).encode())
+        for name in ("frames", "boxes", "absent", "cover", "cut"):
+            digest.update(self._labels.arrays[name].tobytes())
+        return f"{len(self)} sequences, {digest.hexdigest()[:16]}"
 
     def __repr__(self) -> str:
         return f"GOT10k({str(self.folder)!r}, {len(self)} sequences)"
@@ -103,11 +117,12 @@ def read_sequence(folder: str | os.PathLike) -> FolderSequence:
     return _sequence(Path(folder), read_labels(Path(folder), one_box=True))
 
 
-def _sequence(folder: Path, labels: Labels) -> FolderSequence:
+def _sequence(folder: Path, labels: Labels, name: str | None = None) -> FolderSequence:
     words = labels.meta.get("attributes", "").split(",")
     return FolderSequence(
         folder,
         torch.from_numpy(labels.boxes),
+        name,
         files=labels.files or [f"{i:08d}.jpg" for i in range(1, labels.frames + 1)],
         absent=torch.from_numpy(labels.absent),
         cover=torch.from_numpy(labels.cover),
@@ -139,20 +154,34 @@ def _split_folder(root: Path, split: str) -> Path:
     )
 
 
-def _sequence_folders(folder: Path) -> Iterable[str]:
+def _sequence_folders(folder: Path) -> Iterator[str]:
+    """Names of the folders in `folder` that hold groundtruth.txt or frames."""
+    for name in _folders(folder):
+        if (folder / name / "groundtruth.txt").is_file() or list_images(folder / name):
+            yield name
+
+
+def _folders(folder: Path) -> list[str]:
+    """Names of the folders in `folder`, in order; without hidden ones and links to it or above."""
+    names, above = [], {folder.resolve(), *folder.resolve().parents}
     for entry in os.scandir(folder):
-        if not entry.is_dir() or entry.name.startswith("."):
-            continue
-        if os.path.exists(os.path.join(entry.path, "groundtruth.txt")) or list_images(
-            Path(entry.path)
-        ):
-            yield entry.name
+        with suppress(OSError, RuntimeError):  # a link that ends nowhere, or at itself
+            loop = entry.is_symlink() and Path(entry.path).resolve() in above
+            if entry.is_dir() and not entry.name.startswith(".") and not loop:
+                names.append(entry.name)
+    return sorted(names)
 
 
-def _names(folder: Path) -> list[str]:
+def _places(folder: Path) -> dict[str, str]:
+    """Name of each sequence -> where it lies in `folder`: in the folder of its name, or one folder
+    deeper, as GOT-10k's archives of parts of a split are often unpacked.
+    """
     listed = folder / "list.txt"
     if not listed.is_file():
-        return sorted(_sequence_folders(folder))
+        names = list(_sequence_folders(folder))
+        if names or folder.name not in SPLITS:
+            return {name: name for name in names}
+        return _deeper(folder)
     names = [line.strip() for line in read_text(listed).splitlines() if line.strip()]
     if not names:
         raise DataError(
@@ -162,7 +191,24 @@ def _names(folder: Path) -> list[str]:
     if len(set(names)) < len(names):
         twice = next(name for i, name in enumerate(names) if name in names[:i])
         raise DataError(f"{listed}: {twice} is listed twice; keep one of the lines")
-    return names
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            raise DataError(
+                f"{listed}: {name!r} leads out of {folder}; list the names of folders in it"
+            )
+    if all((folder / name).is_dir() for name in names):
+        return {name: name for name in names}
+    deeper = _deeper(folder)
+    return {name: name if (folder / name).is_dir() else deeper.get(name, name) for name in names}
+
+
+def _deeper(folder: Path) -> dict[str, str]:
+    """Sequences one folder further down than they should be, by name."""
+    return {
+        name: f"{part}/{name}"
+        for part in _folders(folder)
+        for name in _sequence_folders(folder / part)
+    }
 
 
 def write_sequence(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from trackkit.errors import DataError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
 REDUCTIONS = (1, 2, 4, 8)
+MAX_PIXELS = 89_478_485  # of a frame; from here on Pillow warns of a decompression bomb
 
 
 def read_image(
@@ -33,17 +35,16 @@ def read_image(
     channel is dropped, 16-bit images keep their upper 8 bits. Of a frame that is needed in `part`
     only, (left, top, right, bottom) in pixels of the reduced size, no other pixel is copied.
 
-    Raises DataError, with the file and what to do, when it is missing, empty, cut short or no
-    image.
+    Raises DataError, with the file and what to do, when it is missing, empty, cut short, no image,
+    or has more than `MAX_PIXELS`.
     """
     if reduce not in REDUCTIONS:
         raise DataError(f"a frame can be reduced by 1, 2, 4 or 8, not by {reduce!r}")
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             reduced = _reduced(image, reduce)
             return _to_frame(reduced.crop(part) if part else reduced)
-    # SyntaxError: Pillow's broken PNG
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's decoders fail in many ways on damaged bytes
         raise _unreadable(path, error) from error
 
 
@@ -52,10 +53,19 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
     does.
     """
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             return image.size
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:
         raise _unreadable(path, error) from error
+
+
+def _opened(path: str | os.PathLike) -> Image.Image:
+    with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+        image = Image.open(path)
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise ValueError(f"it has more than {MAX_PIXELS:,} pixels; make it smaller")
+    return image
 
 
 def encode_jpeg(frame: Tensor, quality: int = 90) -> bytes:
@@ -84,7 +94,8 @@ def _reduced(image: Image.Image, reduce: int) -> Image.Image:
     )
     if image.mode.startswith("I"):
         image = _upper_bits(image)
-    elif image.mode in ("P", "PA", "1"):  # palette numbers must not be averaged
+    elif image.mode not in ("L", "RGB", "CMYK", "F"):
+        # palette numbers must not be averaged, nor colours weighted by the alpha that is dropped
         image = image.convert("RGB")
     return image if done == reduce else image.reduce(reduce // done)
 
@@ -117,5 +128,5 @@ def _unreadable(path: str | os.PathLike, error: Exception) -> DataError:
     elif isinstance(error, UnidentifiedImageError):
         state = "it is not an image in a known format"
     else:
-        state = str(error)
+        state = str(error) or type(error).__name__
     return DataError(f"cannot read frame {path}: {state}. Extract or download this sequence again")

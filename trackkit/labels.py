@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from trackkit.boxes import area, clip_xywh
+from trackkit.boxes import LARGEST, area, clip_xywh
 from trackkit.errors import DataError
 from trackkit.images import image_size
 from trackkit.paths import atomic_write, home
@@ -29,6 +29,7 @@ LABELS = {"absence": 1, "cover": 8, "cut_by_image": 1}  # label files and their 
 FORMAT = 1  # of the index file; raise it when the content changes
 # sequences; smaller sets are read in a moment and leave nothing in the user's home
 CACHED_FROM = 100
+BELOW = ("img", "imgs", "color", "frames", "images")  # where OTB, LaSOT, VOT, ... keep the frames
 
 # Foreign frames inside a sequence, as numbers of the files, both ends included: got-10k/toolkit
 # issue 29.
@@ -68,6 +69,7 @@ class Index:
 
     @classmethod
     def open(cls, folder: Path, names: list[str], one_box: bool) -> Index:
+        """Of the sequences in the folders `names`, relative to `folder`."""
         if len(names) < CACHED_FROM:
             return cls(_pack(_read_all(folder, names, one_box)))
         key = hashlib.sha256(
@@ -109,7 +111,7 @@ def _state(folder: Path, names: list[str]) -> bytes:
             try:
                 stat = os.stat(f"{folder}/{name}/{file}")
                 digest.update(b"%d %d;" % (stat.st_mtime_ns, 0 if file == "" else stat.st_size))
-            except FileNotFoundError:
+            except OSError:
                 digest.update(b"-;")
     return digest.digest()
 
@@ -157,12 +159,16 @@ def read_labels(folder: Path, one_box: bool) -> Labels:
         raise DataError(
             f"{folder.name}: listed in list.txt, but there is no such folder in {folder.parent}"
         )
-    files, count = _frame_files(folder)
+    files, count, gaps = _frame_files(folder)
     boxes = _table(folder / "groundtruth.txt", 4)
-    if len(boxes) != count and not (one_box and len(boxes) == 1):
+    single = one_box and len(boxes) == 1
+    if len(boxes) != count and not single:
         raise DataError(
-            f"{folder}: groundtruth.txt has {len(boxes)} lines, but there are {count} frames"
+            gaps
+            or f"{folder}: groundtruth.txt has {len(boxes)} lines, but there are {count} frames"
         )
+    if single and gaps and count > 1:
+        raise DataError(gaps)
     values = {label: np.full(count, 8 if label == "cover" else 0, np.uint8) for label in LABELS}
     for label, largest in LABELS.items() if len(boxes) == count else ():
         path = folder / f"{label}.label"
@@ -179,7 +185,10 @@ def read_labels(folder: Path, one_box: bool) -> Labels:
                 f"{largest}"
             )
         values[label] = column.astype(np.uint8)
+    unknown = np.isnan(boxes).any(1)  # how UAV123 and VOT say that the target is not there
+    boxes[unknown] = 0
     absent = values["absence"].astype(bool) | _outside(folder, files, boxes, count)
+    absent[: len(boxes)] |= unknown
     if folder.name in WRONG_FRAMES:
         first, last = WRONG_FRAMES[folder.name]
         absent[first - 1 : last] = True
@@ -189,20 +198,24 @@ def read_labels(folder: Path, one_box: bool) -> Labels:
     )
 
 
-def _frame_files(folder: Path) -> tuple[list[str] | None, int]:
-    """Names of the frames (None for 00000001.jpg and on) and their number.
+def _frame_files(folder: Path) -> tuple[list[str] | None, int, str]:
+    """Names of the frames (None for 00000001.jpg and on), their number, and what is odd about their
+    numbering ("" if nothing), which matters if the labels do not fit them.
 
     Frames are the images whose name is a number, so a stray cover.jpg does no harm; without any,
-    all images.
+    all images; without any image, those of a folder below (`BELOW`).
     """
     plain = sorted(
-        n for n in os.listdir(folder) if len(n) == 12 and n.endswith(".jpg") and n[:8].isdigit()
+        n for n in os.listdir(folder) if len(n) == 12 and n.endswith(".jpg") and _number(n) > 0
     )
     if plain and plain[-1] == f"{len(plain):08d}.jpg" and plain[0] == "00000001.jpg":
-        return None, len(plain)
+        return None, len(plain), ""
     images = list_images(folder)
-    numbered = [n for n in images if os.path.splitext(n)[0].isdigit()]
-    numbers = [int(os.path.splitext(n)[0]) for n in numbered]
+    if not images and (below := frames_below(folder)):
+        images = [f"{below.name}/{name}" for name in list_images(below)]
+    numbered = [n for n in images if _number(n) >= 0]
+    numbers = [_number(n) for n in numbered]
+    gaps = ""
     if len(set(numbers)) < len(numbers):
         twice = next(b for a, b in pairwise(numbers) if a == b)
         raise DataError(f"{folder}: two images have the number {twice}; remove one")
@@ -210,15 +223,28 @@ def _frame_files(folder: Path) -> tuple[list[str] | None, int]:
         have = set(numbers)
         lost = [n for n in range(numbers[0], numbers[-1]) if n not in have]
         some = ", ".join(str(n) for n in lost[:5]) + (", ..." if len(lost) > 5 else "")
-        raise DataError(
+        gaps = (
             f"{folder}: {len(lost)} of the frames up to {numbered[-1]} are missing, by number: "
             f"{some}"
         )
-    if numbers and numbers[0] > 1:
-        raise DataError(f"{folder}: the first frame is {numbered[0]}; those before it are missing")
+    elif numbers and numbers[0] > 1:
+        gaps = f"{folder}: the first frame is {numbered[0]}; those before it are missing"
     if not images:
         raise DataError(f"{folder}: no frames in this folder")
-    return numbered or images, len(numbered or images)
+    return numbered or images, len(numbered or images), gaps
+
+
+def frames_below(folder: Path) -> Path | None:
+    """The folder below one without images that has the frames, by its usual names (`BELOW`)."""
+    return next(
+        (folder / n for n in BELOW if (folder / n).is_dir() and list_images(folder / n)), None
+    )
+
+
+def _number(name: str) -> int:
+    """What a file is numbered, -1 if its name is no number."""
+    stem = os.path.splitext(os.path.basename(name))[0]
+    return int(stem) if stem.isascii() and stem.isdigit() and len(stem) < 19 else -1
 
 
 def _outside(folder: Path, files: list[str] | None, boxes: np.ndarray, count: int) -> np.ndarray:
@@ -226,6 +252,13 @@ def _outside(folder: Path, files: list[str] | None, boxes: np.ndarray, count: in
     outside = np.zeros(count, bool)
     x, y, w, h = boxes.T
     width, height = image_size(folder / (files[0] if files else "00000001.jpg"))
+    huge = np.maximum(w, h) > LARGEST * max(width, height)
+    if huge.any():
+        line = int(huge.argmax())
+        raise DataError(
+            f"{folder / 'groundtruth.txt'}, line {line + 1}: a box of {w[line]:g} x {h[line]:g} "
+            f"pixels in a frame of {width} x {height}; correct the line"
+        )
     suspect = (w > 0) & (h > 0) & ~((x < width) & (y < height) & (x + w > 0) & (y + h > 0))
     # a few frames: the size may change inside a sequence, so look at each
     for i in np.flatnonzero(suspect):
@@ -236,21 +269,25 @@ def _outside(folder: Path, files: list[str] | None, boxes: np.ndarray, count: in
 
 def _table(path: Path, columns: int) -> np.ndarray:
     """Numbers of a text file, float64 (N, columns); separated by commas (or blanks, as other tools
-    write them).
+    write them). Boxes (4 columns) may be NaN.
     """
     if not path.is_file():
         raise DataError(f"{path} is missing")
     lines = read_text(path).rstrip().splitlines()
     rows = [line.replace(",", " ").split() for line in lines]
+
+    def fine(numbers: np.ndarray) -> bool:
+        return bool((np.isfinite(numbers) | (np.isnan(numbers) & (columns == 4))).all())
+
     try:
         table = np.array(rows, np.float64).reshape(len(rows), columns)
-        if len(rows) and np.isfinite(table).all():
+        if len(rows) and fine(table):
             return table
     except ValueError:
         pass  # found below, line by line
     for number, row in enumerate(rows, 1):
         try:
-            if len(row) == columns and np.isfinite(np.array(row, np.float64)).all():
+            if len(row) == columns and fine(np.array(row, np.float64)):
                 continue
         except ValueError:
             pass  # reported like any other line that is not as expected
@@ -268,4 +305,7 @@ def _read_meta(path: Path) -> dict[str, str]:
 
 
 def read_text(path: Path) -> str:
-    return path.read_bytes().decode("utf-8-sig", errors="replace")
+    """A text file as editors of all systems write it: UTF-8, or UTF-16 with its mark."""
+    data = path.read_bytes()
+    utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+    return data.decode("utf-16" if utf16 else "utf-8-sig", errors="replace")

@@ -7,7 +7,6 @@ Nothing is remembered in a settings file. A path is an argument, else an environ
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
 import tempfile
@@ -15,26 +14,42 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import filelock
+
 from trackkit.errors import DataError, TrackkitError
 
 # beside the package in a checkout
 SAMPLES = Path(__file__).resolve().parent.parent / "data_samples"
-_WRITE_ERRORS = {
-    errno.ENOSPC,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ENOTDIR,
-}
 
 
 def home() -> Path:
     """Folder for runs, results and caches: `TRACKKIT_HOME`, else `~/.cache/trackkit`. Not created
     here.
     """
-    return Path(os.environ.get("TRACKKIT_HOME") or Path.home() / ".cache" / "trackkit").expanduser()
+    given = os.environ.get("TRACKKIT_HOME")
+    try:
+        return Path(given).expanduser() if given else Path.home() / ".cache" / "trackkit"
+    except RuntimeError as error:
+        raise DataError(
+            "there is no home folder here for runs and results; say where they go: TRACKKIT_HOME"
+        ) from error
+
+
+@contextmanager
+def alone(folder: str | os.PathLike, what: str) -> Iterator[None]:
+    """Hold `folder` for this process while the block runs; the lock of a process that was killed
+    does not count.
+
+    Raises DataError if another process holds it.
+    """
+    lock = filelock.FileLock(writable(folder) / ".lock", timeout=0)
+    try:
+        with lock:
+            yield
+    except filelock.Timeout as error:
+        raise DataError(
+            f"{folder}: another process {what} here now; wait for it, or choose another folder"
+        ) from error
 
 
 def data_root(argument: str | os.PathLike | None = None) -> Path:
@@ -115,7 +130,9 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException as error:
         with suppress(OSError):  # the folder itself may be what is missing
             partial.unlink()
-        if isinstance(error, OSError) and error.errno in _WRITE_ERRORS:
+        # not what the block could not read elsewhere
+        places = {None, *map(str, (partial, path, *path.parents))}
+        if isinstance(error, OSError) and (error.filename and str(error.filename)) in places:
             raise _cannot_write(path, error) from error
         raise
 

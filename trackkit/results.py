@@ -1,9 +1,10 @@
 """Tracking results as text files in the layout of the GOT-10k server, and the archive that is
 uploaded.
 
-    FOLDER/.trackkit.json                                  which tracker these are the results of
-    FOLDER/<sequence>/<sequence>_001.txt                   N lines left,top,width,height; line 1 is
-    the given box FOLDER/<sequence>/<sequence>_time.txt                  N lines, seconds per frame
+    FOLDER/.trackkit.json                  which tracker these are the results of
+    FOLDER/<sequence>/<sequence>_001.txt   N lines left,top,width,height; line 1 is the given box
+    FOLDER/<sequence>/<sequence>_time.txt  N lines, seconds per frame
+    FOLDER/<sequence>/.trackkit.json       digests of the two, and of what was tracked
 
 Written by the rules of the toolkit (got-10k/toolkit, experiments/got10k.py): commas, 3 and 8
 decimals.
@@ -11,8 +12,10 @@ decimals.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -46,6 +49,8 @@ def claim(folder: str | os.PathLike, tracker: str, identity: str) -> Path:
         with atomic_write(marker) as partial:
             partial.write_text(json.dumps(mine, indent=1) + "\n", "utf-8")
         return folder
+    for partial in folder.rglob(".*-????????.*"):  # of a run that was killed while it wrote
+        partial.unlink(missing_ok=True)
     found = _owner(folder)
     if found != mine:
         raise DataError(
@@ -63,12 +68,13 @@ def write_results(
     seconds: Tensor,
     tracker: str,
     identity: str,
+    data: str = "",
 ) -> None:
     """Write the boxes (N, 4), in pixels, and seconds (N,) of one sequence; the first box is the
-    given one.
+    given one. `data` says what they were computed on (`Sequence.fingerprint`).
 
-    The folder is claimed for the tracker first. Both files are atomic and the times come last, so
-    `has_results` is True only for a sequence that is complete.
+    The folder is claimed for the tracker first. All files are atomic, and a seal with their digest
+    comes last, so `has_results` is True only for a sequence that is complete.
 
     Raises DataError for a folder of another tracker, wrong shapes, or numbers that are not finite.
     """
@@ -91,11 +97,35 @@ def write_results(
         np.savetxt(partial, boxes.numpy(), fmt="%.3f", delimiter=",", newline="\n")
     with atomic_write(times_file) as partial:
         np.savetxt(partial, seconds.numpy(), fmt="%.8f", delimiter=",", newline="\n")
+    seal = {
+        "data": data,
+        "digest": _digest(boxes_file.parents[len(Path(sequence).parts)], sequence),
+    }
+    with atomic_write(boxes_file.parent / MARKER) as partial:
+        partial.write_text(json.dumps(seal) + "\n", "utf-8")
 
 
-def has_results(folder: str | os.PathLike, sequence: str) -> bool:
-    """Whether the results of a sequence are complete, so that a run that was cut off can go on."""
-    return all(file.is_file() for file in _files(Path(folder).expanduser(), sequence))
+def has_results(folder: str | os.PathLike, sequence: str, data: str = "") -> bool:
+    """Whether the results of a sequence are complete and as they were written, so that a run that
+    was cut off can go on.
+
+    `data` is what they must have been computed on, see `write_results`; where it has changed, or the
+    files have, a warning says that the sequence is tracked again.
+    """
+    folder = Path(folder).expanduser()
+    seal = folder / sequence / MARKER
+    if not all(file.is_file() for file in (*_files(folder, sequence), seal)):
+        return False
+    try:
+        found = json.loads(seal.read_text("utf-8"))
+        changed = "the data have" if found["data"] != data else "the result files have"
+        if found["data"] == data and found["digest"] == _digest(folder, sequence):
+            return True
+    except (ValueError, KeyError, TypeError):
+        changed = f"{seal} has"
+    text = f"{sequence}: {changed} changed since it was tracked; it is tracked again"
+    warnings.warn(text, stacklevel=2)
+    return False
 
 
 def read_results(
@@ -151,7 +181,17 @@ def submission_zip(folder: str | os.PathLike, dataset, out: str | os.PathLike) -
 
 
 def _files(folder: Path, sequence: str) -> tuple[Path, Path]:
-    return folder / sequence / f"{sequence}_001.txt", folder / sequence / f"{sequence}_time.txt"
+    """Of a sequence by its listed name, which may be a path such as cam1/clip."""
+    name = Path(sequence).name
+    return folder / sequence / f"{name}_001.txt", folder / sequence / f"{name}_time.txt"
+
+
+def _digest(folder: Path, sequence: str) -> str:
+    """Of the two files of a sequence."""
+    digest = hashlib.sha256()
+    for file in _files(folder, sequence):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _owner(folder: Path) -> dict[str, str]:

@@ -11,17 +11,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from trackkit.boxes import cxcywh_to_xywh, xywh_to_cxcywh
 from trackkit.crops import CropSpec, Windows, context_side, gt_in_crop, outside, reduction
-from trackkit.errors import DataError
+from trackkit.errors import DataError, TrackkitError
 from trackkit.frames import SampleSpec, choose_frames
 from trackkit.got10k import GOT10k
 from trackkit.sequences import Sequence
@@ -333,4 +334,49 @@ def batches(
         range((step * world + rank) * batch, (step * world + rank + 1) * batch)
         for step in range(first_step, steps)
     ]
-    return iter(DataLoader(samples, batch_sampler=plan, num_workers=workers, pin_memory=pinned))
+    loader = DataLoader(
+        _Told(samples),
+        batch_sampler=plan,
+        num_workers=workers,
+        pin_memory=pinned,
+        collate_fn=_collate,
+        worker_init_fn=_ignore_interrupts,
+    )
+    try:
+        for ready in loader:
+            if isinstance(ready, Exception):
+                raise ready
+            yield ready
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrackkitError(
+            "a loader worker was ended from outside, which is what happens when memory runs out; "
+            "use fewer workers (--workers) or smaller batches"
+        ) from error
+
+
+class _Told(Dataset):
+    """Samples whose errors come back as values: from a worker process, torch would hand on only a
+    traceback as text.
+    """
+
+    def __init__(self, samples: Samples):
+        self.samples = samples
+
+    def __getitem__(self, index: int) -> dict[str, Tensor] | Exception:
+        try:
+            return self.samples[index]
+        except TrackkitError as error:
+            return error
+        except MemoryError:
+            return TrackkitError("there is no memory left for a sample; use smaller batches")
+
+
+def _collate(samples: list) -> dict[str, Tensor] | Exception:
+    return next((s for s in samples if isinstance(s, Exception)), None) or default_collate(samples)
+
+
+def _ignore_interrupts(_: int) -> None:
+    """Ctrl-C reaches all processes of a terminal; the training process saves and ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

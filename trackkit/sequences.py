@@ -7,6 +7,7 @@ open.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -136,6 +137,17 @@ class Sequence:
         left, top, right, bottom = box
         return self.frame(index, reduce)[:, top:bottom, left:right]
 
+    def fingerprint(self) -> str:
+        """Changes when a frame or a label does: what results are results of."""
+        digest = hashlib.sha256(repr(self._source()).encode())
+        for values in (self.boxes_xywh, self.absent, self.cover):
+            digest.update(values.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _source(self) -> object:
+        """What tells this sequence's frames from others, by its `repr`."""
+        return [self.frame(i).numpy().tobytes() for i in range(len(self))]
+
     def _check_index(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {self.name} has frames 0 to {len(self) - 1}, not {index}")
@@ -183,7 +195,9 @@ class FolderSequence(Sequence):
                 f"({', '.join(sorted(SUFFIXES))})"
             )
         boxes = torch.zeros(0, 4) if boxes_xywh is None else boxes_xywh
-        super().__init__(name or self.folder.resolve().name, len(self.files), boxes, **labels)
+        # of the folder as it was given, not of what a link leads to
+        name = name or Path(os.path.abspath(self.folder)).name
+        super().__init__(name, len(self.files), boxes, **labels)
 
     def frame(self, index: int, reduce: int = 1) -> Tensor:
         return read_image(self.path(index), reduce)
@@ -193,6 +207,10 @@ class FolderSequence(Sequence):
 
     def frame_size(self, index: int) -> tuple[int, int]:
         return image_size(self.path(index))
+
+    def _source(self) -> object:
+        stats = (os.stat(self.folder / file) for file in self.files)
+        return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
     def path(self, index: int) -> Path:
         """File of frame `index`."""

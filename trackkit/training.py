@@ -14,24 +14,28 @@ import fnmatch
 import json
 import math
 import os
+import signal
+import threading
 import time
+import warnings
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from trackkit import checkpoints
-from trackkit.errors import CheckpointError, TrackkitError
-from trackkit.paths import atomic_write, writable
+from trackkit.errors import CheckpointError, Stopped, TrackkitError
+from trackkit.paths import alone, atomic_write, writable
 from trackkit.sampling import Samples, batches
 from trackkit.stages import Stage
+from trackkit.trackers.base import Tracker
+from trackkit.weights import describe, save
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from trackkit.trackers.base import Tracker
 
 
 class _Loss(nn.Module):
@@ -84,125 +88,49 @@ def train(
     """
     for stage in stages:  # now, not after the stages before it
         _groups(tracker, stage)
-    out = writable(out)
-    accelerator = _accelerator(device, precision)
-    run = _Run(tracker, stages, sequences, out, seed, precision)
-    position = run.restore()
-    if accelerator.scaler is not None and run.scaler is not None:
-        accelerator.scaler.load_state_dict(run.scaler)
-    threads = torch.get_num_threads()
-    # threads that wait for a core which a worker has make all of them wait
-    if accelerator.device.type == "cpu":
-        torch.set_num_threads(max(1, min(threads, _cores() - workers)))
-    tracker.to(memory_format=torch.channels_last)  # convolutions are a quarter faster
-    total = sum(stage.steps for stage in stages)
-    main = accelerator.is_main_process
-    bar = tqdm(
-        total=total, initial=position, desc=type(tracker).__name__, disable=not progress or not main
-    )
-    try:
-        first = 0  # step at which the stage begins, counted over all stages
-        for stage in stages:
-            if position < first + stage.steps:
-                _train_stage(
-                    run, stage, first, position, accelerator, workers, save_seconds, log_steps, bar
-                )
-                position = first + stage.steps
-            first += stage.steps
-    finally:
-        bar.close()
-        torch.set_num_threads(threads)
-        tracker.to(memory_format=torch.contiguous_format).requires_grad_(True).eval()
-    if main and not run.final_path.exists():
-        run.finish()
-    accelerator.wait_for_everyone()
-    return run.log
+    out, accelerator = writable(out), _accelerator(device, precision)
+    # of several processes the first one writes
+    held = alone(out, "trains") if accelerator.is_main_process else nullcontext()
+    with held, _Stop() as stop:
+        run = _Run(tracker, stages, sequences, out, seed, precision, accelerator)
+        return run.train(workers, save_seconds, log_steps, progress, stop)
 
 
-def _train_stage(
-    run: _Run,
-    stage: Stage,
-    first: int,
-    position: int,
-    accelerator,
-    workers,
-    save_seconds,
-    log_steps,
-    bar,
-):
-    tracker, world, rank = run.tracker, accelerator.num_processes, accelerator.process_index
-    if stage.batch % world:
-        raise TrackkitError(
-            f"stage {stage.name}: its batch of {stage.batch} cannot be shared by {world} processes"
-        )
-    freeze(tracker, stage.trainable)
-    optimizer = _optimizer(stage, tracker)
-    model, optimizer = accelerator.prepare(_Loss(tracker, stage.loss), optimizer)
-    if position > first:
-        run.restore_optimizer(optimizer)
-    # offset by `first`, so that two stages never see the same samples
-    samples = Samples(
-        run.sequences, stage.sample, run.seed + 1_000_003 * first, stage.steps * stage.batch
-    )
-    pinned = accelerator.device.type == "cuda"
-    loader = batches(
-        samples, stage.batch // world, position - first, stage.steps, workers, rank, world, pinned
-    )
-    sums, count, since, saved = {}, 0, time.perf_counter(), time.perf_counter()
-    for step, batch in enumerate(loader, start=position):
-        torch.manual_seed((run.seed * 1_000_003 + step) * world + rank)
-        rate = stage.rate(step - first)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["factor"]
-        # for losses that change on the way
-        batch["progress"] = torch.tensor((step - first) / stage.steps)
-        losses = model({k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()})
-        accelerator.backward(losses["loss"])
-        if stage.clip is not None:
-            accelerator.clip_grad_norm_(
-                [p for p in tracker.parameters() if p.requires_grad], stage.clip
-            )
-        optimizer.step()
-        optimizer.zero_grad()
-        for key, value in losses.items():
-            sums[key] = sums.get(key, 0) + value.detach()
-        count += 1
-        bar.update()
-        last = step + 1 == first + stage.steps
-        if (step + 1) % log_steps == 0 or last:
-            means = {
-                key: accelerator.reduce(value, "mean").item() / count for key, value in sums.items()
-            }
-            run.check(step + 1, means["loss"])
-            now = time.perf_counter()
-            record = {"stage": stage.name, "step": step + 1, "lr": rate}
-            record |= {key: round(value, 6) for key, value in means.items()}
-            record["samples_per_second"] = round(count * stage.batch / (now - since), 1)
-            run.log.append(record)
-            bar.set_postfix(loss=f"{record['loss']:.3f}")
-            sums, count, since = {}, 0, now
-        if last or time.perf_counter() - saved >= save_seconds:
-            if accelerator.is_main_process:
-                run.check(step + 1, losses["loss"].item())
-                run.save(step + 1, optimizer, accelerator)
-            saved = time.perf_counter()
-    # or the next stage's gradients would be unscaled once for each optimiser so far
-    accelerator.free_memory()
+class _Stop:
+    """Notes Ctrl-C (SIGINT) and SIGTERM while a training runs, so that it can save before it ends.
+
+    A second signal ends the program at once. Only the main thread is told of signals; in others
+    nothing changes.
+    """
+
+    def __init__(self):
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Stop:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
 
 
 class _Run:
-    """The files of one run and what identifies it."""
+    """One training run: its loop, its files, and what identifies it."""
 
-    def __init__(
-        self, tracker: Tracker, stages: list[Stage], sequences, out: Path, seed: int, precision: str
-    ):
-        from trackkit.weights import describe
-
-        self.tracker, self.sequences, self.seed = tracker, sequences, seed
+    def __init__(self, tracker, stages, sequences, out: Path, seed, precision, accelerator):
+        self.tracker, self.stages, self.sequences, self.seed = tracker, stages, sequences, seed
+        self.accelerator, self.out = accelerator, out
         self.state_path, self.final_path, self.log_path = (
-            out / "state.safetensors",
-            out / "tracker.safetensors",
-            out / "log.jsonl",
+            out / name for name in ("state.safetensors", "tracker.safetensors", "log.jsonl")
         )
         self.log: list[dict] = []
         identity = {
@@ -210,12 +138,139 @@ class _Run:
             "stages": [dataclasses.asdict(stage) for stage in stages],
             "seed": seed,
             "precision": precision,
-            "data": repr(sequences),
+            "data": getattr(sequences, "identity", None) or repr(sequences),
         }
         # as it comes back from a file: lists for tuples
         self.identity = json.loads(json.dumps(identity))
-        self.scaler: dict | None = None  # of a restored run in fp16
-        self._loaded: dict[str, Tensor] = {}
+        self._loaded: dict[str, Tensor] = {}  # of a state
+        # losses since the last line of the log
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    @property
+    def steps(self) -> int:
+        """Of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    # ---- the loop ----
+
+    def train(self, workers, save_seconds, log_steps, progress, stop: _Stop) -> list[dict]:
+        """All stages that are left; see the function `train`."""
+        tracker, accelerator = self.tracker, self.accelerator
+        position = self.restore()
+        if position == self.steps and not self.state_path.exists():
+            return self.log  # finished, and somebody has removed the state
+        threads = torch.get_num_threads()
+        # threads that wait for a core which a worker has make all of them wait
+        if accelerator.device.type == "cpu":
+            torch.set_num_threads(max(1, min(threads, _cores() - workers)))
+        tracker.to(memory_format=torch.channels_last)  # convolutions are a quarter faster
+        quiet = not (progress and accelerator.is_main_process)
+        name = type(tracker).__name__
+        try:
+            with tqdm(total=self.steps, initial=position, desc=name, disable=quiet) as bar:
+                first = 0  # step at which the stage begins, counted over all stages
+                for stage in self.stages:
+                    if position < first + stage.steps:
+                        self._stage(
+                            stage, first, position, workers, save_seconds, log_steps, bar, stop
+                        )
+                        position = first + stage.steps
+                    first += stage.steps
+        finally:
+            torch.set_num_threads(threads)
+            tracker.to(memory_format=torch.contiguous_format).requires_grad_(True).eval()
+        if accelerator.is_main_process:
+            self.finish()
+        accelerator.wait_for_everyone()
+        return self.log
+
+    def _stage(self, stage, first, position, workers, save_seconds, log_steps, bar, stop) -> None:
+        tracker, accelerator = self.tracker, self.accelerator
+        world, rank = accelerator.num_processes, accelerator.process_index
+        if stage.batch % world:
+            raise TrackkitError(
+                f"stage {stage.name}: its batch of {stage.batch} cannot be shared by {world} "
+                "processes"
+            )
+        freeze(tracker, stage.trainable)
+        optimizer = _optimizer(stage, tracker)
+        model, optimizer = accelerator.prepare(_Loss(tracker, stage.loss), optimizer)
+        if position > first:
+            self.restore_optimizer(optimizer)
+        # offset by `first`, so that two stages never see the same samples
+        samples = Samples(
+            self.sequences, stage.sample, self.seed + 1_000_003 * first, stage.steps * stage.batch
+        )
+        pinned, begin = accelerator.device.type == "cuda", position - first
+        source = batches(
+            samples, stage.batch // world, begin, stage.steps, workers, rank, world, pinned
+        )
+        since = saved = time.perf_counter()
+        resumed = self.count  # steps of the first line that another process did
+        with closing(source) as loader:
+            for step, batch in enumerate(loader, start=position):
+                torch.manual_seed((self.seed * 1_000_003 + step) * world + rank)
+                rate = stage.rate(step - first)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * group["factor"]
+                # for losses that change on the way
+                batch["progress"] = torch.tensor((step - first) / stage.steps)
+                batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()}
+                losses = model(batch)
+                accelerator.backward(losses["loss"])
+                if stage.clip is not None:
+                    learning = [p for p in tracker.parameters() if p.requires_grad]
+                    accelerator.clip_grad_norm_(learning, stage.clip)
+                optimizer.step()
+                optimizer.zero_grad()
+                for key, value in losses.items():
+                    self.sums[key] = self.sums.get(key, 0) + value.detach()
+                self.count += 1
+                bar.update()
+                last = step + 1 == first + stage.steps
+                line = (step + 1) % log_steps == 0 or last
+                if line:
+                    means = {
+                        key: accelerator.reduce(value, "mean").item() / self.count
+                        for key, value in self.sums.items()
+                    }
+                    self.check(step + 1, means["loss"])
+                    now = time.perf_counter()
+                    record = {"stage": stage.name, "step": step + 1, "lr": rate}
+                    record |= {key: round(value, 6) for key, value in means.items()}
+                    done = (self.count - resumed) * stage.batch
+                    record["samples_per_second"] = round(done / (now - since), 1)
+                    self.log.append(record)
+                    bar.set_postfix(loss=f"{record['loss']:.3f}")
+                    self.sums, self.count, resumed, since = {}, 0, 0, now
+                stopped = self._stopped(stop, line)
+                if last or stopped or time.perf_counter() - saved >= save_seconds:
+                    if accelerator.is_main_process:
+                        self.check(step + 1, losses["loss"].item())
+                        self.save(step + 1, optimizer)
+                    saved = time.perf_counter()
+                if stopped and step + 1 < self.steps:
+                    raise Stopped(
+                        f"{self.out}: stopped after step {step + 1} of {self.steps}, and saved",
+                        stop.signal or signal.SIGTERM,
+                    )
+        # or the next stage's gradients would be unscaled once for each optimiser so far
+        accelerator.free_memory()
+
+    def _stopped(self, stop: _Stop, line: bool) -> bool:
+        """Whether a signal has come; several processes agree on it when they log, so that none
+        waits for one that has ended.
+        """
+        told = stop.signal is not None
+        if self.accelerator.num_processes == 1:
+            return told
+        if not line:
+            return False
+        flag = torch.tensor(float(told), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+    # ---- the files ----
 
     def restore(self) -> int:
         """Load the state if there is one; returns the number of steps done."""
@@ -224,23 +279,44 @@ class _Run:
             for partial in path.parent.glob(f".{path.stem}.*"):
                 partial.unlink(missing_ok=True)
         if not self.state_path.exists():
-            return 0
+            return self._finished_before()
         tensors, about = checkpoints.read(self.state_path)
+        self._must_be_mine(about)
+        step, count = about.get("step"), about.get("count", 0)
+        if not (isinstance(step, int) and 0 <= step <= self.steps):
+            raise CheckpointError(
+                f"{self.state_path}: its step {step!r} is none of this run's {self.steps}; delete "
+                "the folder to start anew"
+            )
+        state = {key: _under(tensors, f"{key}.") for key in ("weights", "sums")}
+        checkpoints.load_strictly(self.tracker, state["weights"], str(self.state_path))
+        if about.get("scaler") is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(about["scaler"])
+        # of several processes those of the first stand for all
+        device = self.accelerator.device
+        self.sums, self.count = {k: v.to(device) for k, v in state["sums"].items()}, count
+        self._loaded = tensors
+        self.log = [record for record in read_log(self.out) if record["step"] <= step]
+        return step
+
+    def _finished_before(self) -> int:
+        """All steps if the folder has the weights of this run, 0 if it has none or damaged ones."""
+        try:
+            tensors, about = checkpoints.read(self.final_path)
+        except CheckpointError:
+            return 0
+        self._must_be_mine(about.get("trained", {}))
+        checkpoints.load_strictly(self.tracker, tensors, str(self.final_path))
+        self.log = read_log(self.out)
+        return self.steps
+
+    def _must_be_mine(self, about: dict) -> None:
         odd = [key for key, value in self.identity.items() if about.get(key) != value]
         if odd:
             raise CheckpointError(
-                f"{self.state_path.parent} holds another run (other {', '.join(odd)}); choose "
-                "another folder (--out), or delete this one to start anew"
+                f"{self.out} holds another run (other {', '.join(odd)}); choose another folder "
+                "(--out), or delete this one to start anew"
             )
-        weights = {
-            k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")
-        }
-        checkpoints.load_strictly(self.tracker, weights, str(self.state_path))
-        self._loaded, self.scaler = tensors, about["scaler"]
-        self.log = [
-            record for record in read_log(self.state_path.parent) if record["step"] <= about["step"]
-        ]
-        return about["step"]
 
     def restore_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         state = optimizer.state_dict()
@@ -249,6 +325,17 @@ class _Run:
             if key.startswith("optimizer."):
                 _, index, name = key.split(".", 2)
                 entries.setdefault(int(index), {})[name] = value
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        shapes = {index: trained[index].shape for index in entries if index < len(trained)}
+        for index, entry in entries.items():
+            sizes = {tuple(value.shape) for value in entry.values() if value.ndim}
+            if sizes - {tuple(shapes.get(index, ()))}:
+                raise CheckpointError(f"{self.state_path}: its optimizer is of other parameters")
+        if not entries:
+            raise CheckpointError(
+                f"{self.state_path}: the optimizer's state is missing; delete the folder to start "
+                "anew"
+            )
         optimizer.load_state_dict({"state": entries, "param_groups": state["param_groups"]})
 
     def check(self, step: int, loss: float) -> None:
@@ -266,29 +353,37 @@ class _Run:
             "state, if there was one. Lower the rate, set a clip, or try precision no"
         )
 
-    def save(self, step: int, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
+    def save(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         tensors = {f"weights.{k}": v for k, v in self.tracker.state_dict().items()}
         for index, entry in optimizer.state_dict()["state"].items():
             tensors |= {
                 f"optimizer.{index}.{k}": v for k, v in entry.items() if isinstance(v, Tensor)
             }
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+        tensors |= {f"sums.{k}": v for k, v in self.sums.items()}
+        scaler = self.accelerator.scaler
+        scaler = None if scaler is None else scaler.state_dict()
         # the log first: lines beyond the state are dropped on resume, missing ones could not be
         # made up
         with atomic_write(self.log_path) as partial:
             partial.write_text("".join(json.dumps(record) + "\n" for record in self.log))
-        checkpoints.write(
-            self.state_path, tensors, {**self.identity, "step": step, "scaler": scaler}
-        )
+        about = {**self.identity, "step": step, "count": self.count, "scaler": scaler}
+        checkpoints.write(self.state_path, tensors, about)
 
     def finish(self) -> None:
-        from trackkit.weights import save
+        """Write the weights, unless they are there already."""
+        with suppress(CheckpointError):
+            tensors, about = checkpoints.read(self.final_path)
+            mine = self.tracker.state_dict()
+            same = tensors.keys() == mine.keys() and all(
+                torch.equal(tensors[key], value.cpu()) for key, value in mine.items()
+            )
+            if same and about.get("trained") == self.identity:
+                return
+        save(self.tracker, self.final_path, trained=self.identity)
 
-        save(
-            self.tracker,
-            self.final_path,
-            trained={k: self.identity[k] for k in ("seed", "precision", "data")},
-        )
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def freeze(tracker: nn.Module, trainable: tuple[str, ...]) -> None:
@@ -310,9 +405,23 @@ def freeze(tracker: nn.Module, trainable: tuple[str, ...]) -> None:
 
 
 def read_log(run: str | Path) -> list[dict]:
-    """The log lines of a run's folder, oldest first; empty if it has none yet."""
-    path = Path(run) / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The log lines of a run's folder, oldest first; empty if it has none yet.
+
+    A line that is damaged, as after a full disk, is left out with a warning: the log is for people,
+    and must not keep a run whose state is whole from going on.
+    """
+    path, lines = Path(run) / "log.jsonl", []
+    if not path.exists():
+        return lines
+    for number, text in enumerate(path.read_text("utf-8", errors="replace").splitlines(), 1):
+        try:
+            line = json.loads(text)
+            if not (isinstance(line["step"], int) and isinstance(line["loss"], float)):
+                raise ValueError("no step or no loss")
+            lines.append(line)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            warnings.warn(f"{path}, line {number}: damaged, and left out", stacklevel=2)
+    return lines
 
 
 def _matching(names: list[str], patterns: tuple[str, ...], what: str) -> dict[str, int]:

@@ -145,6 +145,7 @@ class SynthSequence(Sequence):
     def __init__(self, config: SynthConfig, *seed: int, name: str = ""):
         self.scene = Scene(config, seed)
         scene = self.scene
+        self._key = config, seed
         super().__init__(
             name or "synth_" + "_".join(map(str, seed)),
             config.frames,
@@ -173,6 +174,9 @@ class SynthSequence(Sequence):
 
     def frame_size(self, index: int) -> tuple[int, int]:
         return self.scene.size
+
+    def _source(self) -> object:
+        return self._key
 
     def crop(self, index: int, window: Windows, fill: Tensor | None = None) -> Tensor:
         """The pixels of a window, drawn directly at the resolution of the crop: uint8 (3, size,
@@ -205,6 +209,11 @@ class SynthDataset:
 
     def __repr__(self) -> str:
         return f"SynthDataset({self.config!r}, seed={self.seed}, length={self.length})"
+
+    @property
+    def identity(self) -> str:
+        """See `GOT10k.identity`."""
+        return repr(self)
 
     def __getitem__(self, index: int) -> SynthSequence:
         if not -self.length <= index < self.length:
