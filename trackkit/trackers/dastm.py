@@ -12,7 +12,6 @@ as the model of its gate; each such choice is a field of the config.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +32,7 @@ MODULES = {"se": SE, "ca": CoordinateAttention, "cbam": CBAM}  # Table 1
 class DASTMConfig(STMTrackConfig):
     """STMTrack's numbers, and those of the attention; the defaults are DASTM."""
 
-    trunks: ClassVar[tuple[str, ...]] = (
-        *STMTrackConfig.trunks,
-        *(f"mobileone_s{i}" for i in range(5)),
-    )
+    trunks = (*STMTrackConfig.trunks, *(f"mobileone_s{i}" for i in range(5)))
 
     trunk: str = "mobileone_s1"
     """"mobileone_s0" to "_s4" (the paper does not say which), "inception" (STMTrack) or "tiny"."""
@@ -86,9 +82,7 @@ class DASTMConfig(STMTrackConfig):
         if len(set(self.attention)) < len(self.attention):
             raise ValueError(f"attention must name each module at most once; got {self.attention}")
         if self.gate != "none" and not self.attention:
-            raise ValueError(
-                'a gate needs attention modules to choose from; without them gate must be "none"'
-            )
+            raise ValueError('a gate needs attention modules to choose from; else make it "none"')
         if self.gate == "none" and self.test_gate:
             raise ValueError("test_gate replaces a gate, and there is none")
         if self.gate == "none" and self.cost_weight:
@@ -117,11 +111,9 @@ class DASTMConfig(STMTrackConfig):
 
 
 class Gate(nn.Module):
-    """Which module a frame needs (Eq. 1): (B, C, h, w) -> logits (B, choices), of which the first
-    is to use none.
-
-    The paper has four outputs in its text and N = 3 in Eq. 2; to decide whether a module is needed
-    at all takes four.
+    """Which module a frame needs (Eq. 1): (B, C, h, w) -> logits (B, N), of which the first is to
+    use none. The paper has four outputs in its text and N = 3 in Eq. 2; to decide whether a module
+    is needed at all takes four.
     """
 
     def __init__(self, channels: int, choices: int, reduction: int, bias: tuple[float, float]):
@@ -144,9 +136,7 @@ class Choices:
 
 
 class MemoryAttention(nn.Module):
-    """The dynamic attention block, or its static relatives (Fig. 2): features of memory frames,
-    strengthened.
-    """
+    """The dynamic attention block, or its static relatives (Fig. 2)."""
 
     def __init__(self, config: DASTMConfig):
         super().__init__()
@@ -166,10 +156,8 @@ class MemoryAttention(nn.Module):
     def forward(
         self, x: Tensor, known: Tensor | None = None, draws: Tensor | None = None, tau: float = 0.0
     ) -> tuple[Tensor, Choices | None]:
-        """Features (B, T, C, h, w) -> the same, and what the gate said.
-
-        `known` (B, T) bool marks real frames. `draws` (B, 1) int64 are the decisions of a random
-        gate in tracking.
+        """Memory frames' features (B, T, C, h, w) -> strengthened, and what the gate said. `known`
+        (B, T) bool marks real frames; `draws` (B, 1) int64 are a random gate's decisions.
         """
         frames = x.flatten(0, 1)  # (B * T, C, h, w)
         if self.config.gate == "none":  # SASTM
@@ -206,9 +194,7 @@ class MemoryAttention(nn.Module):
         return sum(share * y for share, y in zip(shares, outputs, strict=True))
 
     def routed(self, frames: Tensor, weights: Tensor) -> Tensor:
-        """The same for one-hot weights: each module runs on the frames that have chosen it, and
-        only on those.
-        """
+        """The same for one-hot weights: each module runs on the frames that have chosen it only."""
         chosen, made = weights.argmax(1), frames
         for number, branch in enumerate(self.branches.values(), 1):
             rows = (chosen == number).nonzero()[:, 0]
@@ -296,9 +282,7 @@ class DASTM(STMTrack):
     def _strengthened(
         self, features: Tensor, state: DASTMState, known: Tensor | None = None
     ) -> tuple[Tensor, DASTMState]:
-        """Features (B, T, C, h, w) after the attention, and the state with the gate's decisions
-        counted.
-        """
+        """Features (B, T, C, h, w) after the attention, and the gate's decisions counted."""
         features, choices = self.attention(features, known, self._draws(state.count))
         if choices is not None:
             weights = choices.weights[:, 0]
@@ -347,22 +331,18 @@ class DASTM(STMTrack):
         if scale in ("tiny", "laptop") or cfg.trunk == "tiny":
             return [replace(stage, loss="cooling") for stage in super().recipe(scale, preset)]
         self.check_preset(preset)
-        epoch, shared = self.epoch(scale), self.sgd()
-        begin, middle, end = 0.005, 0.005 * 0.02**0.25, 0.0001
+        epoch, middle = self.epoch(scale), 0.005 * 0.02**0.25
         if not self.pretrained:
-            rest = {"lr": begin, "lr_end": end, "warmup": epoch, "clip": 1.0, "loss": "cooling"}
-            return [Stage("all", steps=20 * epoch, **rest, **shared)]
-        fresh = (*self.fresh, "attention.*") if cfg.attention else self.fresh
-        norms, later, tenth = (), ("*.trunk.*",), (("*.trunk.*", 0.1),)
-        if cfg.trunk == "inception":
-            fresh, norms, later = (*fresh, *self.norms), self.norms, self.later
+            rest = {"lr": 0.005, "lr_end": 0.0001, "warmup": epoch, "clip": 1.0, "loss": "cooling"}
+            return [self.stage("all", 20 * epoch, **rest)]
+        first, later, tenth = self.fresh, ("*.trunk.*",), (("*.trunk.*", 0.1),)
+        one = {"lr": 0.005, "lr_end": middle}
+        if cfg.attention:
+            first = (*first, "attention.*")
+        if cfg.trunk == "inception":  # whose norms learn from the first, as in STMTrack
+            first, later, one["rates"] = (*first, *self.norms), self.later, tenth
+        two = {"lr": middle, "lr_end": 0.0001, "trainable": (*first, *later), "rates": tenth}
         return [
-            Stage(
-                "frozen trunk", steps=5 * epoch, lr=begin, lr_end=middle, trainable=fresh,
-                rates=tenth if norms else (), **shared,
-            ),
-            Stage(
-                "all", steps=15 * epoch, lr=middle, lr_end=end, trainable=(*fresh, *later),
-                rates=tenth, loss="cooling", **shared,
-            ),
-        ]  # fmt: skip
+            self.stage("frozen trunk", 5 * epoch, trainable=first, **one),
+            self.stage("all", 15 * epoch, loss="cooling", **two),
+        ]

@@ -13,7 +13,6 @@ its memory grows without end.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +35,7 @@ class STMTrackConfig:
     `STMTRACK_SEARCHED`.
     """
 
-    trunks: ClassVar[tuple[str, ...]] = ("inception", "tiny")
+    trunks = ("inception", "tiny")  # not a field: what `trunk` may be
 
     trunk: str = "inception"  # "inception" or "tiny"
     size: int = 289  # side of the crops, pixels; at least 33
@@ -68,19 +67,17 @@ class STMTrackConfig:
             epoch_steps=Range(1), rate=Range(0, 1), window=Range(0, 1), penalty=Range(0),
             min_size=Range(0, 4096, above=True),
         )  # fmt: skip
-        if self.memory == "bounded" and self.capacity < self.segments + 2:
+        least = self.segments + 2
+        if self.memory == "bounded" and self.capacity < least:
             raise ValueError(
-                f"need a capacity of at least segments + 2, {self.segments + 2}; "
-                f"got {self.capacity}"
+                f"need a capacity of at least segments + 2, {least}; got {self.capacity}"
             )
         self.check_crop(self.size)
 
     def check_crop(self, size: int) -> None:
         if size < 33 or self.cells(size) < 1:
-            raise ValueError(
-                f"a crop of {size} px leaves no cells when {self.trim_of(size)} are cut off on "
-                "each side"
-            )
+            text = f"a crop of {size} px leaves no cells when {self.trim_of(size)} are cut off"
+            raise ValueError(f"{text} on each side")
 
     def trim_of(self, size: int) -> int:
         """Cells that are cut off on each side for a crop of `size` pixels."""
@@ -112,9 +109,7 @@ STMTRACK_SEARCHED = {
 
 
 def cells_of(trunk: str, size: int) -> int:
-    """Cells along each side of the trunk's output for a crop of `size` pixels: 33 for 289 in
-    Inception, 37 in trunks that pad.
-    """
+    """Cells along each side of the trunk's output: 33 for 289 pixels in Inception, 37 if padded."""
     if trunk != "inception":
         return (size + 7) // 8
     for kernel, stride in ((3, 2), (3, 1), (3, 2), (3, 1), (3, 2)):
@@ -197,11 +192,10 @@ def victim(held: list[int], segments: int) -> int:
     """Which frame a full memory forgets; `held`, in order, ends with the new frame, which stays, as
     does the first.
 
-    What is `wanted` only moves forward: while the video grows from n frames to n + 1, the middle of
-    the first part, n / 8 for four parts, passes each frame once, and what is before it is never
-    wanted again. So of the frames up to it the oldest goes, unless there is only one, which may
-    still be the nearest. If none can go for that reason, the frame goes whose two neighbours are
-    nearest to each other, of several the oldest: the others stay evenly spread.
+    What is `wanted` only moves forward: what lies before the middle of the first part, n / 8 for
+    four parts, is never wanted again. So of the frames up to it the oldest goes, unless there is
+    only one, which may still be the nearest. If none can go for that reason, the frame goes whose
+    two neighbours are nearest to each other, of several the oldest: the others stay evenly spread.
 
     Until frame 5 / 4 K, a memory of K frames is the authors'. From then on it looks at frames that
     are at most n / K away from theirs: with 64, within a sixteenth of the length of a part.
@@ -228,9 +222,7 @@ class PastFrames:
     def stored(
         self, features: Tensor, numbers: Tensor, segments: int, capacity: int | None
     ) -> PastFrames:
-        """With the features (B, ...) of the latest frames, `numbers` (B,); None for the capacity:
-        nothing is forgotten.
-        """
+        """With the features (B, ...) of the frames `numbers` (B,); `capacity` None forgets none."""
         held, places = self.held.tolist(), []
         for row, number in zip(held, numbers.tolist(), strict=True):
             if 0 not in row and (capacity is None or len(row) < capacity):
@@ -257,9 +249,7 @@ class PastFrames:
         return _filled(rows)
 
     def recalled(self, numbers: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Features (B, T, ...) of the frames `numbers` (B, T), and which of them are real (B, T),
-        None if all are.
-        """
+        """Features (B, T, ...) of the frames `numbers` (B, T); which are real, None if all are."""
         rows = zip(numbers.tolist(), self.held.tolist(), strict=True)
         features = torch.stack([
             self.slots[held.index(number) if number else 0][sequence]
@@ -267,12 +257,6 @@ class PastFrames:
         ]).unflatten(0, numbers.shape)  # fmt: skip
         real = numbers > 0
         return features, None if real.all() else real.to(features.device)
-
-    def fitted(self, other: PastFrames) -> PastFrames:
-        """The same with as many slots as `other` at least; for `trackers.join`."""
-        missing = max(0, len(other.slots) - len(self.slots))
-        empty = torch.zeros_like(self.slots[0])
-        return PastFrames(F.pad(self.held, (0, missing)), self.slots + (empty,) * missing)
 
 
 def _filled(rows: list[list[int]]) -> Tensor:
@@ -329,8 +313,11 @@ class STMTrackState:
     memory: PastFrames  # features (B, h, w, C)
 
     def fitted(self, other: STMTrackState) -> STMTrackState:
-        """The same with as many slots as `other` at least; for `trackers.join`."""
-        return replace(self, memory=self.memory.fitted(other.memory))
+        """The same with as many slots of memory as `other` at least; for `trackers.join`."""
+        held, slots = self.memory.held, self.memory.slots
+        missing = max(0, len(other.memory.slots) - len(slots))
+        slots += (torch.zeros_like(slots[0]),) * missing
+        return replace(self, memory=PastFrames(F.pad(held, (0, missing)), slots))
 
 
 class STMTrack(Tracker):
@@ -390,9 +377,7 @@ class STMTrack(Tracker):
         return cell_centres(self.config, size).to(self.head.scale)
 
     def encoded(self, memories: Tensor, foreground: Tensor) -> Tensor:
-        """Memory crops (B, T, 3, S, S) with their foreground maps (B, T, S, S) -> (B, T, C, h,
-        w).
-        """
+        """Memory crops (B, T, 3, S, S), foreground maps (B, T, S, S) -> (B, T, C, h, w)."""
         features = self.memory(memories.flatten(0, 1), foreground.flatten(0, 1))
         return features.unflatten(0, memories.shape[:2])
 
@@ -536,9 +521,7 @@ class STMTrack(Tracker):
     def _recalled(
         self, state: STMTrackState, numbers: Tensor
     ) -> tuple[Tensor, Tensor | None, STMTrackState]:
-        """Features (B, T, h, w, C) of the frames `numbers` (B, T), which of them are real, and the
-        state to go on with.
-        """
+        """What the memory holds of the frames `numbers` (B, T), and the state to go on with."""
         return *state.memory.recalled(numbers), state
 
     # ---- training ----
@@ -575,10 +558,8 @@ class STMTrack(Tracker):
         """
         crop = replace(self.template_crop, shift_px=0.2 * self.config.size, scale=0.265)
         rule = FrameRule(min_share=0.01, max_share=0.8, max_aspect=10)
-        return SampleSpec(
-            template=crop, search=crop, templates=self.config.train_frames, order="any",
-            max_gap=50, rule=rule, negatives=1 / 3,
-        )  # fmt: skip
+        frames = {"templates": self.config.train_frames, "order": "any", "max_gap": 50}
+        return SampleSpec(template=crop, search=crop, rule=rule, negatives=1 / 3, **frames)
 
     # parameters without pretrained weights; Inception's norms learn with them, its Mixed layers
     # later, its stem never
@@ -594,36 +575,30 @@ class STMTrack(Tracker):
         """
         self.check_preset(preset)
         if scale in ("tiny", "laptop") or self.config.trunk == "tiny":
-            return [self._short_stage(scale)]
-        epoch = self.epoch(scale)
-        shared = {**self.sgd(), "lr": 0.08, "lr_end": 1e-6}
+            steps = {"tiny": 300, "laptop": 3000, "gpu": 20_000, "paper": 100_000}[scale]
+            batch = {"tiny": 16, "laptop": 24, "gpu": 64, "paper": 64}[scale]
+            rest = {"lr": 2e-3, "lr_end": 1e-5, "warmup": steps // 30, "clip": 1.0}
+            return [self.stage("memory", steps, batch=batch, momentum=None, **rest)]
+        epoch, rest = self.epoch(scale), {"lr": 0.08, "lr_end": 1e-6}
         if not self.pretrained:
-            rest = {"cosine": (-1 / 19, 1.0), "warmup": epoch, "clip": 1.0}
-            return [Stage("all", steps=20 * epoch, **rest, **shared)]
-        shared |= {"steps": 10 * epoch, "rates": (("*.trunk.*", 0.1),)}
-        first = {"trainable": (*self.fresh, *self.norms), "cosine": (-1 / 19, 9 / 19)}
-        second = {"trainable": (*first["trainable"], *self.later), "cosine": (9 / 19, 1.0)}
+            rest |= {"cosine": (-1 / 19, 1.0), "warmup": epoch, "clip": 1.0}
+            return [self.stage("all", 20 * epoch, **rest)]
+        rest["rates"], first = (("*.trunk.*", 0.1),), (*self.fresh, *self.norms)
+        one = {"trainable": first, "cosine": (-1 / 19, 9 / 19), "warmup": epoch}
+        two = {"trainable": (*first, *self.later), "cosine": (9 / 19, 1.0)}
         return [
-            Stage("frozen trunk", warmup=epoch, **first, **shared),
-            Stage("all", **second, **shared),
+            self.stage("frozen trunk", 10 * epoch, **one, **rest),
+            self.stage("all", 10 * epoch, **two, **rest),
         ]
 
     def epoch(self, scale: str) -> int:
         """Steps of one of the 20 epochs."""
         return 1000 if scale == "gpu" else self.config.epoch_steps
 
-    def sgd(self) -> dict:
-        """What the stages with epochs share."""
-        return {"batch": 32, "sample": self.samples(), "momentum": 0.9, "weight_decay": 1e-4}
-
-    def _short_stage(self, scale: str) -> Stage:
-        steps, batch = {
-            "tiny": (300, 16), "laptop": (3000, 24), "gpu": (20_000, 64), "paper": (100_000, 64),
-        }[scale]  # fmt: skip
-        return Stage(
-            "memory", steps=steps, batch=batch, sample=self.samples(), lr=2e-3, lr_end=1e-5,
-            warmup=steps // 30, weight_decay=1e-4, clip=1.0,
-        )  # fmt: skip
+    def stage(self, name: str, steps: int, **rest) -> Stage:
+        """With what all stages share: SGD on batches of 32, but for what `rest` says."""
+        shared = {"batch": 32, "sample": self.samples(), "momentum": 0.9, "weight_decay": 1e-4}
+        return Stage(name, steps=steps, **{**shared, **rest})
 
 
 def _in_pixels(boxes: Tensor, size: int) -> Tensor:
