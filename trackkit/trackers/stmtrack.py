@@ -343,11 +343,12 @@ class STMTrack(Tracker):
 
     def load_pretrained(self) -> bool:
         """Start both trunks from ImageNet's weights; see `Tracker.load_pretrained`."""
-        self.pretrained = self.config.trunk != "tiny"
-        if self.pretrained:
-            self.memory.trunk.load_pretrained()
-            self.query.trunk.load_pretrained()
-        return self.pretrained
+        if self.config.trunk == "tiny":
+            return False
+        self.memory.trunk.load_pretrained()
+        self.query.trunk.load_pretrained()
+        self.pretrained = True
+        return True
 
     @torch.no_grad()
     def _start_as_lookup(self) -> None:
