@@ -18,14 +18,14 @@ import time
 
 import torch
 
-from trackkit.trackers.dastm import DASTM, DASTMState
+from trackkit.trackers.stmtrack import STMTrackState
 from trackkit.weights import create
 
 FRAMES, LOOK, AROUND = 1000, (100, 300, 1000), 20
 TO_REACH = 1.1  # a step at the last frame against one at the first: flat but for the clock
 
 
-def held(state: DASTMState) -> float:
+def held(state: STMTrackState) -> float:
     """Megabytes of features in the state."""
     return sum(slot.nbytes for slot in state.memory.slots) / 1e6
 
@@ -33,7 +33,7 @@ def held(state: DASTMState) -> float:
 def main(name: str = "dastm-tiny") -> None:
     torch.manual_seed(0)
     bounded = create(name)
-    endless = DASTM(dataclasses.replace(bounded.config, memory="unbounded")).eval()
+    endless = type(bounded)(dataclasses.replace(bounded.config, memory="unbounded")).eval()
     endless.load_state_dict(bounded.state_dict())
     frames = [torch.randint(0, 256, (3, 480, 640), dtype=torch.uint8) for _ in range(8)]
     box = torch.tensor([[270.0, 200.0, 100.0, 80.0]], dtype=torch.float64)

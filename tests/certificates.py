@@ -159,7 +159,7 @@ FAMILIES = {
     ),
     "STMTrack and DASTM": Family(
         "test_dastm_parity",
-        ("stmtrack", "sastm", "dastm", "dastm-tiny"),
+        ("stmtrack", "stmtrack-tiny", "sastm", "dastm", "dastm-tiny"),
         "`stmtrack.json` is of fzh0917/STMTrack at 61730c1: network, tracking, targets, losses. "
         "**DASTM's authors published no code.** "
         "`dastm_blocks.json` has the attention modules by their own authors' reference definitions "
@@ -169,7 +169,7 @@ FAMILIES = {
             "The memory holds 64 frames; theirs keeps every frame and looks at six at most. Until "
             "frame 80 both look at the same frames, later at "
             'neighbours; `memory="unbounded"` is their rule.',
-            "The label map of a box that is larger than the crop is 1 within the crop. In their "
+            "The foreground map of a box that is larger than the crop is 1 within the crop. In their "
             "code negative corners wrap around.",
             "Training crops are not pushed into the frame, their scale is drawn from an interval "
             "that is symmetric around 1, and the filter limits sides "

@@ -16,21 +16,24 @@ from torch import nn
 from trackkit import backbones, official
 from trackkit.backbones import ConvNorm, MobileOne, SmallTrunk
 from trackkit.costs import DASTM_TABLE_4 as TABLE_4
-from trackkit.costs import frame_macs, macs, part_macs, profile, within
+from trackkit.costs import by_the_paper, frame_macs, macs, part_macs, profile, within
 from trackkit.errors import CheckpointError, DataError, TrackkitError
-from trackkit.memory import Memory, nearest, victim, wanted
 from trackkit.sampling import Samples
 from trackkit.synth import SynthConfig, SynthDataset
-from trackkit.trackers import dastm
 from trackkit.trackers.base import join, take
-from trackkit.trackers.dastm import (
-    DASTM,
-    DASTMConfig,
-    MemoryAttention,
+from trackkit.trackers.dastm import DASTM, MODULES, DASTMConfig, MemoryAttention
+from trackkit.trackers.stmtrack import (
+    STMTRACK_SEARCHED,
+    PastFrames,
+    STMTrack,
+    STMTrackConfig,
     cell_centres,
     cells_of,
-    label_map,
-    read,
+    foreground_map,
+    nearest,
+    read_out,
+    victim,
+    wanted,
 )
 from trackkit.training import _groups, train
 from trackkit.weights import create, load, save
@@ -72,34 +75,28 @@ def run(tracker, video, **options):
 
 
 def test_without_attention_it_is_stmtrack(tracker, video):
-    changes = {
-        "trunk": "inception",
-        "trim": 4,
-        "query_trim": 4,
-        "attention": (),
-        "gate": "none",
-        "epoch_steps": 4687,
-    }
-    assert DASTMConfig.dastm(**changes) == DASTMConfig.stmtrack()
-    plain = changed(tracker, attention=(), gate="none")
-    assert {k for k in tracker.state_dict() if k not in plain.state_dict()} == {
-        k for k in tracker.state_dict() if k.startswith("attention.")
-    }
+    plain = STMTrack(STMTrackConfig.tiny(size=65)).eval()
+    bare = changed(tracker, attention=(), gate="none")
+    rest = {k: v for k, v in tracker.state_dict().items() if not k.startswith("attention.")}
+    plain.load_state_dict(rest)
+    assert bare.state_dict().keys() == rest.keys()
     indifferent = changed(tracker)
     with torch.no_grad():
         indifferent.attention.gate.fc2.bias[0] = 1e9  # never any module
-    (_, a), (_, b), (_, c) = run(plain, video), run(indifferent, video), run(tracker, video)
-    assert all(
-        torch.equal(x.box, y.box) and torch.equal(x.score, y.score)
-        for x, y in zip(a, b, strict=True)
-    ), "bit for bit"
+    a, b, c, d = (run(made, video)[1] for made in (plain, bare, tracker, indifferent))
+    for same in (b, d):
+        assert all(
+            torch.equal(x.box, y.box) and torch.equal(x.score, y.score)
+            for x, y in zip(a, same, strict=True)
+        ), "bit for bit"
     assert not torch.equal(a[-1].score, c[-1].score)
 
 
 def test_names():
     assert create("dastm-tiny").config == DASTMConfig.tiny()
-    assert DASTMConfig.sastm() == DASTMConfig.dastm(gate="none")
-    assert DASTMConfig.stmtrack(**dastm.STMTRACK_SEARCHED["vot"]).confidence == 0.0
+    assert create("stmtrack-tiny").config == STMTrackConfig.tiny()
+    assert DASTMConfig.sastm() == DASTMConfig(gate="none")
+    assert STMTrackConfig(**STMTRACK_SEARCHED["vot"]).confidence == 0.0
 
 
 # ---- memory ----
@@ -165,7 +162,7 @@ def test_time_and_memory_stay_flat(tracker, video):
         held = {tensor.data_ptr() for tensor in before.memory.slots}
         state, prediction = small.step(state, [images[n % 9]], maps=True)
         sizes.append(sum(t.nbytes for t in state.memory.slots))
-        work.append(prediction.maps["read"].numel())
+        work.append(prediction.maps["read_out"].numel())
         assert sum(tensor.data_ptr() not in held for tensor in state.memory.slots) == 1, (
             "one slot is new, the others are shared"
         )
@@ -186,7 +183,7 @@ def test_states_are_left_as_they_are(tracker, video):
 
 
 def test_what_a_memory_gives_back_is_what_it_was_given():
-    memory = Memory(torch.zeros(2, 0, dtype=torch.long))
+    memory = PastFrames(torch.zeros(2, 0, dtype=torch.long))
     for number in range(1, 8):
         latest = torch.tensor([number, number + 3])  # the second sequence is three frames ahead
         memory = memory.stored(latest[:, None].double(), latest, segments=2, capacity=4)
@@ -246,8 +243,8 @@ def test_unknown_memory_changes_nothing():
     known[:, 20:] = False
     padded = torch.cat([memory, torch.randn(2, 10, 16)], 1)
     for maps in (False, True):
-        found, weights = read(query, padded, known, maps)
-        assert torch.allclose(found, read(query, memory)[0], atol=1e-6)
+        found, weights = read_out(query, padded, known, maps)
+        assert torch.allclose(found, read_out(query, memory)[0], atol=1e-6)
     assert (
         weights.shape == (2, 9, 30)
         and torch.allclose(weights.sum(2), torch.ones(2, 9))
@@ -262,7 +259,7 @@ def test_cells():
     """As the specification has them: 25 x 25 around the middle of 289 pixels, 20 x 20 from 0 on for
     160.
     """
-    for config in (DASTMConfig.stmtrack(), DASTMConfig.dastm(query_size=160, query_trim=0)):
+    for config in (STMTrackConfig(), DASTMConfig(query_size=160, query_trim=0)):
         cells = cell_centres(config, 289)
         assert (
             cells.shape == (625, 2)
@@ -284,7 +281,7 @@ def test_queries_smaller_than_the_memory(tracker, video):
     _, predictions = run(small, video, maps=True)
     _, equal = run(tracker, video, maps=True)
     assert predictions[0].maps["score"].shape == (1, 6, 6) and predictions[0].maps[
-        "read"
+        "read_out"
     ].shape == (1, 36, 1, 7, 7)
     sides = [p[0].maps["window"][0, 2].item() for p in (predictions, equal)]
     assert sides[0] / sides[1] == pytest.approx(41 / 65, rel=0.02)
@@ -293,8 +290,8 @@ def test_queries_smaller_than_the_memory(tracker, video):
 def test_maps(tracker, video):
     _, predictions = run(tracker, video, maps=True)
     shown = predictions[-1].maps
-    assert shown["read"].shape == (1, 49, shown["memory"].shape[1], 7, 7)
-    assert torch.allclose(shown["read"].sum((2, 3, 4)), torch.ones(1, 49), atol=1e-5)
+    assert shown["read_out"].shape == (1, 49, shown["memory"].shape[1], 7, 7)
+    assert torch.allclose(shown["read_out"].sum((2, 3, 4)), torch.ones(1, 49), atol=1e-5)
     assert shown["response"].amax() == pytest.approx(predictions[-1].score.item(), abs=1e-6)
     assert shown["chosen"].sum() == 9
     _, silent = run(tracker, video)
@@ -546,7 +543,7 @@ def test_costs_are_the_specifications():
         "cbam": 126_786,
         "gate": 66_048,
     }
-    assert round(parts["head"] / 1e9, 3) == 7.374 and round(parts["read"] / 1e9, 3) == 0.4
+    assert round(parts["head"] / 1e9, 3) == 7.374 and round(parts["read_out"] / 1e9, 3) == 0.4
     blocks = MemoryAttention(DASTMConfig())
     assert {
         name: sum(p.numel() for p in branch.parameters())
@@ -555,18 +552,36 @@ def test_costs_are_the_specifications():
     assert sum(p.numel() for p in blocks.gate.parameters()) == 66_180
 
 
+@pytest.mark.parametrize("config", [DASTMConfig(), DASTMConfig.tiny()], ids=["full", "tiny"])
+def test_what_the_cost_loss_weighs_is_what_is_counted(config):
+    """The closed forms `branch.macs` against the counter."""
+    with torch.device("meta"):
+        branches = MemoryAttention(config).branches
+    cells, parts = config.cells(config.size), part_macs(config)
+    assert {name: branch.macs(cells, cells) for name, branch in branches.items()} == {
+        name: parts[name] for name in MODULES
+    }
+
+
+def test_stmtrack_costs_what_dastm_costs_without_attention():
+    bare = DASTMConfig.tiny(attention=(), gate="none")
+    assert part_macs(STMTrackConfig.tiny()) == part_macs(bare)
+    assert frame_macs(STMTrackConfig.tiny()) == frame_macs(bare)
+    assert within(STMTrackConfig.tiny(), frame_macs(bare) - 1).segments == 3
+
+
 def test_profile():
     with torch.device("meta"):
-        found = DASTM(DASTMConfig.stmtrack()).profile()
+        found = by_the_paper(STMTrack())
     assert found["parameters"] == 36_812_532 and found["macs"] == pytest.approx(42.2e9, abs=0.2e9)
     assert found["paper"]["peak_memory_bytes"] == 1_240_000_000
     tiny = profile("dastm-tiny")
     assert tiny["paper"] == {} and tiny["macs"] < 150e6 and tiny["parameters"] < 600_000
-    assert TABLE_4[DASTMConfig.dastm()]["high_computation_share"] == 0.335
+    assert TABLE_4[DASTMConfig()]["high_computation_share"] == 0.335
 
 
 def test_budgets_of_table_4():
-    config = DASTMConfig.dastm(trunk="mobileone_s2", trunk_stage=2, query_size=160, query_trim=0)
+    config = DASTMConfig(trunk="mobileone_s2", trunk_stage=2, query_size=160, query_trim=0)
     eight = within(config, 8_000_000_000)
     assert eight.segments < config.segments == 4 and frame_macs(eight) <= 8e9
     assert eight == replace(config, segments=eight.segments)
@@ -609,11 +624,11 @@ def test_everything_learns(tracker, batch):
 def test_boxes_keep_their_precision_in_mixed_precision(tracker, batch):
     """A distance of ten cells in bfloat16 would be off by a quarter of a pixel."""
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        label = label_map(torch.full((6, 3, 4), 20.0), 65)
-        answer, choices = tracker(batch["templates"], label, batch["searches"][:, 0])
+        foreground = foreground_map(torch.full((6, 3, 4), 20.0), 65)
+        answer = tracker(batch["templates"], foreground, batch["searches"][:, 0])
         assert (
             answer.score.dtype == torch.bfloat16
-            and answer.boxes.dtype == choices.probability.dtype == torch.float32
+            and answer.boxes.dtype == answer.choices.probability.dtype == torch.float32
         )
         assert tracker.loss(batch)["loss"].isfinite()
 
@@ -647,14 +662,16 @@ def test_a_short_training_runs_and_goes_on(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ["stmtrack", "dastm", "tiny"])
+@pytest.mark.parametrize("name", ["stmtrack", "dastm", "dastm-tiny", "stmtrack-tiny"])
 def test_recipes(name):
-    config = getattr(DASTMConfig, name)()
     with torch.device("meta"):
-        made = DASTM(config)
+        made = create(name)
     for scale in ("tiny", "laptop", "gpu", "paper"):
         assert all(_groups(made, stage) for stage in made.recipe(scale))
-    if name == "tiny":
+    assert {stage.loss for stage in made.recipe("tiny")} == {
+        "cooling" if name.startswith("dastm") else ""
+    }
+    if name.endswith("-tiny"):
         return
     (whole,) = made.recipe("paper")
     assert whole.trainable == ("*",), "a frozen random trunk would be useless"
@@ -702,8 +719,11 @@ def test_impossible_configs():
         ({"capacity": 5}, "a capacity of at least segments"),
         ({"trim": 19, "query_trim": 19}, "leaves no cells when 19 are cut off"),
         ({"query_trim": 0}, "must be equal; got 6, 0"),
-        ({"tau": 0.0}, "above 0"),
-        ({"width": 8}, "width at least 16"),
+        ({"tau": 0.0}, "tau must be above 0"),
+        ({"tau": math.inf}, "tau must be above 0"),
+        ({"cost_share": 1.5}, "cost_share must be at least 0 and at most 1"),
+        ({"attention": ("se", "eca")}, "attention must be one of se, ca, cbam"),
+        ({"width": 8}, "width must be at least 16"),
     ):
         with pytest.raises(ValueError, match=message):
             DASTMConfig(**changes)
@@ -733,7 +753,7 @@ def test_labels_of_boxes_larger_than_the_crop_do_not_wrap():
     """A box three times as wide as the crop; the authors' slices turn around at negative
     numbers.
     """
-    label = label_map(torch.tensor([[-100.0, 40, 400, 50.9], [10, 10, 12, 10]]), 97)
+    label = foreground_map(torch.tensor([[-100.0, 40, 400, 50.9], [10, 10, 12, 10]]), 97)
     assert label[0].sum() == 97 * 11 and label[0, 40:51].all()
     assert label[1].nonzero().tolist() == [[10, 10], [10, 11], [10, 12]]
 
@@ -770,7 +790,7 @@ def test_boxes_come_back_from_where_the_pixels_are(tracker, exact, off):
         ]
     ).to(torch.uint8)
     state = made.start([frame], torch.tensor([[113.3, 80.9, 26.4, 31.7]]))
-    crops, scale, origin = made._look([frame], state, 65)
+    crops, scale, origin = made._look([frame], state, made.search_crop)
     # x and y of the crop's columns and rows
     place = origin[0][:, None] + torch.arange(65) / scale - (0.5 if exact else 0.0)
     found = torch.stack([crops[0, 0, 40], crops[0, 1, :, 40]]).double()

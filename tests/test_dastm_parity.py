@@ -19,17 +19,16 @@ from torch import Tensor, nn
 
 from trackkit import losses as shared_losses
 from trackkit import official
-from trackkit.crops import warped
+from trackkit.crops import warp_crops
 from trackkit.losses import cell_targets, detection_losses
-from trackkit.memory import Memory
-from trackkit.trackers import dastm
-from trackkit.trackers.dastm import (
-    DASTM,
+from trackkit.trackers import stmtrack
+from trackkit.trackers.dastm import DASTMConfig, MemoryAttention
+from trackkit.trackers.stmtrack import (
     Answer,
-    DASTMConfig,
-    DASTMState,
-    MemoryAttention,
-    label_map,
+    PastFrames,
+    STMTrack,
+    STMTrackState,
+    foreground_map,
 )
 
 GOLD, BLOCKS = golden("stmtrack"), golden("dastm_blocks")
@@ -53,7 +52,7 @@ TOLERANCE |= {"tracking, px": 1e-3, "crops, mean grey level": 1e-6, "frames": 0}
 
 
 @cache
-def loaded() -> DASTM:
+def loaded() -> STMTrack:
     return official.load("stmtrack", state_dict(GOLD["keys"], GOLD["scale"]))
 
 
@@ -69,7 +68,7 @@ def inputs(case: dict) -> tuple[Tensor, Tensor, Tensor]:
     boxes = torch.tensor([[item["fg_box_xyxy_inclusive"] for item in memory]])
     return (
         torch.stack([crop(item["image"]) for item in memory], 1),
-        label_map(boxes.float(), 289),
+        foreground_map(boxes.float(), 289),
         crop(case["inputs"]["query"]["image"]),
     )
 
@@ -111,7 +110,7 @@ FEATURES = {
 
 
 @torch.no_grad()
-def run(tracker: DASTM, case: dict) -> tuple[Answer, dict[str, Tensor]]:
+def run(tracker: STMTrack, case: dict) -> tuple[Answer, dict[str, Tensor]]:
     """What the network says and what it went through."""
     seen, hooks = {}, []
     for name, place in FEATURES.items():
@@ -127,7 +126,7 @@ def run(tracker: DASTM, case: dict) -> tuple[Answer, dict[str, Tensor]]:
                 )
             )
     given = [t.to(tracker.head.scale.dtype) for t in inputs(case)]
-    answer, _ = tracker(*given)
+    answer = tracker(*given)
     for hook in hooks:
         hook.remove()
     seen["memory"] = seen["memory"].transpose(0, 1)[None]
@@ -161,7 +160,7 @@ def of_features(seen: dict[str, Tensor], expected: dict, key: str = "value") -> 
         for name, wanted in kept.items()
     )
     tokens = seen["memory"].flatten(2).transpose(1, 2)  # (1, C, T, h, w) -> (1, T h w, C)
-    weights = dastm.read(seen["query"].flatten(2).transpose(1, 2), tokens, maps=True)[1]
+    weights = stmtrack.read_out(seen["query"].flatten(2).transpose(1, 2), tokens, maps=True)[1]
     found = (
         {}
         if key == "value64"
@@ -204,7 +203,7 @@ def with_parts(tracker: nn.Module, **parts: nn.Module) -> nn.Module:
 
 
 class _Blank(nn.Module):
-    def forward(self, crops, trim, labels):
+    def forward(self, crops, foreground):
         return torch.full((1, 512, 25, 25), torch.nan)
 
 
@@ -216,7 +215,7 @@ def frame(name: str) -> Tensor:
 
 
 @cache
-def tracked() -> tuple[dict[str, float], tuple[DASTMState, Tensor, Answer]]:
+def tracked() -> tuple[dict[str, float], tuple[STMTrackState, Tensor, Answer]]:
     """Differences from the authors' run; and its first step: the state, the image, and what the
     network says.
     """
@@ -238,7 +237,7 @@ def tracked() -> tuple[dict[str, float], tuple[DASTMState, Tensor, Answer]]:
     first = state = tracker.start(frames[:1], torch.tensor([TRACK["init_box_xywh"]]))
     found = {"scores": 0.0, "crops": 0.0, "boxes": 0.0, "frames": 0}
     for image_, box, detail in zip(frames[1:], TRACK["boxes_xywh"], TRACK["detail"], strict=True):
-        crops, scale, _ = tracker._look([image_], state, 289)
+        crops, scale, _ = tracker._look([image_], state, tracker.search_crop)
         found["frames"] += state.memory.looked_at(state.count, state.confident, 4).tolist() != [
             detail["memory_frames_1based"]
         ]
@@ -271,7 +270,7 @@ def tracked() -> tuple[dict[str, float], tuple[DASTMState, Tensor, Answer]]:
 @pytest.mark.parametrize(("segments", "confidence"), [(4, 0.6), (3, 0.6), (5, 0.6), (4, 0.2)])
 def test_memory_certificate_can_fail(segments, confidence):
     """Seven frames, of which the authors look at four at most; none of them was confident."""
-    looked_at, memory = [], Memory(torch.zeros(1, 0, dtype=torch.long))
+    looked_at, memory = [], PastFrames(torch.zeros(1, 0, dtype=torch.long))
     for number, detail in enumerate([{"pscore": 0.0}, *TRACK["detail"][:-1]], 1):
         memory = memory.stored(torch.zeros(1, 1), torch.tensor([number]), segments, None)
         confident = torch.tensor([detail["pscore"] > confidence])
@@ -289,8 +288,8 @@ def test_memory_certificate_can_fail(segments, confidence):
 def trained() -> Answer:
     given = TRAIN["inputs"]
     memories = torch.cat([torch.stack([crop(name) for name in row], 1) for row in given["im_m"]])
-    labels = label_map(torch.tensor(given["fg_box_xyxy_inclusive"]).float(), 289)
-    return loaded()(memories, labels, torch.cat([crop(name) for name in given["im_q"]]))[0]
+    labels = foreground_map(torch.tensor(given["fg_box_xyxy_inclusive"]).float(), 289)
+    return loaded()(memories, labels, torch.cat([crop(name) for name in given["im_q"]]))
 
 
 def losses() -> dict[str, float]:
@@ -418,7 +417,9 @@ def test_every_entry_is_used_or_named():
     named = [
         key
         for key in GOLD["keys"]
-        if any(fnmatch.fnmatchcase(key, pattern) for pattern in official.UNUSED["stmtrack"])
+        if any(
+            fnmatch.fnmatchcase(key, pattern) for pattern in official.renaming("stmtrack").unused
+        )
     ]
     assert named == [
         key
@@ -434,7 +435,7 @@ def test_every_entry_is_used_or_named():
 # ---- the certificates can fail ----
 
 
-def answered(tracker: DASTM) -> dict[str, float]:
+def answered(tracker: STMTrack) -> dict[str, float]:
     """What a changed read-out or head makes of the true features."""
     seen = ran()[1]
     with torch.no_grad():
@@ -456,16 +457,16 @@ def failed(found: dict[str, float]) -> bool:
 def test_features_are_enough_for_an_answer_and_their_order_does_not_matter():
     assert not failed(answered(loaded()))
     turned = copy.copy(loaded())
-    turned.answer = lambda query, memory, *rest: DASTM.answer(
+    turned.answer = lambda query, memory, *rest: STMTrack.answer(
         loaded(), query, memory.flip(1), *rest
     )
     assert not failed(answered(turned))
 
 
 def _read_with(monkeypatch, function):
-    honest = dastm.read
+    honest = stmtrack.read_out
     monkeypatch.setattr(
-        dastm, "read", lambda query, memory, *rest: function(honest, query, memory, *rest)
+        stmtrack, "read_out", lambda query, memory, *rest: function(honest, query, memory, *rest)
     )
 
 
@@ -535,7 +536,7 @@ def test_network_certificate_can_fail(mutate, monkeypatch):
 
 
 @torch.no_grad()
-def _memory_of(tracker: DASTM, colours: Tensor, labels: Tensor) -> float:
+def _memory_of(tracker: STMTrack, colours: Tensor, labels: Tensor) -> float:
     """Deviation of the first memory frame's trunk, up to its second convolution or so; cheap."""
     memory = tracker.memory
     x = memory.trunk.stem(colours)
@@ -566,7 +567,7 @@ def test_trunk_certificate_can_fail(change, monkeypatch):
             if isinstance(part, nn.BatchNorm2d):
                 part.eps = 1e-5
     if change == "label ends":
-        labels = label_map(torch.tensor([[100.0, 90, 187, 199]]), 289)
+        labels = foreground_map(torch.tensor([[100.0, 90, 187, 199]]), 289)
     if change == "no label":
         labels = torch.zeros_like(labels)
     if change == "memory's weights":
@@ -621,7 +622,7 @@ def same_pixels(number: int, change: tuple[float, float, float, float] = (0, 0, 
         torch.tensor([[x + change[0], y + change[1]]], dtype=torch.float64),
         torch.tensor([side + change[2]], dtype=torch.float64),
     )
-    pixels = warped([picture], centre, sides, size, fill)[0][0].permute(1, 2, 0).contiguous()
+    pixels = warp_crops([picture], centre, sides, size, fill)[0][0].permute(1, 2, 0).contiguous()
     return zlib.crc32(pixels.numpy().tobytes()) == expected
 
 

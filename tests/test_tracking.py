@@ -183,6 +183,7 @@ OFTEN = {  # so that a few frames are enough for what happens every so many
     "stark-tiny": {"update_interval": 2, "update_threshold": 0.0},
     "procontext-tiny": {"update_interval": 2, "update_threshold": 0.0},
     "dastm-tiny": {"capacity": 6},
+    "stmtrack-tiny": {"capacity": 6},
     "ustam-tiny": {"update_interval": 3},
 }
 OTHERS = {

@@ -125,7 +125,7 @@ class SmallNet(nn.Module):
 
 
 class SmallTrunk(SmallNet):
-    """`SmallNet` in two parts, between which DASTM adds its label map."""
+    """`SmallNet` in two parts, between which STMTrack adds its foreground map."""
 
     stem_channels, stem_padding = 16, 1
 
@@ -221,8 +221,8 @@ class Inception(nn.Module):
     """torchvision's Inception v3 up to Mixed_6e without its second max-pool, as STMTrack has it:
     stride 8, (B, 3, S, S) -> (B, 768, s, s).
 
-    Hardly anything is padded before Mixed_5b, so s = 33 for S = 289. The label map of STMTrack
-    enters behind the `stem`.
+    Hardly anything is padded before Mixed_5b, so s = 33 for S = 289. STMTrack's foreground
+    map enters behind the `stem`.
     """
 
     stride, channels, stem_channels, stem_padding = 8, 768, 32, 0

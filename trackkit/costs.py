@@ -18,10 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from trackkit.attention import Attention, DecoderLayer
 from trackkit.errors import DataError, TrackkitError
 from trackkit.trackers.base import Tracker
-from trackkit.trackers.dastm import DASTM, DASTMConfig, read
+from trackkit.trackers.dastm import DASTM, DASTMConfig
 from trackkit.trackers.procontext import ProContEXT, ProContEXTConfig, Templates
 from trackkit.trackers.sbt import SBT, SBTConfig
 from trackkit.trackers.stark import STARK, STARKConfig, Tokens
+from trackkit.trackers.stmtrack import STMTrack, STMTrackConfig, read_out
 from trackkit.trackers.ustam import USTAM
 from trackkit.tracking import now
 from trackkit.weights import create
@@ -423,7 +424,7 @@ USTAM_TABLE_4 = {
 
 
 @by_the_paper.register
-def _(tracker: DASTM) -> dict:
+def _(tracker: STMTrack) -> dict:
     """Parameters, and multiply-accumulates of a frame with a full memory.
 
     STMTrack's paper has no such numbers. DASTM's has only the peak memory of an RTX 3060 and frames
@@ -450,9 +451,9 @@ def _twin(tracker: Tracker) -> Tracker:
 # abstract is (1.99 - 1.30) / 1.99, from the table's column of peak GPU memory, not of operations.
 
 DASTM_TABLE_4 = {  # its first and fourth rows, and Table 2
-    DASTMConfig.stmtrack(): {"peak_memory_bytes": 1_240_000_000, "frames_per_second": 37},
+    STMTrackConfig(): {"peak_memory_bytes": 1_240_000_000, "frames_per_second": 37},
     DASTMConfig.sastm(): {"peak_memory_bytes": 1_990_000_000, "frames_per_second": 31},
-    DASTMConfig.dastm(): {
+    DASTMConfig(): {
         "peak_memory_bytes": 1_300_000_000,
         "frames_per_second": 36,
         "high_computation_share": 0.335,
@@ -463,49 +464,53 @@ DASTM_TABLE_4 = {  # its first and fourth rows, and Table 2
 
 
 @cache
-def part_macs(config: DASTMConfig) -> dict[str, int]:
+def part_macs(config: STMTrackConfig) -> dict[str, int]:
     """Multiply-accumulates of "memory", "query" and "head", of the read-out of one memory frame
-    ("read"), and for one memory frame of the "gate" and of each attention module. Counted on
-    tensors without values, so nothing is computed.
+    ("read_out"), and for one memory frame of DASTM's "gate" and of each of its attention modules.
+    Counted on tensors without values, so nothing is computed.
     """
     with torch.device("meta"), torch.no_grad():
-        twin = DASTM(config).eval()
+        twin = (DASTM if isinstance(config, DASTMConfig) else STMTrack)(config).eval()
         crop, query = (
-            torch.empty(1, 3, size, size, dtype=torch.uint8)
-            for size in (config.size, config.query_size)
+            torch.empty(1, 3, spec.size, spec.size, dtype=torch.uint8)
+            for spec in (twin.template_crop, twin.search_crop)
         )
-        label = torch.empty(1, config.size, config.size)
-        past, seen = twin.memory(crop, config.trim, label), twin.query(query, config.query_trim)
+        foreground = torch.empty(1, config.size, config.size)
+        past, seen = twin.memory(crop, foreground), twin.query(query)
         tokens = [features.flatten(2).transpose(1, 2) for features in (seen, past)]
         parts = {
-            "memory": macs(lambda: twin.memory(crop, config.trim, label)),
-            "query": macs(lambda: twin.query(query, config.query_trim)),
+            "memory": macs(lambda: twin.memory(crop, foreground)),
+            "query": macs(lambda: twin.query(query)),
             "head": macs(lambda: twin.head(torch.cat([seen, seen], 1))),
-            "read": macs(lambda: read(*tokens)),
+            "read_out": macs(lambda: read_out(*tokens)),
         }
-        if config.gate != "none":
-            parts["gate"] = macs(lambda: twin.attention.gate(past))
-        for name in config.attention:
+        for name in attention_of(config):
             parts[name] = macs(lambda branch=twin.attention.branches[name]: branch(past))
+        if isinstance(config, DASTMConfig) and config.gate != "none":
+            parts["gate"] = macs(lambda: twin.attention.gate(past))
     return parts
 
 
-def frame_macs(config: DASTMConfig) -> int:
+def attention_of(config: STMTrackConfig) -> tuple[str, ...]:
+    """The modules that strengthen DASTM's memory; STMTrack has none."""
+    return config.attention if isinstance(config, DASTMConfig) else ()
+
+
+def frame_macs(config: STMTrackConfig) -> int:
     """Multiply-accumulates of a tracked frame with all the memory frames that may be looked at; of
     a gate's modules the dearest.
     """
     parts, looked_at = part_macs(replace(config, segments=1)), config.segments + 2
-    costs = [parts[name] for name in config.attention] or [0]
-    attention = (
-        parts["gate"] + max(costs)
-        if config.gate in ("hard", "random")
-        else parts.get("gate", 0) + sum(costs)
-    )
-    network = parts["memory"] + parts["query"] + parts["head"] + looked_at * parts["read"]
+    network = parts["memory"] + parts["query"] + parts["head"] + looked_at * parts["read_out"]
+    if not attention_of(config):
+        return network
+    costs = [parts[name] for name in config.attention]
+    attention = max(costs) if config.gate in ("hard", "random") else sum(costs)
+    attention += parts.get("gate", 0)
     return network + (looked_at if config.granularity == "memory" else 1) * attention
 
 
-def within(config: DASTMConfig, budget: int) -> DASTMConfig:
+def within(config: STMTrackConfig, budget: int) -> STMTrackConfig:
     """The config with fewer memory frames, then fewer modules (the dearest go first), so that a
     frame costs at most `budget`.
 
@@ -515,7 +520,7 @@ def within(config: DASTMConfig, budget: int) -> DASTMConfig:
     TrackkitError, with what is needed at least, when the rest costs more.
     """
     plans = [replace(config, segments=count) for count in range(config.segments, 0, -1)]
-    cheap_first = sorted(config.attention, key=part_macs(replace(config, segments=1)).get)
+    cheap_first = sorted(attention_of(config), key=part_macs(replace(config, segments=1)).get)
     for count in range(len(cheap_first) - 1, 0, -1):
         plans.append(
             replace(

@@ -266,7 +266,7 @@ def gt_in_crop(boxes_xywh: Tensor, centre_xy: Tensor, windows: Windows) -> Tenso
     return torch.cat([centre, boxes[:, 2:] * scale], 1) / windows.size
 
 
-def warped(
+def warp_crops(
     frames: list[Tensor], centre: Tensor, side: Tensor, size: int, fill: Tensor
 ) -> tuple[Tensor, Tensor]:
     """STMTrack's crops uint8 (B, 3, size, size) around `centre` (B, 2), `side` (B,) frame pixels

@@ -24,12 +24,12 @@ from torch import Tensor
 from trackkit import checkpoints, pickles
 from trackkit.errors import CheckpointError
 from trackkit.trackers.base import Tracker
-from trackkit.trackers.dastm import DASTM
 from trackkit.trackers.procontext import ProContEXT
 from trackkit.trackers.sbt import SBT
 from trackkit.trackers.sbt_pretraining import pvt_name
 from trackkit.trackers.siamfc import SiamFC
 from trackkit.trackers.stark import STARK
+from trackkit.trackers.stmtrack import STMTrack
 from trackkit.trackers.ustam import USTAM
 from trackkit.weights import TRACKERS, create
 
@@ -271,7 +271,7 @@ RENAMINGS: dict[type[Tracker], Renaming] = {
         # the score branch is of a second training stage
         (*VIT_UNUSED, "backbone.norm.*", "backbone.head.*", "score_branch.*"),
     ),
-    DASTM: Renaming(
+    STMTrack: Renaming(
         (
             (r"^head\.si$", "head.scale"),
             (r"^head\.bi$", "head.shift"),

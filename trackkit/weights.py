@@ -17,6 +17,7 @@ from trackkit.trackers.sbt import SBT, SBTConfig
 from trackkit.trackers.siamfc import SiamFC, SiamFCConfig
 from trackkit.trackers.siamfc_ca import SiamFCCA, SiamFCCAConfig
 from trackkit.trackers.stark import STARK, STARKConfig
+from trackkit.trackers.stmtrack import STMTrack, STMTrackConfig
 from trackkit.trackers.ustam import USTAM, USTAMConfig
 
 # the one table: what a name means on the command line, in `create` and in `official.load`
@@ -41,9 +42,10 @@ TRACKERS: dict[str, tuple[type[Tracker], Any]] = {
     "procontext-256": (ProContEXT, ProContEXTConfig.procontext_256()),
     "procontext-384": (ProContEXT, ProContEXTConfig.procontext_384()),
     "procontext-tiny": (ProContEXT, ProContEXTConfig.tiny()),
-    "stmtrack": (DASTM, DASTMConfig.stmtrack()),
+    "stmtrack": (STMTrack, STMTrackConfig()),
+    "stmtrack-tiny": (STMTrack, STMTrackConfig.tiny()),
     "sastm": (DASTM, DASTMConfig.sastm()),
-    "dastm": (DASTM, DASTMConfig.dastm()),
+    "dastm": (DASTM, DASTMConfig()),
     "dastm-tiny": (DASTM, DASTMConfig.tiny()),
     "mixvit-b288": (USTAM, USTAMConfig.mixvit_b288()),
     "mixvit-l384": (USTAM, USTAMConfig.mixvit_l384()),
