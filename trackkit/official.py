@@ -27,7 +27,7 @@ from trackkit.trackers.base import Tracker
 from trackkit.trackers.dastm import DASTM
 from trackkit.trackers.procontext import ProContEXT
 from trackkit.trackers.sbt import SBT
-from trackkit.trackers.sbt_pretraining import pvt_name
+from trackkit.trackers.sbt_backbone import pvt_name
 from trackkit.trackers.siamfc import SiamFC
 from trackkit.trackers.stark import STARK
 from trackkit.trackers.ustam import USTAM
