@@ -66,11 +66,11 @@ class SBTConfig:
     template_size: int = 128  # side of the template crop, pixels; a multiple of the total stride
     search_size: int = 256  # side of the search crop, pixels; a multiple of the same
     template_factor: float = 2.0  # side of the template's window over sqrt(target's area)
-    search_factor: float = 5.0  # of the search window; 5 in the authors' code, 4 in the paper
+    search_factor: float = 5.0  # the same of the search window; 5 in the code, 4 in the paper
 
     dims: tuple[int, ...] = (64, 128, 320)  # channels of each stage
-    heads: tuple[int, ...] = (1, 2, 5)  # of each attention; they divide `dims`
-    blocks: tuple[int, ...] = (3, 4, 10)  # how many
+    heads: tuple[int, ...] = (1, 2, 5)  # of each stage's attentions; they divide `dims`
+    blocks: tuple[int, ...] = (3, 4, 10)  # number of blocks of each stage
     strides: tuple[int, ...] = (4, 2, 1)  # of the stages' patch embeddings
     ratios: tuple[int, ...] = (8, 8, 4)
     """Hidden channels of the MLPs over `dims`. Table 2 prints 4 and counts with 8, 8, 4."""
@@ -84,7 +84,7 @@ class SBTConfig:
     """Table 1. "srg": all tokens look at the keys of a reduced grid. "vg": of the full one. "vl":
     SA within squares of `local` tokens, CA as "srg". "sl": SA and CA within such squares, shifted
     by half in every second block; the template must be as large as the search crop."""
-    local: int = 8  # side of these squares, tokens; it divides every grid
+    local: int = 8  # side of the squares of "vl" and "sl", tokens; divides every grid
     order: str = "simultaneous"
     """"simultaneous": in CA both images look at the other as it was before the block. "sequential":
     the template looks at a search crop that has looked already."""
@@ -116,7 +116,7 @@ class SBTConfig:
     window_influence: float = 0.49
     """Share of a cosine window in the score by which a token is chosen; 0.49 in the code, 0 in the
     paper."""
-    margin: float = 10.0  # at least so many pixels of the box lie in the frame; its smallest side
+    margin: float = 10.0  # pixels of the box that stay in the frame at least; its smallest side
     exact: bool = False
     """Boxes go into and out of crops by the crops' own geometry; False imitates the authors, see
     `STARKConfig`."""
@@ -142,7 +142,9 @@ class SBTConfig:
             positives=("clipped", "wrapped"),
             correlation=("embedded", "depthwise", "cross"),
             **dict.fromkeys(("template_size", "search_size", "dims", "local", "adjust"), size),
-            **dict.fromkeys(("heads", "blocks", "strides", "ratios", "reductions"), count),
+            **dict.fromkeys(
+                ("heads", "blocks", "strides", "ratios", "reductions", "levels"), count
+            ),
             **dict.fromkeys(("template_factor", "search_factor"), Range(0, above=True)),
             **dict.fromkeys(("weights", "background", "margin"), Range(0)),
             drop_path=Range(0, 1, below=True),
