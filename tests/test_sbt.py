@@ -15,13 +15,20 @@ import torch
 from golden import clouds
 from torch import Tensor, nn
 
-from trackkit import official, pretraining, weights
-from trackkit.attention import shift_bias, squares, whole
+from trackkit import costs, official, weights
 from trackkit.errors import CheckpointError, DataError, TrackkitError
 from trackkit.trackers.base import join, take
-from trackkit.trackers.sbt import SBT, Answer, SBTConfig, depthwise_correlation, positive_tokens
-from trackkit.trackers.sbt_backbone import ConvMlp, EoC
-from trackkit.trackers.sbt_pretraining import Classifier, load_pretrained
+from trackkit.trackers.sbt import (
+    SBT,
+    Answer,
+    ConvMlp,
+    EoC,
+    SBTConfig,
+    depthwise_correlation,
+    positive_tokens,
+)
+from trackkit.trackers.sbt_backbone import load_blocks, pvt_name, shift_bias, squares, whole
+from trackkit.trackers.sbt_pretraining import Classifier
 from trackkit.trackers.siamfc_ca import SiamFCCA, SiamFCCAConfig
 from trackkit.trackers.stark import STARK, STARKConfig
 from trackkit.training import train
@@ -48,7 +55,8 @@ AXES = {
     "one CA": {"cross": ((), (), (1,))},
     "last CA": {"cross": ((), (), (4,))},
     "one stage": {
-        "dims": (32,), "heads": (2,), "blocks": (3,), "strides": (8,), "ratios": (4,), "reductions": (1,), "cross": ((2,),),
+        "dims": (32,), "heads": (2,), "blocks": (3,), "strides": (8,), "ratios": (4,),
+        "reductions": (1,), "cross": ((2,),),
         "attention": "vg", "position": "absolute", "embedding": "patches",
     },
 }  # fmt: skip
@@ -98,7 +106,7 @@ def test_every_axis_learns_tracks_and_costs(name, video):
     _, alone = tracker.step(take(state, [1]), video[2:])
     assert torch.allclose(alone.box, prediction.box[1:], atol=1e-3)
     assert take(both, [1]).template.map.shape[0] == 1
-    cost = tracker.profile()
+    cost = costs.by_the_paper(tracker)
     assert (
         cost["paper"] == {}
         and cost["parameters"] <= sum(p.numel() for p in tracker.parameters())
@@ -170,9 +178,9 @@ def test_the_template_goes_through_the_first_blocks_once(video):
     # CA blocks are 3.2 and 3.4: until 3.1 only the search crop; what 3.4 would make of the template
     # nobody reads
     assert absorbed == {(1, 1): 1, (1, 2): 1, (2, 1): 1, (3, 1): 1, (3, 2): 2, (3, 3): 2, (3, 4): 1}
-    offered = {at: calls(tracker, "offer", block, step) for at, block in blocks.items()}
-    assert offered[3, 2] == 1  # the search crop's; the template's are kept
-    assert offered[3, 4] == 1  # the template's; nobody asks the search crop for its own
+    asked_for = {at: calls(tracker, "keys_values", block, step) for at, block in blocks.items()}
+    assert asked_for[3, 2] == 1  # the search crop's; the template's are kept
+    assert asked_for[3, 4] == 1  # the template's; nobody asks the search crop for its own
     tracker.start(video[:1], BOXES[:1])
     assert calls(tracker, "absorb", blocks[3, 1], lambda: tracker.start(video[:1], BOXES[:1])) == 1
 
@@ -190,10 +198,10 @@ def test_what_is_left_out_changes_nothing():
         for stage, cross in zip(backbone.stages, tracker.config.cross, strict=True):
             x, z = stage.embed(x)[0], stage.embed(z)[0]
             for number, block in enumerate(stage.blocks, 1):
-                kv_x, kv_z = block.offer(block.norm1(x)), block.offer(block.norm1(z))
+                kv_x, kv_z = block.keys_values(block.norm1(x)), block.keys_values(block.norm1(z))
                 kv = (kv_z, kv_x) if number in cross else (kv_x, kv_z)
                 x, z = (
-                    block.absorb(i, block.attend(block.ask(block.norm1(i)), pair, i)[0])
+                    block.absorb(i, block.attend(block.queries(block.norm1(i)), pair, i)[0])
                     for i, pair in zip((x, z), kv, strict=True)
                 )
         both, other = backbone.together(backbone.alone(image), backbone.alone(template), both=True)
@@ -334,6 +342,13 @@ def test_positive_tokens():
     assert official_ones[3, 4:, 4:].all()
 
 
+def test_training_crops_are_those_of_tracking():
+    tracker = tiny(exact=False)
+    spec = tracker.samples()
+    assert spec.template == tracker.template_crop
+    assert replace(spec.search, jitter_size=0.0, jitter_centre=0.0) == tracker.search_crop
+
+
 def test_losses_by_hand():
     tracker = tiny(search_size=64, background=0.5)
     logits = torch.zeros(1, 64, 2)
@@ -341,7 +356,7 @@ def test_losses_by_hand():
     boxes = torch.full((1, 64, 4), 0.25)
     # between corners: it has the next token, in row and column 2
     truth = torch.tensor([[0.2, 0.2, 0.08, 0.08]])
-    losses = tracker.losses(Answer(logits, boxes, {}), truth)
+    losses = tracker.compare(Answer(logits, boxes, {}), truth)
     log2, rest = torch.log(torch.tensor(2.0)), torch.log1p(torch.exp(torch.tensor(-2.0)))
     assert losses["class"].item() == pytest.approx(
         ((rest + 63 * 0.5 * log2) / (1 + 63 * 0.5)).item(), rel=1e-6
@@ -354,7 +369,7 @@ def test_losses_by_hand():
     )
     tenfold = replace(tracker.config, weights=(120.0, 70.0, 50.0))
     with patch.object(tracker, "config", tenfold):
-        assert tracker.losses(Answer(logits, boxes, {}), truth)["loss"].item() == pytest.approx(
+        assert tracker.compare(Answer(logits, boxes, {}), truth)["loss"].item() == pytest.approx(
             10 * losses["loss"].item()
         )
 
@@ -419,9 +434,7 @@ LIKE_B0 = {"blocks": (2, 2, 2), "cross": ((), (), (2,)), "levels": (1,)}
 
 def test_the_classifier_is_a_pvt(pvt):
     classifier = Classifier(SBTConfig.light(**LIKE_B0), classes=7).eval()
-    classifier.load_state_dict(
-        {pretraining.pvt_name(key): value for key, value in pvt.state_dict().items()}
-    )
+    classifier.load_state_dict({pvt_name(key): value for key, value in pvt.state_dict().items()})
     images = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
         assert torch.allclose(classifier(images), pvt(images), atol=1e-4, rtol=1e-4)
@@ -429,10 +442,10 @@ def test_the_classifier_is_a_pvt(pvt):
 
 def test_single_images_prepare_the_tracker(pvt):
     tracker = SBT(SBTConfig.light(**LIKE_B0))
-    load_pretrained(tracker.backbone, pvt.state_dict())
+    load_blocks(tracker.backbone, pvt.state_dict())
     state, theirs = (
         tracker.backbone.state_dict(),
-        {pretraining.pvt_name(k): v for k, v in pvt.state_dict().items()},
+        {pvt_name(k): v for k, v in pvt.state_dict().items()},
     )
     assert all(torch.equal(value, theirs[key]) for key, value in state.items())
 
@@ -449,7 +462,7 @@ def test_single_images_prepare_the_tracker(pvt):
 def test_the_first_blocks_alone(pvt, count, loaded):
     tracker = SBT(SBTConfig.light(**LIKE_B0))
     before = copy.deepcopy(tracker.backbone.state_dict())
-    load_pretrained(tracker.backbone, pvt.state_dict(), count)
+    load_blocks(tracker.backbone, pvt.state_dict(), count)
     changed = {
         key
         for key, value in tracker.backbone.state_dict().items()
@@ -462,15 +475,15 @@ def test_the_first_blocks_alone(pvt, count, loaded):
 
 def test_pretrained_weights_that_do_not_fit(pvt):
     light = SBT(SBTConfig.light())
-    load_pretrained(light.backbone, pvt.state_dict())  # the blocks that there are
+    load_blocks(light.backbone, pvt.state_dict())  # the blocks that there are
     with pytest.raises(CheckpointError, match="is missing"):
-        load_pretrained(light.backbone, pvt.state_dict(), 8)
+        load_blocks(light.backbone, pvt.state_dict(), 8)
     with pytest.raises(CheckpointError, match="instead of"):
-        load_pretrained(tiny().backbone, pvt.state_dict())
+        load_blocks(tiny().backbone, pvt.state_dict())
     with pytest.raises(CheckpointError, match="has 10 blocks"):
-        load_pretrained(light.backbone, pvt.state_dict(), 11)
+        load_blocks(light.backbone, pvt.state_dict(), 11)
     with pytest.raises(CheckpointError, match="is missing"):
-        load_pretrained(light.backbone, {})
+        load_blocks(light.backbone, {})
 
 
 def test_where_pretrained_weights_come_from(pvt):
@@ -489,7 +502,7 @@ def test_where_pretrained_weights_come_from(pvt):
         patch.object(timm, "create_model", side_effect=OSError("no route to host")),
         pytest.raises(TrackkitError, match="no-pretrained"),
     ):
-        pretraining.imagenet(SBTConfig.base())
+        SBT(SBTConfig.light()).load_pretrained()
 
 
 def test_authors_names_of_backbone_entries():
@@ -503,7 +516,7 @@ def test_authors_names_of_backbone_entries():
         "stages.1.downsample.proj.weight": "stages.1.embed.proj.weight",
         "stages.3.blocks.2.attn.norm.weight": "stages.3.blocks.2.reduce_norm.weight",
     }.items():
-        assert pretraining.pvt_name(theirs) == ours
+        assert pvt_name(theirs) == ours
 
 
 # ---- checkpoints and configs ----
@@ -542,6 +555,12 @@ def test_a_checkpoint_of_another_variant_says_which_fits():
         ({"correlation": "depthwise", "levels": (5,)}, "levels"),
         ({"correlation": "depthwise", "template_size": 32}, "7 x 7"),
         ({"window_influence": 1.5}, "window_influence"),
+        ({"search_factor": float("nan")}, "search_factor must be above 0"),
+        ({"search_size": 8192}, "at most 4096"),
+        ({"drop_path": 1.0}, "below 1"),
+        ({"blocks": (1, 1, 4.0)}, "a whole number"),
+        ({"weights": (12.0, 7.0, -5.0)}, "weights must be at least 0"),
+        ({"pretrained_blocks": -1}, "pretrained_blocks must be"),
     ],
 )
 def test_impossible_configs(changes, message):
@@ -574,7 +593,7 @@ def test_shifted_squares_do_not_join_opposite_borders():
     block = tiny(**AXES["sl"]).backbone.stages[2].blocks[1]
     assert block.shift == 2
     x = torch.randn(1, 16, 16, 64, requires_grad=True)
-    block.attend(block.ask(x), block.offer(x), x, own=True)[0][0, 0, 0].sum().backward()
+    block.attend(block.queries(x), block.keys_values(x), x, own=True)[0][0, 0, 0].sum().backward()
     seen = x.grad[0].abs().sum(-1) > 0
     assert seen[:2, :2].all() and seen.sum() == 4  # the corner's square is cut by both borders
 

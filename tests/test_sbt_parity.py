@@ -20,10 +20,10 @@ from golden import certified, clouds, golden, image, state_dict, too_far, worst
 from torch import Tensor, nn
 
 from trackkit import official
-from trackkit.costs import macs, parameters
+from trackkit.costs import by_the_paper, macs, parameters
 from trackkit.trackers import sbt
-from trackkit.trackers.sbt import SBT, Answer, SBTConfig, positive_tokens
-from trackkit.trackers.sbt_backbone import EoC
+from trackkit.trackers.sbt import SBT, Answer, EoC, SBTConfig, positive_tokens
+from trackkit.trackers.sbt_backbone import dynamic_convolutions
 
 FILES = {"sbt-light": golden("sbt_light"), "sbt-base": golden("sbt_base")}
 COUNTS, MATCHER = golden("sbt_counts"), golden("sbt_matcher")
@@ -87,7 +87,7 @@ def network(tracker: SBT, case: dict, double: bool = False) -> dict[str, float]:
         tracker, z, x = copy.deepcopy(tracker).double(), z.double(), x.double()
     with torch.no_grad():
         answer = tracker(tracker.encode(z), x)
-        losses = tracker.losses(answer, torch.tensor(case["outputs"]["loss"]["gt_cxcywh"]).to(x))
+        losses = tracker.compare(answer, torch.tensor(case["outputs"]["loss"]["gt_cxcywh"]).to(x))
     values = {"logits": answer.logits, "boxes": answer.boxes, "features": answer.maps["features"]}
     expected = {OUTPUTS[key]: case["outputs"][key] for key in OUTPUTS}
     if double:
@@ -270,7 +270,7 @@ def mutant_swapped_keys_and_values(tracker):
 
 
 def mutant_template_lost(tracker):
-    tracker.backbone.read -= 1  # the template is not updated in the block before the last CA
+    tracker.backbone.last_read -= 1  # the template is not updated in the block before the last CA
 
 
 def mutant_last_norm(tracker):
@@ -304,9 +304,7 @@ def test_network_certificate_can_fail(mutate):
 
 def test_approximate_gelu_is_noticed():
     gelu = F.gelu
-    with patch(
-        "trackkit.trackers.sbt_backbone.torch.ops.aten.gelu_", lambda x: gelu(x, approximate="tanh")
-    ):
+    with patch.object(torch.ops.aten, "gelu_", lambda x: gelu(x, approximate="tanh")):
         assert breaks(loaded("sbt-light"))
 
 
@@ -354,7 +352,7 @@ def test_counts_to_the_unit(name, head, ratios):
     expected = COUNTS["counts"][key + ("released_mixer" if head == "released" else head)]
     with torch.device("meta"):
         tracker = SBT(config)
-    found = tracker.profile()
+    found = by_the_paper(tracker)
     assert found["parameters"] == expected["params_conv_linear"]
     assert (
         found["macs"]
@@ -371,7 +369,7 @@ def test_printed_figures():
     """
     for name in ("light", "small", "base", "large"):
         with torch.device("meta"):
-            row = SBT(getattr(SBTConfig, name)()).profile()
+            row = by_the_paper(SBT(getattr(SBTConfig, name)()))
         printed = COUNTS["paper_table2_params_M_flops_G"][name]
         assert [row["paper"]["parameters"], row["paper"]["macs"]] == [
             round(printed[0] * 1e6),
@@ -467,7 +465,7 @@ def test_table_1(row, changes, size, millions, billions):
                 **{**layout, **changes}, template_size=size[0], search_size=size[1], head=head
             )
         )
-    found = tracker.profile()
+    found = by_the_paper(tracker)
     assert found["parameters"] / 1e6 == pytest.approx(millions, abs=0.0051)
     assert found["macs"] / 1e9 == pytest.approx(billions, abs=0.0051)
 
@@ -536,9 +534,10 @@ def test_a_block_is_two_convolutions(stage):
         torch.randn(2, 16, 16, width, dtype=torch.float64),
         torch.randn(2, 8, 8, width, dtype=torch.float64),
     )
-    kv = block.offer(block.norm1(z))
-    attended, _ = block.attend(block.ask(block.norm1(x)), kv, x)
-    assert torch.allclose(block.convolve(block.norm1(x), kv), attended, atol=1e-13, rtol=0)
+    kv = block.keys_values(block.norm1(z))
+    attended, _ = block.attend(block.queries(block.norm1(x)), kv, x)
+    convolved = dynamic_convolutions(block.norm1(x), kv, block.q, block.proj)
+    assert torch.allclose(convolved, attended, atol=1e-13, rtol=0)
     k, v = (t[0] for t in kv)  # as convolutions in earnest, for the first sample
     heads, d = block.heads, k.shape[-1]
     first = torch.cat([k[h] @ block.q.weight[h * d : (h + 1) * d] for h in range(heads)]) / d**0.5

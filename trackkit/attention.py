@@ -242,54 +242,6 @@ class DropPath(nn.Module):
         return x * kept / (1 - self.rate)
 
 
-def squares(x: Tensor, side: int, shift: int = 0) -> Tensor:
-    """Cut a map into squares for a local attention: (B, H, W, C) -> (B * n, side, side, C), row by
-    row; side 0 leaves it whole.
-
-    With `shift` the map is rolled by so many tokens up and to the left first, so that the squares
-    of two layers overlap (Liu et al. 2021, section 3.2).
-    """
-    if not side:
-        return x
-    x = x.roll((-shift, -shift), (1, 2)) if shift else x
-    return x.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3).flatten(0, 2)
-
-
-def whole(tokens: Tensor, like: Tensor, side: int, shift: int = 0) -> Tensor:
-    """The inverse of `squares`: tokens (B * n, side * side, C) -> a map of the size of `like` (B,
-    H, W, C).
-    """
-    batch, height, width, _ = like.shape
-    if not side:
-        return tokens.unflatten(1, (height, width))
-    x = (
-        tokens.view(batch, height // side, width // side, side, side, -1)
-        .transpose(2, 3)
-        .reshape(*like.shape[:3], -1)
-    )
-    return x.roll((shift, shift), (1, 2)) if shift else x
-
-
-def shift_bias(like: Tensor, side: int, shift: int) -> Tensor:
-    """Added to the logits within shifted `squares` of a map (B, H, W, C): (B * n, 1, side ** 2,
-    side ** 2), 0 or -inf.
-
-    The last squares hold tokens from opposite borders of the map, which must not look at one
-    another.
-    """
-    parts = []
-    for length in like.shape[1:3]:
-        rolled = torch.arange(length, device=like.device).roll(-shift)
-        parts.append((rolled < shift).to(like.dtype))  # 1: came round from the other border
-    # (n, side ** 2)
-    part = squares((2 * parts[0][:, None] + parts[1])[None, :, :, None], side).flatten(1)
-    apart = torch.zeros(
-        len(part), 1, side * side, side * side, dtype=like.dtype, device=like.device
-    )
-    apart = apart.masked_fill((part[:, :, None] != part[:, None, :])[:, None], -math.inf)
-    return apart.repeat(len(like), 1, 1, 1)
-
-
 class SE(nn.Module):
     """Squeeze and excitation (Hu et al. 2018): channels are weighted by what the mean over all
     cells says.

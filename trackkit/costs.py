@@ -331,9 +331,9 @@ def _(tracker: SBT) -> dict:
     x, z = (torch.empty(1, 3, size, size, device="meta") for size in sizes)
     # with gradients: without them some layers take short cuts
     x, z = twin.backbone.together(twin.backbone.alone(x), twin.backbone.alone(z), both=True)
-    features = x.map if twin.levelwise is None else twin.levelwise(x.levels, z.levels)
+    features = twin.features(x, z).flatten(1, 2)
     for head in (twin.class_head, twin.box_head):
-        head(features.flatten(1, 2))
+        head(features)
     return {
         "parameters": sum(map(parameters, layers)),
         "macs": total,

@@ -26,7 +26,7 @@ from trackkit.errors import CheckpointError
 from trackkit.trackers.base import Tracker
 from trackkit.trackers.procontext import ProContEXT
 from trackkit.trackers.sbt import SBT
-from trackkit.trackers.sbt_pretraining import pvt_name
+from trackkit.trackers.sbt_backbone import pvt_name
 from trackkit.trackers.siamfc import SiamFC
 from trackkit.trackers.stark import STARK
 from trackkit.trackers.stmtrack import STMTrack

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from trackkit.backbones import normalise
 from trackkit.trackers.base import Tracker
-from trackkit.trackers.sbt import SBTConfig
-from trackkit.trackers.sbt_backbone import CorrelatedFeatures
+from trackkit.trackers.sbt import CorrelatedFeatures, SBTConfig
 from trackkit.trackers.siamfc import SiamFC, SiamFCConfig, cross_correlation
 
 

@@ -29,8 +29,7 @@ from trackkit.losses import localisation, place_cross_entropy
 from trackkit.sampling import CropSpec, SampleSpec
 from trackkit.stages import Stage
 from trackkit.trackers.base import Prediction, Tracker, take
-from trackkit.trackers.sbt import SBTConfig
-from trackkit.trackers.sbt_backbone import CorrelatedFeatures
+from trackkit.trackers.sbt import CorrelatedFeatures, SBTConfig
 
 
 @dataclass(frozen=True)
