@@ -256,6 +256,7 @@ EXPLAINED = [
     "sbt-tiny",
     "procontext-tiny",
     "dastm-tiny",
+    "mixvit-tiny",
     "ustam-tiny",
 ]
 
