@@ -32,7 +32,8 @@ class USTAMConfig(MixViTConfig):
     target that moves by half its size is lost.
     """
 
-    update_interval: int = 0  # as MixViT's; 0: never, as the paper mentions no update
+    update_interval: int = 0
+    """As MixViT's; 0: never, as the paper mentions no update."""
     spatial: bool = True  # the last block's attention map is sharpened (Eq. 5, 6)
     temporal: bool = True  # the first block's is multiplied by the last frame's (Eq. 3, 4)
     residual: str = "map"
@@ -125,8 +126,7 @@ class USTAM(MixViT):
         The notes have the last frame's map "carried", if there is one, and get the map of the first
         block, "temporal", and that of the last for the next frame, "enhanced": (B, H, n, n).
         """
-        cfg, mixed = self.config, super().mix(block, q, k, v, own, notes)
-        n = q.shape[2]
+        cfg, n, mixed = self.config, q.shape[2], super().mix(block, q, k, v, own, notes)
         if block == 0 and "carried" in notes:
             share = attention_map(q, k)[..., -n:]  # Eq. 3: G, its search tokens' part
             more = share * notes["carried"]  # Eq. 4: (G G_sp + G) V
