@@ -14,6 +14,7 @@ The network is that of the authors' code (MCG-NJU/MixFormer), whose checkpoints 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -96,12 +97,12 @@ class MixViTConfig:
         return self.search_size // self.stride
 
     @classmethod
-    def b288(cls, **changes):
+    def b288(cls, **changes) -> Self:
         """Base, as the authors track on GOT-10k."""
         return cls(**changes)
 
     @classmethod
-    def l384(cls, **changes):
+    def l384(cls, **changes) -> Self:
         """Large; the authors track in a larger window than they train in."""
         large = {
             "template_size": 192, "search_size": 384, "search_factor": 5.0,
@@ -110,7 +111,7 @@ class MixViTConfig:
         return cls(**{**large, **changes})
 
     @classmethod
-    def tiny(cls, **changes):
+    def tiny(cls, **changes) -> Self:
         """A hundredth of the weights: learns from scratch on a laptop's CPU."""
         small = {
             "template_size": 48, "search_size": 96, "search_factor": 4.0, "train_factor": 4.0,

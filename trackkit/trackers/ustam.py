@@ -12,6 +12,7 @@ it, and the alternatives are fields of the config.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +42,8 @@ class USTAMConfig(MixViTConfig):
     which takes one number from all of it. The text names the input of the module, which is the
     map."""
     mean: str = "column"
-    """Eq. 6's means are over each `column` (its formula: the attention that a token receives) or
-    each `row` (its text). No effect with `residual` map and `carried` enhanced, as softmax does not
-    see what is subtracted everywhere."""
+    """Eq. 6's means are over each `column` (its formula) or `row` (its text). No effect with
+    `residual` map and `carried` enhanced: softmax does not see what is subtracted everywhere."""
     carried: str = "enhanced"
     """The map that goes to the next frame: `enhanced`, the one that the last block uses, or
     `relative` (Eq. 6)."""
@@ -62,12 +62,12 @@ class USTAMConfig(MixViTConfig):
             raise ValueError("need a first and a last block: depth must be at least 2")
 
     @classmethod
-    def b384(cls, **changes):
+    def b384(cls, **changes) -> Self:
         """Base, another search size (Tables 3, 5); Table 1 gives all of Base one template size."""
         return cls(**{"search_size": 384, **changes})
 
     @classmethod
-    def l384(cls, **changes):
+    def l384(cls, **changes) -> Self:
         """Large; its window is as large in tracking as in training."""
         return super().l384(**{"search_factor": 4.5, **changes})
 
