@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from trackkit.backbones import normalise
 from trackkit.boxes import clip_with_margin
-from trackkit.crops import around_box, box_to_frame
+from trackkit.crops import frame_sizes
 from trackkit.trackers.ustam import USTAM, USTAMConfig
 
 FRAMES, TURNS, TO_REACH = 3, 7, 1.25
@@ -36,21 +36,19 @@ class Plain:
 
     def start(self, frame: Tensor, box: Tensor) -> None:
         cfg = self.tracker.config
-        self.template, _ = around_box(
-            [frame], box, cfg.template_factor, cfg.template_size, cfg.exact
-        )
+        self.template, _ = self.tracker.template_crop.around([frame], box)
         self.box, self.carried = box, torch.zeros(1, cfg.heads, cfg.grid**2, cfg.grid**2)
 
     @torch.no_grad()
     def step(self, frame: Tensor) -> Tensor:
         net, cfg = self.tracker, self.tracker.config
-        crop, windows = around_box([frame], self.box, cfg.search_factor, cfg.search_size, cfg.exact)
+        crop, windows = net.search_crop.around([frame], self.box)
         template = net.tokens(normalise(self.template), net.position_t)
         x = torch.cat([template, template, net.tokens(normalise(crop), net.position_s)], 1)
         n = cfg.grid**2
         known = x.shape[1] - n
         for i, block in enumerate(net.blocks):
-            q, k, v = block.split(x)
+            q, k, v = block.project(x)
             old = _map(q[:, :, :known], k[:, :, :known]) @ v[:, :, :known]
             share = _map(q[:, :, known:], k)
             if i == 0:
@@ -60,11 +58,10 @@ class Plain:
                 m = ours.mean(-2).amax(-1)[..., None, None]
                 self.carried = ours + net.spatial_attention.fc((ours - m).softmax(-1))
                 share = torch.cat([share[..., :known], self.carried], -1)
-            x = block.merge(x, torch.cat([old, share @ v], 2))
+            x = block.think(block.gather(x, torch.cat([old, share @ v], 2)))
         boxes, _ = net.locate(x[:, known:])
-        box = box_to_frame(boxes.double(), windows, self.box, cfg.exact)
-        size = torch.tensor([[frame.shape[2], frame.shape[1]]], dtype=torch.float64)
-        self.box = clip_with_margin(box, size, cfg.margin)
+        box = net.search_crop.to_frame(boxes.double(), windows, self.box)
+        self.box = clip_with_margin(box, frame_sizes([frame]), cfg.margin)
         return self.box
 
 
@@ -74,7 +71,7 @@ def _map(q: Tensor, k: Tensor) -> Tensor:
 
 def main() -> None:
     torch.manual_seed(0)
-    ours = USTAM(USTAMConfig.ustam_b288()).eval()
+    ours = USTAM(USTAMConfig.b288()).eval()
     nn.init.normal_(ours.spatial_attention.fc.weight, std=0.1)
     nn.init.normal_(ours.box_head.top_left.conv5.weight, std=0.5)
     frames = [torch.randint(0, 256, (3, 480, 640), dtype=torch.uint8) for _ in range(FRAMES + 1)]

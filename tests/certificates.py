@@ -189,7 +189,15 @@ FAMILIES = {
     ),
     "MixViT and USTAM": Family(
         "test_ustam_parity",
-        ("mixvit-b288", "mixvit-l384", "ustam-b288", "ustam-b384", "ustam-l384", "ustam-tiny"),
+        (
+            "mixvit-b288",
+            "mixvit-l384",
+            "mixvit-tiny",
+            "ustam-b288",
+            "ustam-b384",
+            "ustam-l384",
+            "ustam-tiny",
+        ),
         "`mixvit_b_288.json` and `mixformer_units.json` are of MCG-NJU/MixFormer at 8b87088: "
         "network, tracking with template updates, decoding, losses, tables. "
         "**USTAM's authors published no code.** `ustam_b_288.json` holds what the definition in "

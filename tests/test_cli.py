@@ -258,6 +258,7 @@ EXPLAINED = [
     "procontext-tiny",
     "stmtrack-tiny",
     "dastm-tiny",
+    "mixvit-tiny",
     "ustam-tiny",
 ]
 

@@ -184,6 +184,7 @@ OFTEN = {  # so that a few frames are enough for what happens every so many
     "procontext-tiny": {"update_interval": 2, "update_threshold": 0.0},
     "dastm-tiny": {"capacity": 6},
     "stmtrack-tiny": {"capacity": 6},
+    "mixvit-tiny": {"update_interval": 3},
     "ustam-tiny": {"update_interval": 3},
 }
 OTHERS = {
@@ -205,7 +206,7 @@ def any_tracker(request):
     if file.exists():
         made.load_state_dict(load(file).state_dict())
     # its first weights are so small that boxes hardly depend on the templates
-    if name == "ustam-tiny":
+    if name in ("mixvit-tiny", "ustam-tiny"):
         for key, weight in made.named_parameters():
             if weight.ndim > 1 and key.startswith(("blocks.", "box_head.")):
                 weight.data.mul_(10 if weight.ndim == 2 else 1.7)
@@ -236,12 +237,14 @@ def test_sequences_that_end_at_different_times(any_tracker, endings):
         assert (alone.scores - found.scores).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("any_tracker", ["stark-tiny", "dastm-tiny", "ustam-tiny"], indirect=True)
+@pytest.mark.parametrize(
+    "any_tracker", ["stark-tiny", "dastm-tiny", "mixvit-tiny", "ustam-tiny"], indirect=True
+)
 def test_that_test_can_fail(any_tracker, endings, monkeypatch):
     """Trackers that renew all templates of a batch when one is due, or count all by the oldest, are
     found out.
     """
-    mine = {"Stark": "_renewed", "USTAM": "_renewed", "DASTM": "_memorise"}[
+    mine = {"Stark": "_renewed", "MixViT": "_renewed", "USTAM": "_renewed", "DASTM": "_memorise"}[
         type(any_tracker).__name__
     ]
     genuine = getattr(type(any_tracker), mine)

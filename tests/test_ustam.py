@@ -7,8 +7,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
-import torch.nn.functional as F
 from golden import golden
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trackkit import official
 from trackkit.crops import Windows
@@ -17,7 +17,8 @@ from trackkit.sampling import Samples
 from trackkit.sequences import ArraySequence
 from trackkit.trackers import ustam
 from trackkit.trackers.base import join, take
-from trackkit.trackers.ustam import USTAM, USTAMConfig, relative, warped
+from trackkit.trackers.mixvit import MixViT, MixViTConfig
+from trackkit.trackers.ustam import USTAM, USTAMConfig, realigned, relative
 from trackkit.training import freeze
 from trackkit.vit import sincos_position
 from trackkit.weights import TRACKERS, load, save
@@ -61,20 +62,38 @@ def run(tracker: USTAM, frames: list[torch.Tensor], box: torch.Tensor = BOX) -> 
     return boxes
 
 
+class Attention(TorchDispatchMode):
+    """Counts attention of 144 search tokens to them and 72 template tokens: the maps that are
+    formed, and the calls of the kernel that forms none.
+    """
+
+    maps = fused = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._softmax.default:
+            self.maps += made.shape[-2:] == (144, 216)
+        self.fused += function is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        return made
+
+
 # ---- the patches ----
 
 
 def test_without_its_patches_it_is_mixvit_bit_for_bit():
     both, frames = tiny(), noise(4)
-    plain = USTAM(replace(both.config, spatial=False, temporal=False)).eval()
+    plain = MixViT(MixViTConfig.tiny(update_interval=0)).eval()
     plain.start_from(both.state_dict())
+    without = USTAM(replace(both.config, spatial=False, temporal=False)).eval()
+    without.load_state_dict(plain.state_dict())
     off = USTAM(replace(both.config, temporal=False)).eval()
     off.start_from(plain.state_dict())
     assert not off.spatial_attention.fc.weight.any() and not off.spatial_attention.fc.bias.any(), (
         "the zero start"
     )
     expected = run(plain, frames)
-    assert all(torch.equal(a, b) for a, b in zip(run(off, frames), expected, strict=True))
+    for same in (without, off):
+        assert all(torch.equal(a, b) for a, b in zip(run(same, frames), expected, strict=True))
     start = USTAM(both.config).eval()
     start.start_from(plain.state_dict())
     ours = run(start, frames)
@@ -97,14 +116,11 @@ def test_only_the_blocks_that_need_a_map_make_one(changes, maps):
     tracker, frames = tiny(**changes), noise(2)
     state = tracker.start(frames[:1], BOX)
     with (
-        patch.object(ustam, "attention_map", side_effect=ustam.attention_map) as explicit,
-        patch.object(
-            F, "scaled_dot_product_attention", side_effect=F.scaled_dot_product_attention
-        ) as fused,
-        patch.object(tracker, "remember", side_effect=AssertionError("templates are encoded once")),
+        Attention() as attention,
+        patch.object(tracker, "encode", side_effect=AssertionError("templates are encoded once")),
     ):
         tracker.step(state, frames[1:])
-    assert (explicit.call_count, fused.call_count) == (maps, tracker.config.depth)
+    assert (attention.maps, attention.fused) == (maps, tracker.config.depth)
 
 
 def test_maps_do_not_change_anything():
@@ -154,8 +170,18 @@ def test_what_is_subtracted_everywhere_does_not_matter():
     )
 
 
-@pytest.mark.parametrize("changes", [{"carried": "relative"}, {"carried": "relative", "spatial": False}, {"residual": "relative"},
-                                     {"head": "corner"}, {"templates": 1}, {"align": "warp"}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"carried": "relative"},
+        {"carried": "relative", "spatial": False},
+        {"residual": "relative"},
+        {"head": "corner"},
+        {"templates": 1},
+        {"align": "warp"},
+    ],
+    ids=str,
+)
 def test_alternatives_track(changes):
     boxes = run(tiny(**changes), noise(3))
     assert all(torch.isfinite(box).all() for box in boxes)
@@ -174,7 +200,7 @@ def windows(*rows: tuple[int, int, int]) -> torch.Tensor:
 def test_a_map_of_the_same_window_stays():
     maps = torch.rand(2, 3, 36, 36)
     same = windows((10, -20, 60), (0, 0, 7))
-    torch.testing.assert_close(warped(maps, same, same), maps)
+    torch.testing.assert_close(realigned(maps, same, same), maps)
 
 
 def test_a_map_moves_with_its_window():
@@ -183,7 +209,7 @@ def test_a_map_moves_with_its_window():
     """
     grid = 6
     maps = torch.rand(1, 2, grid**2, grid**2)
-    out = warped(maps, windows((0, 0, 60)), windows((20, 10, 60))).view(2, *[grid] * 4)
+    out = realigned(maps, windows((0, 0, 60)), windows((20, 10, 60))).view(2, *[grid] * 4)
     old = maps.view(2, *[grid] * 4)
     torch.testing.assert_close(out[:, :5, :4, :5, :4], old[:, 1:, 2:, 1:, 2:])
     assert (
@@ -208,7 +234,7 @@ def test_warping_is_the_matrix_of_the_definition():
                         0, 1 - abs(x - b)
                     )
     torch.testing.assert_close(
-        warped(maps, windows(before), windows(now))[0, 0], matrix @ maps[0, 0] @ matrix.T
+        realigned(maps, windows(before), windows(now))[0, 0], matrix @ maps[0, 0] @ matrix.T
     )
 
 
@@ -223,7 +249,9 @@ def test_cells_are_those_of_the_crops():
     x, y = (before.to_crop(now.to_frame(cell))[0, :2] / 8 - 0.5).tolist()
     maps = torch.zeros(1, 1, 144, 144)
     maps[0, 0, int(y) * 12 + int(x), :] = 1
-    got = warped(maps, windows((10, 20, 40)), windows((14, 17, 50)))[0, 0, 5 * 12 + 3].max().item()
+    got = (
+        realigned(maps, windows((10, 20, 40)), windows((14, 17, 50)))[0, 0, 5 * 12 + 3].max().item()
+    )
     assert got == pytest.approx((1 - (y - int(y))) * (1 - (x - int(x))), abs=1e-6)
 
 
@@ -264,30 +292,28 @@ def test_sequences_join_and_leave_at_different_times():
 def test_a_state_can_be_continued_again():
     tracker, frames = tiny(**SHORT), noise(4)
     state, _ = tracker.step(tracker.start(frames[:1], BOX), frames[1:2])
-    before = state.memory.keys.clone(), state.carried.clone(), state.box.clone()
+    before = state.cache.keys.clone(), state.carried.clone(), state.box.clone()
     first, second = tracker.step(state, frames[2:3])[1], tracker.step(state, frames[2:3])[1]
     assert torch.equal(first.box, second.box)
     assert all(
         torch.equal(a, b)
-        for a, b in zip(before, (state.memory.keys, state.carried, state.box), strict=True)
+        for a, b in zip(before, (state.cache.keys, state.carried, state.box), strict=True)
     )
 
 
 def test_the_second_template_is_renewed_when_due():
     tracker, frames = tiny(update_interval=3, spatial=False, temporal=False), noise(5)
     state = tracker.start(frames[:1] * 2, BOX.repeat(2, 1))
-    memory, updated = [state.memory], []
+    caches, updated = [state.cache], []
     for i, frame in enumerate(frames[1:]):
         # the second is one ahead
         state = replace(state, frame=state.frame + torch.tensor([0, 1])) if i == 0 else state
         state, prediction = tracker.step(state, [frame] * 2, maps=True)
-        memory.append(state.memory)
+        caches.append(state.cache)
         updated.append(prediction.maps["updated"].tolist())
     assert updated == [[False, False], [False, True], [True, False], [False, False]]
-    for earlier, later, changed in zip(memory, memory[1:], updated, strict=False):
+    for earlier, later, changed in zip(caches, caches[1:], updated, strict=False):
         assert [not torch.equal(earlier.keys[i], later.keys[i]) for i in range(2)] == changed
-    crops, _ = ustam.around_box([frames[2]], state.box[1:], 2.0, 48)
-    assert crops.shape == (1, 3, 48, 48)
     never = tiny(spatial=False, temporal=False)
     assert never.start(frames[:1], BOX).first is None
 
@@ -299,7 +325,7 @@ def test_exchanged_templates_change_nothing():
     search = tracker.tokens(torch.randn(1, 3, 96, 96), tracker.position_s)
     with torch.no_grad():
         one, other = (
-            tracker(tracker.remember(torch.cat(pair, 1))[0], search)
+            tracker(tracker.encode(torch.cat(pair, 1))[0], search)
             for pair in (tokens, tokens[::-1])
         )
     torch.testing.assert_close(one.boxes, other.boxes, atol=1e-5, rtol=0)
@@ -307,7 +333,8 @@ def test_exchanged_templates_change_nothing():
 
 def test_names():
     assert {name for name in TRACKERS if name.startswith(("mixvit", "ustam"))} == {
-        "mixvit-b288", "mixvit-l384", "ustam-b288", "ustam-b384", "ustam-l384", "ustam-tiny",
+        "mixvit-b288", "mixvit-l384", "mixvit-tiny",
+        "ustam-b288", "ustam-b384", "ustam-l384", "ustam-tiny",
     }  # fmt: skip
 
 
@@ -326,6 +353,10 @@ def video(count: int = 24) -> ArraySequence:
 def batch(tracker: USTAM, count: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
     samples = Samples([video()], tracker.samples(), seed, count)
     return {key: torch.stack([samples[i][key] for i in range(count)]) for key in samples[0]}
+
+
+def searches_of(data: dict, first: int, end: int) -> dict[str, torch.Tensor]:
+    return {key: data[key][:, first:end] for key in ("searches", "search_boxes")}
 
 
 def test_samples():
@@ -352,16 +383,15 @@ def test_the_last_map_gets_no_gradient_and_is_sometimes_forgotten():
     data = batch(tracker)
     torch.manual_seed(0)
     forgotten = tracker.loss(data)["loss"]
-    single = [tracker.loss({**data, "searches": data["searches"][:, i : i + 1], "search_boxes": data["search_boxes"][:, i : i + 1]})
-              for i in range(2)]  # fmt: skip
-    torch.testing.assert_close(forgotten, sum(s["loss"] for s in single) / 2)
+    single = [tracker.loss(data | searches_of(data, i, i + 1))["loss"] for i in range(2)]
+    torch.testing.assert_close(forgotten, sum(single) / 2)
     tracker.config = replace(tracker.config, forget=0.0)
     seen: list[torch.Tensor] = []
     forward = USTAM.forward
 
-    def spy(self, memory, search, carried=None, maps=False):
-        seen.append(carried)
-        return forward(self, memory, search, carried, maps)
+    def spy(self, cache, search, told, maps=False):
+        seen.append(told.get("carried"))
+        return forward(self, cache, search, told, maps)
 
     with patch.object(USTAM, "forward", spy):
         kept = tracker.loss(data)["loss"]
@@ -377,10 +407,20 @@ def test_the_last_map_gets_no_gradient_and_is_sometimes_forgotten():
 
 
 def test_the_spatial_layer_learns_from_its_zero_start():
+    """Each of its outputs, in a first frame as in a second, although it adds nothing yet."""
+    torch.manual_seed(0)
     tracker = USTAM(USTAMConfig.tiny(**SMALL)).train()
-    tracker.loss(batch(tracker))["loss"].backward()
-    for name, parameter in tracker.named_parameters():
-        assert parameter.grad is not None and parameter.grad.any(), name
+    data, fc = batch(tracker), tracker.spatial_attention.fc
+    assert not fc.weight.any() and not fc.bias.any()
+    for searches in (1, 2):
+        tracker.zero_grad()
+        before = tracker.loss(data | searches_of(data, 0, searches))["loss"]
+        before.backward()
+        assert fc.weight.grad.any(1).all() and fc.bias.grad.all()
+    frozen = [p.requires_grad_(p is fc.weight or p is fc.bias) for p in tracker.parameters()]
+    torch.optim.SGD([p for p in frozen if p.requires_grad], 0.1).step()
+    torch.manual_seed(0)
+    assert tracker.loss(data)["loss"] < before
 
 
 @pytest.mark.parametrize("kind", ["giou", "ciou"])
@@ -403,10 +443,8 @@ def test_training_reduces_the_loss(kind):
 
 def test_recipes():
     with torch.device("meta"):
-        base, large, mixvit = (
-            USTAM(c)
-            for c in (USTAMConfig.ustam_b288(), USTAMConfig.ustam_l384(), USTAMConfig.mixvit_l384())
-        )
+        base, large = (USTAM(config) for config in (USTAMConfig.b288(), USTAMConfig.l384()))
+        mixvit = MixViT(MixViTConfig.l384())
     (paper,), (code,) = base.recipe("paper"), base.recipe("paper", "code")
     rates = [paper.rate(epoch * paper.steps // 500) for epoch in (0, 399, 400, 499)]
     assert (
@@ -420,7 +458,8 @@ def test_recipes():
         and code.loss == "ciou"
     )
     assert code.steps * code.batch == pytest.approx(500 * 60_000, rel=0.01) and code.clip == 0.1
-    (theirs,) = mixvit.recipe("paper")
+    (theirs,), (other,) = mixvit.recipe("paper"), mixvit.recipe("paper", "paper")
+    assert (other.loss, other.lr, other.trainable) == ("giou", 1e-4, ("*",))
     assert (theirs.loss, theirs.batch, theirs.sample.searches) == ("ciou", 288, 1)
     freeze(mixvit, theirs.trainable)
     frozen = {
@@ -439,7 +478,7 @@ def test_recipes():
                         for name, p in tracker.named_parameters()
                         if p.requires_grad
                     } >= {"blocks", "box_head", "spatial_attention"}
-    with pytest.raises(TrackkitError, match="paper and code"):
+    with pytest.raises(TrackkitError, match="there are paper, code"):
         base.recipe("paper", "mine")
 
 
@@ -512,8 +551,9 @@ def test_checkpoints_of_others_are_refused():
 
 
 def _empty(name: str) -> USTAM:
+    cls, config = TRACKERS[name]
     with torch.device("meta"):
-        return TRACKERS[name]().eval()
+        return cls(config).eval()
 
 
 def test_second_stage_checkpoints_are_understood():
@@ -550,8 +590,10 @@ def test_second_stage_checkpoints_are_understood():
         ({"search_size": 100}, "multiples of the stem's stride, 8"),
         ({"width": 66}, "width must be a multiple"),
         ({"depth": 1}, "a first and a last block"),
+        ({"search_size": 2**20}, "search_size must be at least 1 and at most 4096"),
+        ({"search_factor": float("nan")}, "search_factor must be above 0"),
         ({"templates": 1, "update_interval": 5}, "none to update"),
-        ({"forget": 1.5}, "forget from 0 to 1"),
+        ({"forget": 1.5}, "forget must be at least 0 and at most 1"),
     ],
     ids=str,
 )
@@ -562,9 +604,14 @@ def test_impossible_configs(changes, message):
 
 @pytest.mark.parametrize(
     ("size", "box"),
-    [((20, 30), [5, 5, 10, 10]), ((160, 240), [-20, -20, 30, 30]), ((160, 240), [235, 155, 40, 40]), ((160, 240), [0, 0, 240, 160]),
-     ((160, 240), [100, 100, 0.5, 0.5])],
-)  # fmt: skip
+    [
+        ((20, 30), [5, 5, 10, 10]),
+        ((160, 240), [-20, -20, 30, 30]),
+        ((160, 240), [235, 155, 40, 40]),
+        ((160, 240), [0, 0, 240, 160]),
+        ((160, 240), [100, 100, 0.5, 0.5]),
+    ],
+)
 @pytest.mark.parametrize("exact", [True, False])
 def test_odd_but_possible_input(size, box, exact):
     for found in run(

@@ -19,11 +19,12 @@ from trackkit.attention import Attention, DecoderLayer
 from trackkit.errors import DataError, TrackkitError
 from trackkit.trackers.base import Tracker
 from trackkit.trackers.dastm import DASTM, DASTMConfig
+from trackkit.trackers.mixvit import MixViT
 from trackkit.trackers.procontext import ProContEXT, ProContEXTConfig, Templates
 from trackkit.trackers.sbt import SBT, SBTConfig
 from trackkit.trackers.stark import STARK, STARKConfig, Tokens
 from trackkit.trackers.stmtrack import STMTrack, STMTrackConfig, read_out
-from trackkit.trackers.ustam import USTAM
+from trackkit.trackers.ustam import USTAMConfig
 from trackkit.tracking import now
 from trackkit.weights import create
 
@@ -394,11 +395,11 @@ OSTRACK_PROCONTEXT = {
 
 
 @by_the_paper.register
-def _(tracker: USTAM) -> dict:
-    """The rule behind USTAM's Table 4: thop knows linear and convolution layers and counts 4 for
-    each element that goes through a norm, but neither the products of queries, keys and values nor
-    softmax; and it counts the templates in every frame. The paper cuts its figures off after one
-    decimal: 97.28 is 97.2.
+def _(tracker: MixViT) -> dict:
+    """The rule behind USTAM's Table 4, MixViT's rows too: thop knows linear and convolution layers
+    and counts 4 for each element that goes through a norm, but neither the products of queries,
+    keys and values nor softmax; and it counts the templates in every frame. The paper cuts its
+    figures off after one decimal: 97.28 is 97.2.
     """
     cfg, twin = tracker.config, _twin(tracker)
     with torch.device("meta"):
@@ -406,11 +407,12 @@ def _(tracker: USTAM) -> dict:
         search = torch.empty(1, 3, cfg.search_size, cfg.search_size)
 
     def frame() -> None:
-        memory, _ = twin.remember(twin.tokens(template, twin.position_t).flatten(0, 1)[None])
-        twin(memory, twin.tokens(search, twin.position_s))
+        cache, _ = twin.encode(twin.tokens(template, twin.position_t).flatten(0, 1)[None])
+        twin(cache, twin.tokens(search, twin.position_s))
 
     known = (cfg.head, cfg.templates, cfg.stem) == ("pyramid", 2, "patch")
-    paper = USTAM_TABLE_4.get((cfg.width, cfg.search_size, cfg.spatial), {}) if known else {}
+    spatial = isinstance(cfg, USTAMConfig) and cfg.spatial
+    paper = USTAM_TABLE_4.get((cfg.width, cfg.search_size, spatial), {}) if known else {}
     return {**by_layers(twin, frame), "paper": paper}
 
 

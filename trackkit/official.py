@@ -24,13 +24,13 @@ from torch import Tensor
 from trackkit import checkpoints, pickles
 from trackkit.errors import CheckpointError
 from trackkit.trackers.base import Tracker
+from trackkit.trackers.mixvit import MixViT
 from trackkit.trackers.procontext import ProContEXT
 from trackkit.trackers.sbt import SBT
 from trackkit.trackers.sbt_backbone import pvt_name
 from trackkit.trackers.siamfc import SiamFC
 from trackkit.trackers.stark import STARK
 from trackkit.trackers.stmtrack import STMTrack
-from trackkit.trackers.ustam import USTAM
 from trackkit.weights import TRACKERS, create
 
 # under which training loops keep the weights
@@ -266,7 +266,7 @@ RENAMINGS: dict[type[Tracker], Renaming] = {
     ProContEXT: Renaming(
         (*VIT, (r"^box_head\.conv(\d)_(ctr|offset|size)(.*)$", _centre)), VIT_UNUSED
     ),
-    USTAM: Renaming(
+    MixViT: Renaming(
         (*VIT, (r"^box_head\.(conv\d|adjust\d)_(tl|br)(.*)$", _pyramid)),
         # the score branch is of a second training stage
         (*VIT_UNUSED, "backbone.norm.*", "backbone.head.*", "score_branch.*"),

@@ -11,6 +11,7 @@ from trackkit import checkpoints
 from trackkit.errors import CheckpointError, TrackkitError
 from trackkit.trackers.base import Tracker
 from trackkit.trackers.dastm import DASTM, DASTMConfig
+from trackkit.trackers.mixvit import MixViT, MixViTConfig
 from trackkit.trackers.procontext import ProContEXT, ProContEXTConfig
 from trackkit.trackers.references import NccConfig, NccTracker, StayConfig, StayTracker
 from trackkit.trackers.sbt import SBT, SBTConfig
@@ -47,11 +48,12 @@ TRACKERS: dict[str, tuple[type[Tracker], Any]] = {
     "sastm": (DASTM, DASTMConfig.sastm()),
     "dastm": (DASTM, DASTMConfig()),
     "dastm-tiny": (DASTM, DASTMConfig.tiny()),
-    "mixvit-b288": (USTAM, USTAMConfig.mixvit_b288()),
-    "mixvit-l384": (USTAM, USTAMConfig.mixvit_l384()),
-    "ustam-b288": (USTAM, USTAMConfig.ustam_b288()),
-    "ustam-b384": (USTAM, USTAMConfig.ustam_b384()),
-    "ustam-l384": (USTAM, USTAMConfig.ustam_l384()),
+    "mixvit-b288": (MixViT, MixViTConfig.b288()),
+    "mixvit-l384": (MixViT, MixViTConfig.l384()),
+    "mixvit-tiny": (MixViT, MixViTConfig.tiny()),
+    "ustam-b288": (USTAM, USTAMConfig.b288()),
+    "ustam-b384": (USTAM, USTAMConfig.b384()),
+    "ustam-l384": (USTAM, USTAMConfig.l384()),
     "ustam-tiny": (USTAM, USTAMConfig.tiny()),
 }
 
