@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ import re
 import shlex
 import signal
 import statistics
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -47,24 +49,31 @@ from trackkit.weights import create, describe
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: what is changed in the tracker's config, and the paper's figure."""
+    """One line of a table: what is changed in the tracker's config, and the paper's figure if there
+    is one.
+    """
 
     label: str
     changes: dict[str, Any]
-    paper: float
+    paper: float | None = None
 
 
 @dataclass(frozen=True)
 class Table:
-    """A paper's table: what its figures are, and the (tiny) tracker that is changed. The first row
-    is the base.
+    """A paper's table: what its figures are, and the (tiny) tracker that is changed, by its name
+    or, if it is your own, its class. The first row is the base.
     """
 
     name: str
     source: str
     metric: str
-    tracker: str
+    tracker: str | type[Tracker]
     rows: tuple[Row, ...]
+
+    @property
+    def tracker_name(self) -> str:
+        """The tracker's name, or that of its class."""
+        return self.tracker if isinstance(self.tracker, str) else self.tracker.__name__
 
     def build(
         self,
@@ -79,11 +88,11 @@ class Table:
 
         Raises TrackkitError for changes that are no fields of the config.
         """
-        chosen = create(self.tracker)
+        chosen = create(self.tracker) if isinstance(self.tracker, str) else self.tracker()
         fields = [f.name for f in dataclasses.fields(chosen.config)] if chosen.config else []
         if odd := [key for key in row.changes if key not in fields]:
             raise TrackkitError(
-                f"{self.name}, {row.label}: {self.tracker} has no {', '.join(odd)}, only "
+                f"{self.name}, {row.label}: {self.tracker_name} has no {', '.join(odd)}, only "
                 f"{', '.join(fields)}"
             )
         torch.manual_seed(seed)  # here, as in `trackkit train`
@@ -129,6 +138,13 @@ TABLES = {
 }
 
 
+_ABOUT_PAPER = """\
+direction: whether our difference has the sign of the paper's; within the spread: it is \
+smaller than that.
+Other data than the paper's and, for a tiny tracker, another network: compare directions, not sizes.
+"""
+
+
 @dataclass(frozen=True)
 class Result:
     """The runs of a table so far: `about` the command, `runs` with row, seed, ao (0..1), machine
@@ -146,8 +162,8 @@ class Result:
 
         label; ao, of each seed; mean and std over them; difference, the mean of row minus base over
         the seeds that both have; spread, the std of these differences; paper and paper_difference;
-        direction, whether the two differences have the same sign. Stds are of a sample, so one seed
-        has none.
+        direction, whether the two differences have the same sign, None without a paper's figure.
+        Stds are of a sample, so one seed has none.
         """
         first, rows, base = self.table.rows[0], [], {}
         for row in self.table.rows:
@@ -162,37 +178,26 @@ class Result:
                 "difference": difference,
                 "spread": spread,
             }
-            paper = {"paper": row.paper, "paper_difference": row.paper - first.paper}
-            rows.append(
-                numbers
-                | paper
-                | {"direction": _direction(difference, spread, row.paper - first.paper)}
-            )
+            known = None not in (row.paper, first.paper)
+            papers = row.paper - first.paper if known else None
+            direction = _direction(difference, spread, papers) if known else None
+            paper = {"paper": row.paper, "paper_difference": papers, "direction": direction}
+            rows.append(numbers | paper)
             base = ao if row is first else base
         return rows
 
     def text(self) -> str:
         """A Markdown table, and below it what its numbers are."""
-        lines = [
-            [
-                "row",
-                "AO mean ± std (n)",
-                "difference to base",
-                "paper",
-                "paper's difference",
-                "direction",
-            ]
-        ]
+        figures = any(row.paper is not None for row in self.table.rows)
+        heads = ["row", "AO mean ± std (n)", "difference to base"]
+        lines = [heads + (["paper", "paper's difference", "direction"] if figures else [])]
         for row in self.rows:
-            ours = (
-                f"{_f(row['mean'], row['std'])} ({len(row['ao'])})",
-                _f(row["difference"], row["spread"], "+"),
-            )
-            papers = (
-                f"{row['paper']:.1f}",
-                f"{row['paper_difference']:+.1f}" if len(lines) > 1 else "-",
-            )
-            lines.append([row["label"], *ours, *papers, row["direction"]])
+            line = [row["label"], f"{_f(row['mean'], row['std'])} ({len(row['ao'])})"]
+            line.append(_f(row["difference"], row["spread"], "+"))
+            if figures:
+                difference = row["paper_difference"] if len(lines) > 1 else None
+                line += [_f(row["paper"]), _f(difference, sign="+"), row["direction"] or "-"]
+            lines.append(line)
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         lines.insert(1, ["-" * width for width in widths])
         shown = "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
@@ -206,16 +211,16 @@ class Result:
             if self.runs
             else "-"
         )
-        return f"""{self.table.name} ({self.table.source}): {self.table.tracker}
+        paper = f"Paper: {self.table.metric}, percent. " if figures else ""
+        return f"""{self.table.name} ({self.table.source}): {self.table.tracker_name}
 
 {shown}
 
-Paper: {self.table.metric}, percent. Ours: AO, percent, on {self.about["test"]}; seeds {seeds}.
+{paper}Ours: AO, percent, on {self.about["test"]}; seeds {seeds}.
 Trained on {self.about["train"]}; base: {self.about["stages"]}.
-difference: mean over seeds of row minus base of the same seed ± the std of these differences, the spread.
-direction: whether our difference has the sign of the paper's; within the spread: it is smaller than that.
-Other data than the paper's and, for a tiny tracker, another network: compare directions, not sizes.
-{self.about["command"]}
+difference: mean over seeds of row minus base of the same seed ± the std of these \
+differences, the spread.
+{_ABOUT_PAPER if figures else ""}{self.about["command"]}
 {made}; {speed} training samples/s
 """
 
@@ -278,26 +283,22 @@ def run(
         {labels[0], *(rows or labels)},
     )
     plan, waiting, stages = [], {}, table.build(table.rows[0], scale, steps, batch)[1]
-    options = {
-        "seeds": seeds,
-        "scale": scale,
-        "steps": steps,
-        "batch": batch,
-        "data": data,
-        "tracker": table.tracker,
-    }
+    options = {"seeds": seeds, "scale": scale, "steps": steps, "batch": batch, "data": data}
+    given = {key: value for key, value in options.items() if value is not None}
+    if isinstance(table.tracker, str):
+        flags = [f"--{key}={value}" for key, value in {**given, "tracker": table.tracker}.items()]
+        command, version = shlex.join(["trackkit", "ablate", table.name, *flags]), [__version__]
+    else:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in given.items())
+        command, version = (
+            f"ablations.run(table, {arguments})",
+            [__version__, _source(table.tracker)],
+        )
     about = {
-        "files": f"{table.name}_{table.tracker}_{scale}"
+        "files": f"{table.name}_{table.tracker_name}_{scale}"
         + ("" if steps is None else f"_{steps}-steps")
         + ("" if batch is None else f"_batch-{batch}"),
-        "command": shlex.join(
-            [
-                "trackkit",
-                "ablate",
-                table.name,
-                *(f"--{k}={v}" for k, v in options.items() if v is not None),
-            ]
-        ),
+        "command": command,
         "stages": ", ".join(
             f"{stage.name} {stage.steps} steps of {stage.batch}" for stage in stages
         ),
@@ -317,10 +318,10 @@ def run(
                 seed,
                 repr(sequences),
                 repr(test),
-                __version__,
+                *version,
             ]
             key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
-            folder = out / "runs" / f"{table.tracker}-{seed}-{key}"
+            folder = out / "runs" / f"{table.tracker_name}-{seed}-{key}"
             plan.append((row, seed, folder))
             if row.label in wanted and not (folder / "result.json").exists():
                 waiting[folder] = (folder, table, row, seed, scale, steps, batch, data, device)
@@ -329,6 +330,17 @@ def run(
             bar.update()
             _write(table, about, plan, out)
     return _write(table, about, plan, out)
+
+
+def _source(tracker: type[Tracker]) -> str:
+    """The file of a class of the user's own: when it changes, trackkit's version does not."""
+    try:
+        return inspect.getsource(sys.modules[tracker.__module__])
+    except (OSError, TypeError) as error:
+        raise TrackkitError(
+            f"{tracker.__name__} is in no file, so its runs could not be told from those of a "
+            "changed class; put it into one and import it"
+        ) from error
 
 
 def _write(table: Table, about: dict, plan: list[tuple[Row, int, Path]], out: Path) -> Result:
@@ -343,7 +355,10 @@ def _write(table: Table, about: dict, plan: list[tuple[Row, int, Path]], out: Pa
         for row, seed, file in done
     ]
     result = Result(table, about, runs)
-    everything = json.dumps(dataclasses.asdict(result) | {"rows": result.rows}, indent=1)
+    named = dataclasses.replace(
+        result, table=dataclasses.replace(table, tracker=table.tracker_name)
+    )
+    everything = json.dumps(dataclasses.asdict(named) | {"rows": result.rows}, indent=1)
     for suffix, text in ((".json", everything), (".md", result.text())):
         with atomic_write(out / f"{about['files']}{suffix}") as partial:
             partial.write_text(text, "utf-8")
@@ -454,5 +469,5 @@ def _mean_std(values: list[float]) -> tuple[float | None, float | None]:
     ) > 1 else None
 
 
-def _f(mean: float | None, std: float | None, sign: str = "") -> str:
+def _f(mean: float | None, std: float | None = None, sign: str = "") -> str:
     return "-" if mean is None else f"{mean:{sign}.1f}" + ("" if std is None else f" ± {std:.1f}")
