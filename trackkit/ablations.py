@@ -42,16 +42,19 @@ from trackkit.stages import Stage, shortened
 from trackkit.synth import SynthDataset
 from trackkit.trackers.base import Tracker
 from trackkit.training import train
-from trackkit.weights import create, describe
+from trackkit.weights import CLASSES, create, describe
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: what is changed in the tracker's config, and the paper's figure."""
+    """One line of a table: what is changed in the tracker's config, and the paper's figure if there
+    is one; `variant` is the class that takes the place of the tracker's, one of `weights.CLASSES`.
+    """
 
     label: str
     changes: dict[str, Any]
-    paper: float
+    paper: float | None = None
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,17 +80,23 @@ class Table:
         """A row's tracker with the random weights of a seed, and its stages at `scale`, or
         shortened to `steps` and with another `batch`.
 
-        Raises TrackkitError for changes that are no fields of the config.
+        Raises TrackkitError for changes that are no fields of the config, and for a variant of
+        another tracker.
         """
         chosen = create(self.tracker)
-        fields = [f.name for f in dataclasses.fields(chosen.config)] if chosen.config else []
+        cls, name = type(chosen), row.variant or self.tracker
+        if row.variant:
+            if not issubclass(CLASSES[name], cls):
+                raise TrackkitError(f"{self.name}, {row.label}: {name} is no {self.tracker}")
+            cls = CLASSES[name]
+        fields = [f.name for f in dataclasses.fields(cls.Config)]
         if odd := [key for key in row.changes if key not in fields]:
             raise TrackkitError(
-                f"{self.name}, {row.label}: {self.tracker} has no {', '.join(odd)}, only "
+                f"{self.name}, {row.label}: {name} has no {', '.join(odd)}, only "
                 f"{', '.join(fields)}"
             )
         torch.manual_seed(seed)  # here, as in `trackkit train`
-        tracker = type(chosen)(dataclasses.replace(chosen.config, **row.changes))
+        tracker = cls(cls.Config(**{**vars(chosen.config), **row.changes}))
         stages = tracker.recipe(scale)
         stages = stages if steps is None else shortened(stages, steps)
         return tracker, [dataclasses.replace(stage, batch=batch or stage.batch) for stage in stages]
@@ -103,10 +112,10 @@ _TABLE6 = (
 )
 _TABLE7 = (
     Row("base", {}, 66.4),
-    Row("template as query", {"query": "template"}, 61.2),
-    Row("Hungarian", {"queries": 10, "matching": "hungarian", "score": True}, 63.7),
-    Row("updated query", {"query": "updated", "dynamic": False}, 64.8),
-    Row("joint", {"joint": True}, 62.5),
+    Row("template as query", {}, 61.2, "STARKTemplateQuery"),
+    Row("Hungarian", {}, 63.7, "STARKHungarian"),
+    Row("updated query", {"dynamic": False}, 64.8, "STARKUpdatedQuery"),
+    Row("joint", {}, 62.5, "STARKJoint"),
 )
 _TABLE1 = (
     Row("STARK-ST", {}, 68.0),
@@ -146,8 +155,8 @@ class Result:
 
         label; ao, of each seed; mean and std over them; difference, the mean of row minus base over
         the seeds that both have; spread, the std of these differences; paper and paper_difference;
-        direction, whether the two differences have the same sign. Stds are of a sample, so one seed
-        has none.
+        direction, whether the two differences have the same sign, "-" where the paper has no figure.
+        Stds are of a sample, so one seed has none.
         """
         first, rows, base = self.table.rows[0], [], {}
         for row in self.table.rows:
@@ -162,12 +171,10 @@ class Result:
                 "difference": difference,
                 "spread": spread,
             }
-            paper = {"paper": row.paper, "paper_difference": row.paper - first.paper}
-            rows.append(
-                numbers
-                | paper
-                | {"direction": _direction(difference, spread, row.paper - first.paper)}
-            )
+            known = None not in (row.paper, first.paper)
+            paper = row.paper - first.paper if known else None
+            numbers |= {"paper": row.paper, "paper_difference": paper}
+            rows.append(numbers | {"direction": _direction(difference, spread, paper)})
             base = ao if row is first else base
         return rows
 
@@ -188,11 +195,11 @@ class Result:
                 f"{_f(row['mean'], row['std'])} ({len(row['ao'])})",
                 _f(row["difference"], row["spread"], "+"),
             )
-            papers = (
-                f"{row['paper']:.1f}",
-                f"{row['paper_difference']:+.1f}" if len(lines) > 1 else "-",
-            )
+            papers = _f(row["paper"]), _f(row["paper_difference"], sign="+")
+            papers = papers if len(lines) > 1 else (papers[0], "-")
             lines.append([row["label"], *ours, *papers, row["direction"]])
+        if all(row.paper is None for row in self.table.rows):
+            lines = [line[:3] for line in lines]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         lines.insert(1, ["-" * width for width in widths])
         shown = "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
@@ -439,8 +446,8 @@ def _machine(device: torch.device) -> str:
     )
 
 
-def _direction(difference: float | None, spread: float | None, paper: float) -> str:
-    if difference is None:
+def _direction(difference: float | None, spread: float | None, paper: float | None) -> str:
+    if None in (difference, paper):
         return "-"
     word = "agrees" if difference * paper > 0 else "disagrees" if difference else "no difference"
     if spread is None:
@@ -454,5 +461,5 @@ def _mean_std(values: list[float]) -> tuple[float | None, float | None]:
     ) > 1 else None
 
 
-def _f(mean: float | None, std: float | None, sign: str = "") -> str:
+def _f(mean: float | None, std: float | None = None, sign: str = "") -> str:
     return "-" if mean is None else f"{mean:{sign}.1f}" + ("" if std is None else f" ± {std:.1f}")
