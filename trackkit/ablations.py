@@ -155,7 +155,7 @@ class Result:
 
         label; ao, of each seed; mean and std over them; difference, the mean of row minus base over
         the seeds that both have; spread, the std of these differences; paper and paper_difference;
-        direction, whether the two differences have the same sign, "-" where the paper has no figure.
+        direction, whether the two differences have the same sign, "-" without a paper's figure.
         Stds are of a sample, so one seed has none.
         """
         first, rows, base = self.table.rows[0], [], {}
@@ -219,12 +219,18 @@ class Result:
 
 Paper: {self.table.metric}, percent. Ours: AO, percent, on {self.about["test"]}; seeds {seeds}.
 Trained on {self.about["train"]}; base: {self.about["stages"]}.
-difference: mean over seeds of row minus base of the same seed ± the std of these differences, the spread.
-direction: whether our difference has the sign of the paper's; within the spread: it is smaller than that.
+{_WORDS}
 Other data than the paper's and, for a tiny tracker, another network: compare directions, not sizes.
 {self.about["command"]}
 {made}; {speed} training samples/s
 """
+
+
+_WORDS = (
+    "difference: mean over seeds of row minus base of the same seed ± the std of these "
+    "differences, the spread.\ndirection: whether our difference has the sign of the paper's; "
+    "within the spread: it is smaller than that."
+)
 
 
 def load(path: str | Path) -> Result:

@@ -204,14 +204,10 @@ class STARK(Tracker):
     # ---- the network (paper, sections 3.1 and 3.2) ----
 
     def encode(self, images: Tensor, mask: Tensor) -> Tokens:
-        """Normalised images (B, 3, S, S) and their mask (B, S, S) bool, True outside the frame ->
-        tokens.
-
-        A cell of the feature grid takes the mask's value at its first pixel.
-        """
+        """Normalised images (B, 3, S, S) and their mask (B, S, S) bool, True outside the frame."""
         features = self.features(images).flatten(2).transpose(1, 2)  # (B, N, D)
         stride = self.backbone.stride
-        cells = mask[:, ::stride, ::stride]  # (B, s, s)
+        cells = mask[:, ::stride, ::stride]  # (B, s, s): the value at each cell's first pixel
         if self.config.position == "sine":
             position = sine_position(cells, self.config.width).to(features)
         elif self.config.position == "learned":
@@ -227,9 +223,7 @@ class STARK(Tracker):
     def forward(
         self, templates: list[Tokens], search: Tokens, query: Tensor | None = None, maps=False
     ) -> Answer:
-        """Tokens of the template(s) and of the search crop -> boxes and scores. `query` (B, Q, D)
-        stands in for the learned one.
-        """
+        """Boxes and scores; `query` (B, Q, D) stands in for the learned one."""
         seen = {} if maps else None
         templates, search = self.marked(templates, search)
         tokens = concat([*templates, search])  # templates first, the search crop last
@@ -240,9 +234,7 @@ class STARK(Tracker):
         return self.answer(memory, search, decoded, seen)
 
     def look_around(self, tokens: Tokens, seen: dict | None, name: str = "encoder") -> Tensor:
-        """The encoder: every token looks at every token, templates and search alike (section 3.1,
-        "Encoder"): (B, T, D). `seen` collects who looked where.
-        """
+        """The encoder, where every token looks at every token -> (B, T, D)."""
         x, ignore = tokens.features, _needed(tokens.ignore, tokens.features)
         for index, layer in enumerate(self.encoder.layers):
             x, share = layer(x, tokens.position, ignore, seen is not None)
@@ -253,9 +245,7 @@ class STARK(Tracker):
     def look_up(
         self, x: Tensor, query: Tensor, memory: Tensor, tokens: Tokens, seen: dict | None
     ) -> Tensor:
-        """The decoder: queries with content x, both (B, Q, D), gather what they need from the
-        memory (B, T, D) that `tokens` became (section 3.1, "Decoder"): (B, Q, D).
-        """
+        """The decoder: queries, content x, gather from the memory of `tokens` -> (B, Q, D)."""
         ignore = _needed(tokens.ignore, memory)
         for index, layer in enumerate(self.decoder.layers):
             x, share = layer(x, query, memory, tokens.position, ignore, seen is not None)
@@ -297,9 +287,7 @@ class STARK(Tracker):
 
     @torch.no_grad()
     def _start_as_lookup(self) -> None:
-        """First weights with which tokens look at what resembles them, and the query repeats what
-        it sees.
-        """
+        """Tokens look at what resembles them first, and the query repeats what it sees."""
         width = self.config.width
         for layer in self.encoder.layers:
             queries, keys, _ = layer.self_attn.in_proj_weight.split(width)
@@ -313,9 +301,9 @@ class STARK(Tracker):
         """Tokens that say which of the two they are of."""
         if not self.config.from_scratch:
             return templates, search
-        of_template, of_search = self.segment.weight
-        marked = [replace(t, position=t.position + of_template) for t in templates]
-        return marked, replace(search, position=search.position + of_search)
+        marks = self.segment.weight
+        marked = [replace(t, position=t.position + marks[0]) for t in templates]
+        return marked, replace(search, position=search.position + marks[1])
 
     # ---- tracking (section 3.2, "Inference") ----
 
@@ -354,10 +342,8 @@ class STARK(Tracker):
         seen = None
         if maps:
             seen = {**answer.maps, "crop": crops, "updated": updated, "window": windows.rows}
-            for name, corner in zip(
-                ("top_left", "bottom_right"), answer.corners or (), strict=False
-            ):
-                seen[name] = corner.flatten(2).softmax(-1).view_as(corner)
+            shares = [c.flatten(2).softmax(-1).view_as(c) for c in answer.corners or ()]
+            seen |= zip(("top_left", "bottom_right"), shares, strict=False)  # the MLP has none
         return state, Prediction(box, score, seen)
 
     def _look(
@@ -398,9 +384,7 @@ class STARK(Tracker):
         return state, due
 
     def _renewed(self, dynamic: Tokens, frames: list[Tensor], boxes: Tensor, due: Tensor) -> Tokens:
-        """The dynamic templates, those of the sequences that are `due` (B,) made from this
-        frame.
-        """
+        """The dynamic templates, where `due` (B,) those of this frame."""
         rows = due.nonzero()[:, 0].tolist()
         new = self._look([frames[i] for i in rows], boxes[rows], self.template_crop)[0]
         return put(dynamic, rows, new)
@@ -422,16 +406,14 @@ class STARK(Tracker):
     def compare(
         self, templates: list[Tokens], search: Tokens, truth: Tensor, labels: Tensor, kind: str
     ) -> dict[str, Tensor]:
-        """Losses of what is seen in N searches of each sample, which have the same templates."""
+        """Losses of N searches of each sample, which have the same templates."""
         count = len(search.features) // len(templates[0].features)
         if count > 1:
             templates = [z.each(lambda t: t.repeat_interleave(count, 0)) for z in templates]
         return self.losses(self(templates, search), truth, labels, kind)
 
     def losses(self, answer: Answer, truth: Tensor, labels: Tensor, kind: str) -> dict[str, Tensor]:
-        """Of answers to B search crops: `truth` (B, 4) cxcywh, `labels` (B,) 1 where the target is
-        in the crop, else 0.
-        """
+        """`truth` (B, 4) cxcywh; `labels` (B,) are 1 where the target is in the crop, else 0."""
         if kind == "score":  # Eq. 3
             wanted = labels[:, None].expand_as(answer.logits)
             return {"loss": F.binary_cross_entropy_with_logits(answer.logits, wanted)}
@@ -493,41 +475,32 @@ class STARK(Tracker):
         }[scale]
         short = scale in ("tiny", "laptop")
 
-        def stage(loss: str, steps: int, **rest) -> Stage:
-            rest |= {"name": "localisation" if loss == "box" else loss, "loss": loss}
+        lr, clip = (1.5e-3, 1.0) if short else (1e-4, 0.1)
+
+        def stage(name: str, steps: int, **rest) -> Stage:
+            fall = {"drops": (steps * 4 // 5,)}
             if short:
-                fall = {"lr": 1.5e-3, "lr_end": 3e-5, "warmup": 30 if scale == "laptop" else 5}
-            else:
-                fall = {"lr": 1e-4, "drops": (steps * 4 // 5,)}
-            clip = 1.0 if short else 0.1
-            return Stage(steps=steps, batch=batch, weight_decay=1e-4, clip=clip, **fall, **rest)
+                fall = {"lr_end": 3e-5, "warmup": 30 if scale == "laptop" else 5}
+            return Stage(name, steps, batch, lr=lr, clip=clip, weight_decay=1e-4, **fall, **rest)
 
         # all but the score head and the frozen start of a ResNet
-        fixed = ("backbone", "score_head", "backbone.conv1", "backbone.layer1")
-        parts = [(f"backbone.{name}", part) for name, part in self.backbone.named_children()]
-        body = tuple(
-            f"{name}.*"
-            for name, part in (*parts, *self.named_children())
-            if name not in fixed[: 4 if isinstance(self.backbone, ResNet) else 2] and _learns(part)
-        )
+        names = [name.split(".") for name, _ in self.named_parameters()]
+        parts = dict.fromkeys(".".join(n[: 2 if n[0] == "backbone" else 1]) for n in names)
+        fixed = "score_head", "backbone.conv1", "backbone.layer1"
+        body = tuple(f"{part}.*" for part in parts if part not in fixed)
+        box = {"sample": self.samples(), "trainable": body, "loss": "box"}
         rates = () if short else (("backbone.*", 0.1),)
-        stages = [stage("box", first, sample=self.samples(), trainable=body, rates=rates)]
+        stages = [stage("localisation", first, rates=rates, **box)]
         if self.config.score:
-            of_score = {"sample": self.samples(negatives=0.5), "trainable": ("score_head.*",)}
-            stages.append(stage("score", second, **of_score))
+            score = {"sample": self.samples(0.5), "trainable": ("score_head.*",), "loss": "score"}
+            stages.append(stage("score", second, **score))
         return stages
-
-
-def _learns(part: nn.Module) -> bool:
-    return any(True for _ in part.parameters())
 
 
 def concat(parts: list[Tokens]) -> Tokens:
     """Several crops' tokens as one row of tokens."""
-    if len(parts) == 1:
-        return parts[0]
-    names = "features", "position", "ignore"
-    return Tokens(*(torch.cat([getattr(p, n) for p in parts], 1) for n in names))
+    alike = zip(*(vars(part).values() for part in parts), strict=True)
+    return Tokens(*(torch.cat(tensors, 1) for tensors in alike))
 
 
 def _needed(ignore: Tensor, like: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""What STARK's authors tried and dropped (Table 7): four trackers, each STARK with one thing changed.
+"""What STARK's authors tried and dropped (Table 7): four trackers, each STARK with one change.
 
 The paper describes each in a sentence or two of section 4.4; where that leaves a choice, ours is
 said. They differ from STARK-ST by nothing else, so their loss against it is what the change costs.
@@ -69,9 +69,7 @@ class STARKHungarian(STARK):
     def choose(self, answer: Answer) -> tuple[Tensor, Tensor]:
         return super().choose(_only(answer, answer.logits.argmax(1)))
 
-    def losses(
-        self, answer: Answer, truth: Tensor, labels: Tensor, kind: str
-    ) -> dict[str, Tensor]:
+    def losses(self, answer: Answer, truth: Tensor, labels: Tensor, kind: str) -> dict[str, Tensor]:
         chosen = hungarian(answer, truth)
         found = super().losses(_only(answer, chosen), truth, labels, "box")
         wanted = F.one_hot(chosen, self.config.queries) * labels[:, None]
@@ -174,9 +172,7 @@ class STARKJoint(STARK):
 
     Config = STARKJointConfig
 
-    def losses(
-        self, answer: Answer, truth: Tensor, labels: Tensor, kind: str
-    ) -> dict[str, Tensor]:
+    def losses(self, answer: Answer, truth: Tensor, labels: Tensor, kind: str) -> dict[str, Tensor]:
         found = super().losses(answer, truth, labels, "box")
         return _with_score(found, answer.logits, labels[:, None].expand_as(answer.logits))
 
