@@ -198,6 +198,24 @@ def test_one_seed_no_difference_and_no_runs():
     assert "| one scale | 50.0 ± 14.1 (2)   | -  " in text and "| base      | - (0)  " in text
 
 
+def test_rows_without_a_papers_figure():
+    rows = (*TOY.rows[:2], Row("ours", {"scales": 5}))
+    made = made_up(base=[0.5, 0.6], no_window=[0.4, 0.4], ours=[0.6, 0.8])
+    own = dataclasses.replace(made, table=dataclasses.replace(TOY, rows=rows))
+    *_, window, ours = own.rows
+    assert window["direction"] == "agrees" and ours["difference"] == pytest.approx(15)
+    assert (ours["paper"], ours["paper_difference"], ours["direction"]) == (None, None, "-")
+    bare = tuple(dataclasses.replace(row, paper=None) for row in rows)
+    text = dataclasses.replace(made, table=dataclasses.replace(TOY, rows=bare)).text()
+    assert "| ours      | 70.0 ± 14.1 (2)   | +15.0 ± 7.1        |\n" in text
+
+
+def test_a_variant_must_be_of_the_tables_tracker(tmp_path, data):
+    wrong = dataclasses.replace(TOY, rows=(*TOY.rows, Row("joint", {}, variant="STARKJoint")))
+    with pytest.raises(TrackkitError, match="toy, joint: STARKJoint is no siamfc-tiny"):
+        small(wrong, tmp_path, data)
+
+
 def test_text_is_a_markdown_table_that_says_what_it_is():
     text = made_up(base=[0.50, 0.60], no_window=[0.48, 0.59]).text()
     assert (
@@ -312,9 +330,7 @@ def test_side_by_side_gives_the_same_numbers(tmp_path, data, whole):
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_run_that_fails_is_named(tmp_path, data, jobs):
-    nan = dataclasses.replace(
-        TOY, rows=(TOY.rows[0], Row("bad", {"response_scale": float("inf")}, 1.0))
-    )
+    nan = dataclasses.replace(TOY, rows=(TOY.rows[0], Row("bad", {"response_scale": 3e38}, 1.0)))
     with pytest.raises(TrackkitError, match=r"bad, seed 0: the loss is nan.*--rows"):
         small(nan, tmp_path, data, jobs=jobs)
 

@@ -16,6 +16,7 @@ from trackkit import cli, costs
 from trackkit.costs import count, frames_per_second, macs, parameters, profile
 from trackkit.errors import DataError, TrackkitError
 from trackkit.trackers.references import NccTracker, StayTracker
+from trackkit.trackers.stark_variants import STARKHungarian, STARKJoint, STARKUpdatedQuery
 from trackkit.weights import TRACKERS, create
 
 
@@ -150,6 +151,22 @@ def test_stark_costs_what_its_table_5_says(name):
     plain = count(create(name))
     assert plain["parameters"] == everything
     assert plain["macs"] == pytest.approx(macs_everything, abs=1_000_000), "with attention"
+
+
+@pytest.mark.parametrize(
+    ("cls", "parameters_beyond", "macs_beyond"),
+    [
+        (STARKJoint, 0, 0),
+        (STARKHungarian, 0, None),
+        (STARKUpdatedQuery, 2 * (64 * 64 + 64), 2 * 64 * 64),
+    ],
+)
+def test_variants_of_stark_cost_what_they_add(cls, parameters_beyond, macs_beyond):
+    """The next question is made in every frame; the questions themselves are not counted."""
+    base, found = profile("stark-tiny"), costs.by_the_paper(cls(cls.Config.tiny()))
+    assert found["parameters"] - base["parameters"] == parameters_beyond
+    assert macs_beyond is None or found["macs"] - base["macs"] == macs_beyond
+    assert found["macs"] >= base["macs"] and found["paper"] == {}
 
 
 def test_profile_of_stark_on_the_command_line(capsys):

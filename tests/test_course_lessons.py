@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from trackkit.course.lessons import (
@@ -23,7 +24,7 @@ from trackkit.course.lessons import (
     start,
     student,
 )
-from trackkit.trackers.siamfc import cross_correlation, hann_window
+from trackkit.trackers.siamfc import cross_correlation
 
 ROOT = Path(__file__).parents[1]
 
@@ -421,6 +422,13 @@ def test_solution_cells_are_the_code_between_the_markers(built):
     names = {}
     exec(cells["half"], names)
     assert names["half"](4) == 2
+
+
+def hann_window(size: int) -> torch.Tensor:
+    """Of the text below."""
+    hann = torch.hann_window(size, periodic=False)
+    window = hann[:, None] * hann[None, :]
+    return window / window.sum()
 
 
 def test_same_code_ignores_words_but_not_code():

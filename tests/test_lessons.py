@@ -26,7 +26,6 @@ BUILT = {
     "cross_correlation": siamfc.cross_correlation,
     "label_map": siamfc.label_map,
     "balanced_bce": losses.balanced_bce,
-    "hann_window": siamfc.hann_window,
     "peak_shift": siamfc.peak_shift,
     "damped": siamfc.damped,
     "sine_position": attention.sine_position,

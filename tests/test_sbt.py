@@ -30,7 +30,7 @@ from trackkit.trackers.sbt import (
 from trackkit.trackers.sbt_backbone import load_blocks, pvt_name, shift_bias, squares, whole
 from trackkit.trackers.sbt_pretraining import Classifier
 from trackkit.trackers.siamfc_ca import SiamFCCA, SiamFCCAConfig
-from trackkit.trackers.stark import STARK, STARKConfig
+from trackkit.trackers.stark_ca import STARKCA, STARKCAConfig
 from trackkit.training import train
 
 EQUAL = {"template_size": 128}
@@ -638,7 +638,7 @@ def test_depthwise_correlation():
 
 
 CORRELATED = {
-    "STARK-CA": lambda: STARK(STARKConfig.tiny(backbone="sbt-tiny", dynamic=False, score=False)),
+    "STARK-CA": lambda: STARKCA(STARKCAConfig.tiny()),
     "SiamFC-CA": lambda: SiamFCCA(SiamFCCAConfig.tiny()),
 }
 
@@ -688,7 +688,7 @@ def test_correlation_aware_configs():
     with pytest.raises(ValueError, match="light, small"):
         SiamFCCAConfig(sbt="huge")
     with pytest.raises(ValueError, match="one template"):
-        STARKConfig.st50(backbone="sbt-small")
+        STARKCAConfig(dynamic=True)
     with torch.device("meta"):
-        stark = STARK(STARKConfig.s50(backbone="sbt-small"))
+        stark = STARKCA()
     assert stark.backbone.stride == 16 and stark.bottleneck.weight.shape[:2] == (256, 320)

@@ -18,18 +18,19 @@ from trackkit.sequences import ArraySequence
 from trackkit.synth import SynthConfig, SynthDataset
 from trackkit.trackers.base import join, take
 from trackkit.trackers.stark import STARK, Answer, STARKConfig
+from trackkit.trackers.stark_variants import STARKUpdatedQuery
 from trackkit.tracking import Online, track, track_many
 
 SMALL = {
-    "template_size": 32, "search_size": 64, "width": 16, "heads": 2, "feedforward": 32, "encoder_layers": 2,
-    "decoder_layers": 1, "head_channels": 16, "update_interval": 2, "update_threshold": 0.0,
+    "template_size": 32, "search_size": 64, "width": 16, "heads": 2, "feedforward": 32,
+    "encoder_layers": 2, "decoder_layers": 1, "head_channels": 16, "update_interval": 2, "update_threshold": 0.0,
 }  # fmt: skip
 
 
-def small(seed: int = 0, **changes) -> STARK:
+def small(seed: int = 0, cls: type[STARK] = STARK, **changes) -> STARK:
     """A network that nobody has trained, with norms and scores that say something."""
     torch.manual_seed(seed)
-    tracker = STARK(STARKConfig.tiny(**{**SMALL, **changes})).eval()
+    tracker = cls(cls.Config.tiny(**{**SMALL, **changes})).eval()
     with torch.no_grad():
         for layer in (getattr(tracker, "score_head", None), tracker.box_head):
             for p in layer.parameters() if layer else ():
@@ -68,7 +69,7 @@ KINDS = {
     "S": {"dynamic": False, "score": False},
     "ST": {},
     "no score": {"score": False},
-    "updated query": {"query": "updated", "dynamic": False},
+    "updated query": {"cls": STARKUpdatedQuery, "dynamic": False},
     "authors' habits": {"exact": False},
 }
 

@@ -24,7 +24,7 @@ from test_stark_parity import (
 )
 from torch import Tensor, nn
 
-from trackkit import attention, backbones, official
+from trackkit import attention, backbones, crops, official
 from trackkit.crops import Windows
 from trackkit.errors import CheckpointError
 from trackkit.trackers import stark
@@ -229,9 +229,8 @@ def test_a_missing_relu_in_the_score_head_fails():
 
 @pytest.mark.parametrize("mine", ["backbone.", "", ".cross_attn.", "query."])
 def test_a_forgotten_prefix_is_refused(mine, monkeypatch):
-    monkeypatch.setattr(
-        official, "STARK", tuple(pair for pair in official.STARK if pair[1] != mine)
-    )
+    rules = tuple(pair for pair in official.RENAMINGS[STARK].rules if pair[1] != mine)
+    monkeypatch.setitem(official.RENAMINGS, STARK, official.Renaming(rules))
     with pytest.raises(CheckpointError, match="missing"):
         official.load("stark-s50", {key: torch.empty(shape) for key, shape in S50["keys"].items()})
 
@@ -275,12 +274,12 @@ def mutant_other_deviation(tracker, monkeypatch):
 
 def mutant_centred_crop(tracker, monkeypatch):
     """The half pixel that the authors' training has and their tracking has not."""
-    plain, half = stark.box_to_frame, torch.tensor([0.5, 0.5, 0, 0])
+    plain, half = crops.box_to_frame, torch.tensor([0.5, 0.5, 0, 0])
 
     def shifted(boxes, windows, *rest):
         return plain(boxes - half / windows.size, windows, *rest)
 
-    monkeypatch.setattr(stark, "box_to_frame", shifted)
+    monkeypatch.setattr(crops, "box_to_frame", shifted)
 
 
 def mutant_window_to_the_left(tracker, monkeypatch):

@@ -33,6 +33,7 @@ from trackkit.crops import Windows, context_side, cut, outside
 from trackkit.losses import localisation
 from trackkit.sampling import gt_in_crop, jitter_box
 from trackkit.trackers.stark import STARK, Answer, STARKConfig, Tokens
+from trackkit.trackers.stark_variants import STARKHungarian
 from trackkit.training import _optimizer, freeze
 
 S50, ST50 = golden("stark_s50"), golden("stark_st50")
@@ -181,7 +182,8 @@ def ablated(variant: str, **more) -> STARK:
         for k, v in {**ST50["keys"], **about["keys_beside_st50"]}.items()
         if k not in about["keys_not_in"]
     }
-    tracker = STARK(STARKConfig.st50(**{**CHANGES[variant], **more})).eval()
+    cls = STARKHungarian if variant == "queries10" else STARK
+    tracker = cls(cls.Config.st50(**{**CHANGES[variant], **more})).eval()
     weights = state_dict(keys, ABLATIONS["scale"])
     checkpoints.load_strictly(
         tracker,
@@ -267,11 +269,15 @@ def crops() -> dict[str, float]:
     gold, frame, found = golden("stark_crop"), frame_of(golden("stark_crop")["frame"]), []
     for case in gold["crops"]:
         crop = cut([frame[:, :-1, :-1]], window_of(case), torch.zeros(3))
-        found.append({
-            "crops, crop_pixel": away(crop[0].permute(1, 2, 0).flatten()[case["crop"]["index"]], case["crop"]["value"]),
-            "crops, normalised": away(normalise(crop)[0].flatten()[case["normalised"]["index"]], case["normalised"]["value"]),
-            "crops of another sum": float(crop.sum() != case["crop"]["sum"]),
-        })  # fmt: skip
+        pixels, normal = crop[0].permute(1, 2, 0).flatten(), normalise(crop)[0].flatten()
+        wanted, wanted_normal = case["crop"], case["normalised"]
+        found.append(
+            {
+                "crops, crop_pixel": away(pixels[wanted["index"]], wanted["value"]),
+                "crops, normalised": away(normal[wanted_normal["index"]], wanted_normal["value"]),
+                "crops of another sum": float(crop.sum() != wanted["sum"]),
+            }
+        )
     for case in gold["gt_in_crop"]:
         gt, extract = (torch.tensor([case[k]], dtype=torch.float64) for k in ("gt", "extract"))
         centre = xywh_to_cxcywh(extract)[:, :2]
@@ -311,7 +317,7 @@ def losses() -> dict[str, float]:
     for case in TRAIN["loss"]:
         boxes, truth = torch.tensor(case["pred_cxcywh"]), torch.tensor(case["gt_xywh"])
         answer = Answer(boxes[:, None], None, boxes, None, {})
-        got = STARK._losses(
+        got = STARK.losses(
             bare(STARKConfig.s50(exact=False)),
             answer,
             xywh_to_cxcywh(truth),
@@ -330,7 +336,7 @@ def losses() -> dict[str, float]:
     case = TRAIN["stage2_bce"]
     logits = torch.tensor(case["logits"])[:, None]
     answer = Answer(torch.zeros(4, 1, 4), logits, logits, None, {})
-    got = STARK._losses(
+    got = STARK.losses(
         bare(STARKConfig.st50()), answer, torch.zeros(4, 4), torch.tensor(case["labels"]), "score"
     )["loss"]
     return worst(*found) | {"losses of scores, loss": abs(got.item() - case["value"])}
@@ -343,7 +349,7 @@ def test_exact_losses(case):
     """
     boxes, truth = torch.tensor(case["pred_cxcywh"]), torch.tensor(case["gt_xywh"])
     answer = Answer(boxes[:, None], None, boxes, None, {})
-    found = STARK._losses(
+    found = STARK.losses(
         bare(STARKConfig.s50(exact=True)),
         answer,
         xywh_to_cxcywh(truth),
@@ -374,7 +380,7 @@ def gradients(variant: str) -> dict[str, float]:
     tracker.eval()
     try:
         answer = tracker(*encoded(tracker, inputs, 0))
-        losses = tracker._losses(
+        losses = tracker.losses(
             answer, xywh_to_cxcywh(torch.tensor([gold["gt_xywh"]])), torch.ones(1), "box"
         )
         losses["loss"].backward()

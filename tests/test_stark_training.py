@@ -22,9 +22,19 @@ from trackkit.errors import CheckpointError, TrackkitError
 from trackkit.sampling import Samples
 from trackkit.synth import SynthConfig, SynthDataset
 from trackkit.trackers.stark import STARK, Answer, STARKConfig
+from trackkit.trackers.stark_variants import (
+    STARKHungarian,
+    STARKHungarianConfig,
+    STARKJoint,
+    STARKJointConfig,
+    STARKTemplateQuery,
+    STARKTemplateQueryConfig,
+    STARKUpdatedQuery,
+    STARKUpdatedQueryConfig,
+)
 from trackkit.tracking import track, track_many
 from trackkit.training import train
-from trackkit.weights import create
+from trackkit.weights import CLASSES, create
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +92,9 @@ def test_the_localisation_stage_leaves_the_score_head(tmp_path):
 
 TABLES_OF_STARK = [table for table in TABLES.values() if table.tracker == "stark-tiny"]
 ROWS = {
-    f"{table.name}: {row.label}": row.changes for table in TABLES_OF_STARK for row in table.rows
+    f"{table.name}: {row.label}": {"cls": CLASSES[row.variant or "STARK"], **row.changes}
+    for table in TABLES_OF_STARK
+    for row in table.rows
 }
 
 
@@ -91,7 +103,7 @@ def test_every_row_of_the_ablation_tables_trains_and_tracks(changes, videos, tmp
     tracker = small(**changes)
     log = trained(tracker, tmp_path / "run", 2)
     cfg = tracker.config
-    at_once = not cfg.score or cfg.joint or cfg.matching == "hungarian"
+    at_once = not cfg.score or isinstance(tracker, (STARKHungarian, STARKJoint))
     assert [line["stage"] for line in log] == ["localisation"] * 2 + (
         [] if at_once else ["score"] * 2
     )
@@ -130,7 +142,9 @@ def test_losses_reach_all_that_their_stage_trains(changes):
 def test_loss_is_the_sum_of_its_parts(from_scratch):
     tracker = small(from_scratch=from_scratch)
     batch = batch_of(tracker, negatives=0.5)
-    kinds = [tracker.loss(batch, kind) for kind in ("box", "score", "joint")]
+    twin = small(cls=STARKJoint, from_scratch=from_scratch)
+    twin.load_state_dict(tracker.state_dict())
+    kinds = [tracker.loss(batch, "box"), tracker.loss(batch, "score"), twin.loss(batch)]
     box, score, joint = ({name: loss.item() for name, loss in losses.items()} for losses in kinds)
     assert set(box) == {"loss", "giou", "l1"} | ({"corner"} if from_scratch else set())
     assert set(joint) == set(box) | {"score"}
@@ -145,15 +159,15 @@ def test_negatives_have_no_box():
     """In joint training boxes are learned from the samples that show the target, and none from a
     batch without.
     """
-    tracker = small(joint=True)
+    tracker = small(cls=STARKJoint)
     batch = batch_of(tracker)
     batch["labels"] = torch.tensor([[1.0], [0.0], [1.0]]).expand(batch["search_boxes"].shape[:2])
     kept = {key: value[[0, 2]] for key, value in batch.items()}
-    assert tracker.loss(batch, "joint")["l1"].item() == pytest.approx(
-        tracker.loss(kept, "joint")["l1"].item(), rel=1e-4
+    assert tracker.loss(batch)["l1"].item() == pytest.approx(
+        tracker.loss(kept)["l1"].item(), rel=1e-4
     )
-    losses = tracker.loss({**batch, "labels": torch.zeros_like(batch["labels"])}, "joint")
-    assert set(losses) == set(tracker.loss(kept, "joint")), (
+    losses = tracker.loss({**batch, "labels": torch.zeros_like(batch["labels"])})
+    assert set(losses) == set(tracker.loss(kept)), (
         "or processes that log together would wait for each other"
     )
     assert (
@@ -227,19 +241,19 @@ def answers(boxes, logits) -> Answer:
 
 def test_one_box_of_many():
     found = answers([[[0.5, 0.5, 0.2, 0.2], [0.1, 0.1, 0.2, 0.4]]], [[-1.0, 2.0]])
-    mean, score = small(queries=2)._choose(found)
-    best, same = small(queries=2, matching="hungarian")._choose(found)
+    mean, score = small().choose(found)
+    best, same = small(cls=STARKHungarian, queries=2).choose(found)
     assert mean[0].tolist() == pytest.approx([0.3, 0.3, 0.2, 0.3])
     assert best[0].tolist() == pytest.approx([0.1, 0.1, 0.2, 0.4])
     assert score.item() == same.item() == pytest.approx(1 / (1 + math.exp(-2)))
 
 
 def test_hungarian_matching_teaches_the_best_query_alone():
-    tracker = small(queries=2, matching="hungarian")
+    tracker = small(cls=STARKHungarian, queries=2)
     truth = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.1, 0.1, 0.2, 0.2]])
     near, far = [0.52, 0.5, 0.2, 0.2], [0.8, 0.8, 0.1, 0.1]
     found = answers([[near, far], [far, [0.1, 0.1, 0.2, 0.3]]], [[0.0, 5.0], [0.0, 0.0]])
-    losses = tracker._losses(found, truth, torch.ones(2), "box")
+    losses = tracker.losses(found, truth, torch.ones(2), "box")
     matched, corners = (
         cxcywh_to_xyxy(torch.tensor([near, [0.1, 0.1, 0.2, 0.3]])),
         cxcywh_to_xyxy(truth).clamp(0, 1),
@@ -253,7 +267,7 @@ def test_hungarian_matching_teaches_the_best_query_alone():
     )
     assert losses["score"].item() == pytest.approx(wanted.item(), abs=1e-6)
     even = answers([[near, near]], [[0.0, 1.0]])
-    losses = tracker._losses(even, truth[:1], torch.ones(1), "box")
+    losses = tracker.losses(even, truth[:1], torch.ones(1), "box")
     wanted = F.binary_cross_entropy_with_logits(even.logits, torch.tensor([[0.0, 1.0]]))
     assert losses["score"].item() == pytest.approx(wanted.item(), abs=1e-6), (
         "of two equal boxes the more confident one"
@@ -263,7 +277,7 @@ def test_hungarian_matching_teaches_the_best_query_alone():
 def test_a_confident_answer_is_the_next_question(videos):
     frame, box = videos[0].frame(0), videos[0].boxes_xywh[:1]
     for threshold, renewed in ((0.0, True), (1.0, False)):
-        tracker = small(query="updated", dynamic=False, update_threshold=threshold)
+        tracker = small(cls=STARKUpdatedQuery, dynamic=False, update_threshold=threshold)
         state = tracker.start([frame], box)
         assert torch.equal(state.query[0], tracker.query.weight)
         after, _ = tracker.step(state, [frame])
@@ -271,7 +285,7 @@ def test_a_confident_answer_is_the_next_question(videos):
 
 
 def test_templates_that_ask_do_not_meet_the_search_before(videos):
-    tracker = small(query="template")
+    tracker = small(cls=STARKTemplateQuery)
     state = tracker.start(*firsts(videos[:1]))
     changed = replace(state, template=tracker.start(*firsts(videos[2:3])).template)
     (_, one), (_, other) = (
@@ -306,24 +320,27 @@ def test_a_saved_tracker_is_the_same(changes, videos, tmp_path):
         ({"backbone": "vgg"}, "backbone must be one of resnet50"),
         ({"position": "rope"}, "position must be"),
         ({"head": "anchor"}, "head must be"),
-        ({"matching": "greedy"}, "matching must be"),
-        ({"query": "none"}, "query must be"),
         ({"template_size": 120}, "multiples of the backbone's stride, 16"),
         ({"search_size": 330}, "multiples of the backbone's stride, 16"),
         ({"width": 250}, "multiple of 4 and of the 8 heads"),
         ({"heads": 3}, "multiple of 4 and of the 3 heads"),
-        ({"queries": 0}, "at least 1"),
+        ({"width": 4100}, "at least 1 and at most 4096"),
         ({"update_interval": 0}, "at least 1"),
-        ({"score": False, "joint": True}, "need the score head"),
-        ({"score": False, "queries": 3, "matching": "hungarian"}, "need the score head"),
-        ({"query": "template", "queries": 2}, "queries = 1"),
-        ({"query": "updated", "decoder_layers": 0}, "needs a decoder"),
+        ({"update_threshold": 1.1}, "at most 1"),
+        ({"margin": float("inf")}, "margin must be"),
+        ({"dropout": float("nan")}, "dropout must be"),
+        ({"encoder_layers": 1.5}, "a whole number"),
+        ({"cls": STARKHungarianConfig, "queries": 0}, "at least 1"),
+        ({"cls": STARKJointConfig, "score": False}, "needs the score head"),
+        ({"cls": STARKHungarianConfig, "score": False}, "needs the score head"),
+        ({"cls": STARKTemplateQueryConfig, "decoder_layers": 0}, "needs a decoder"),
+        ({"cls": STARKUpdatedQueryConfig, "decoder_layers": 0}, "needs a decoder"),
     ],
     ids=str,
 )
 def test_impossible_configs(changes, message):
     with pytest.raises(ValueError, match=message):
-        STARKConfig.st50(**changes)
+        changes.get("cls", STARKConfig).st50(**{k: v for k, v in changes.items() if k != "cls"})
 
 
 def test_named_variants():

@@ -17,7 +17,7 @@ from trackkit.synth import SynthConfig, SynthDataset
 from trackkit.trackers.base import join, take
 from trackkit.trackers.references import StayTracker
 from trackkit.trackers.siamfc_ca import SiamFCCA, SiamFCCAConfig
-from trackkit.trackers.stark import STARK, STARKConfig
+from trackkit.trackers.stark_ca import STARKCA, STARKCAConfig
 from trackkit.tracking import Online, track, track_many
 from trackkit.weights import TRACKERS, create, load
 
@@ -189,7 +189,7 @@ OFTEN = {  # so that a few frames are enough for what happens every so many
 }
 OTHERS = {
     "siamfc-ca": lambda: SiamFCCA(replace(SiamFCCAConfig.tiny(), scales=1)),
-    "stark-ca": lambda: STARK(STARKConfig.tiny(backbone="sbt-tiny", dynamic=False, score=False)),
+    "stark-ca": lambda: STARKCA(STARKCAConfig.tiny()),
 }
 
 
@@ -244,7 +244,7 @@ def test_that_test_can_fail(any_tracker, endings, monkeypatch):
     """Trackers that renew all templates of a batch when one is due, or count all by the oldest, are
     found out.
     """
-    mine = {"Stark": "_renewed", "MixViT": "_renewed", "USTAM": "_renewed", "DASTM": "_memorise"}[
+    mine = {"STARK": "_renewed", "MixViT": "_renewed", "USTAM": "_renewed", "DASTM": "_memorise"}[
         type(any_tracker).__name__
     ]
     genuine = getattr(type(any_tracker), mine)

@@ -44,18 +44,19 @@ from trackkit.stages import Stage, shortened
 from trackkit.synth import SynthDataset
 from trackkit.trackers.base import Tracker
 from trackkit.training import train
-from trackkit.weights import create, describe
+from trackkit.weights import CLASSES, create, describe
 
 
 @dataclass(frozen=True)
 class Row:
     """One line of a table: what is changed in the tracker's config, and the paper's figure if there
-    is one.
+    is one; `variant` is the class that takes the place of the tracker's, one of `weights.CLASSES`.
     """
 
     label: str
     changes: dict[str, Any]
     paper: float | None = None
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,17 +87,24 @@ class Table:
         """A row's tracker with the random weights of a seed, and its stages at `scale`, or
         shortened to `steps` and with another `batch`.
 
-        Raises TrackkitError for changes that are no fields of the config.
+        Raises TrackkitError for changes that are no fields of the config, and for a variant of
+        another tracker.
         """
+        name = row.variant or self.tracker_name
         chosen = create(self.tracker) if isinstance(self.tracker, str) else self.tracker()
-        fields = [f.name for f in dataclasses.fields(chosen.config)] if chosen.config else []
+        cls = type(chosen)
+        if row.variant:
+            if not issubclass(CLASSES[name], cls):
+                raise TrackkitError(f"{self.name}, {row.label}: {name} is no {self.tracker_name}")
+            cls = CLASSES[name]
+        fields = [f.name for f in dataclasses.fields(cls.Config)]
         if odd := [key for key in row.changes if key not in fields]:
             raise TrackkitError(
-                f"{self.name}, {row.label}: {self.tracker_name} has no {', '.join(odd)}, only "
+                f"{self.name}, {row.label}: {name} has no {', '.join(odd)}, only "
                 f"{', '.join(fields)}"
             )
         torch.manual_seed(seed)  # here, as in `trackkit train`
-        tracker = type(chosen)(dataclasses.replace(chosen.config, **row.changes))
+        tracker = cls(cls.Config(**{**vars(chosen.config), **row.changes}))
         stages = tracker.recipe(scale)
         stages = stages if steps is None else shortened(stages, steps)
         return tracker, [dataclasses.replace(stage, batch=batch or stage.batch) for stage in stages]
@@ -112,10 +120,10 @@ _TABLE6 = (
 )
 _TABLE7 = (
     Row("base", {}, 66.4),
-    Row("template as query", {"query": "template"}, 61.2),
-    Row("Hungarian", {"queries": 10, "matching": "hungarian", "score": True}, 63.7),
-    Row("updated query", {"query": "updated", "dynamic": False}, 64.8),
-    Row("joint", {"joint": True}, 62.5),
+    Row("template as query", {}, 61.2, "STARKTemplateQuery"),
+    Row("Hungarian", {}, 63.7, "STARKHungarian"),
+    Row("updated query", {"dynamic": False}, 64.8, "STARKUpdatedQuery"),
+    Row("joint", {}, 62.5, "STARKJoint"),
 )
 _TABLE1 = (
     Row("STARK-ST", {}, 68.0),
@@ -223,6 +231,13 @@ differences, the spread.
 {_ABOUT_PAPER if figures else ""}{self.about["command"]}
 {made}; {speed} training samples/s
 """
+
+
+_WORDS = (
+    "difference: mean over seeds of row minus base of the same seed ± the std of these "
+    "differences, the spread.\ndirection: whether our difference has the sign of the paper's; "
+    "within the spread: it is smaller than that."
+)
 
 
 def load(path: str | Path) -> Result:
@@ -454,8 +469,8 @@ def _machine(device: torch.device) -> str:
     )
 
 
-def _direction(difference: float | None, spread: float | None, paper: float) -> str:
-    if difference is None:
+def _direction(difference: float | None, spread: float | None, paper: float | None) -> str:
+    if None in (difference, paper):
         return "-"
     word = "agrees" if difference * paper > 0 else "disagrees" if difference else "no difference"
     if spread is None:

@@ -22,7 +22,8 @@ from trackkit.trackers.dastm import DASTM, DASTMConfig
 from trackkit.trackers.mixvit import MixViT
 from trackkit.trackers.procontext import ProContEXT, ProContEXTConfig, Templates
 from trackkit.trackers.sbt import SBT, SBTConfig
-from trackkit.trackers.stark import STARK, STARKConfig, Tokens
+from trackkit.trackers.stark import STARK, Answer, STARKConfig, Tokens
+from trackkit.trackers.stark_variants import STARKUpdatedQuery
 from trackkit.trackers.stmtrack import STMTrack, STMTrackConfig, read_out
 from trackkit.trackers.ustam import USTAMConfig
 from trackkit.tracking import now
@@ -271,9 +272,10 @@ def by_the_paper(tracker: Tracker) -> dict:
 
 
 @by_the_paper.register
-def _(tracker: STARK) -> dict:
+def _stark(tracker: STARK, then: Callable[[STARK, Answer], object] | None = None) -> dict:
     """The rule behind STARK's Table 5: its counter knew neither attention (projections included)
     nor layer norms nor the query, and the templates' features are not computed in a tracked frame.
+    `then` is what comes after the answer.
     """
     cfg, twin = tracker.config, _twin(tracker)
     templates = [_blank(twin, cfg.template_size)] * (1 + cfg.dynamic)
@@ -286,8 +288,8 @@ def _(tracker: STARK) -> dict:
 
     def frame() -> None:
         answer = twin(templates, _blank(twin, cfg.search_size))
-        if cfg.query == "updated":
-            twin.query_after(answer.decoded)
+        if then is not None:
+            then(twin, answer)
 
     with without_shortcuts(twin):
         total = macs(frame)
@@ -296,6 +298,11 @@ def _(tracker: STARK) -> dict:
         "macs": total,
         "paper": STARK_TABLE_5.get(cfg, {}),
     }
+
+
+@by_the_paper.register
+def _(tracker: STARKUpdatedQuery) -> dict:
+    return _stark(tracker, lambda twin, answer: twin.query_after(answer.decoded))
 
 
 def _blank(twin: STARK, size: int) -> Tokens:

@@ -18,6 +18,8 @@ from trackkit.trackers.sbt import SBT, SBTConfig
 from trackkit.trackers.siamfc import SiamFC, SiamFCConfig
 from trackkit.trackers.siamfc_ca import SiamFCCA, SiamFCCAConfig
 from trackkit.trackers.stark import STARK, STARKConfig
+from trackkit.trackers.stark_ca import STARKCA, STARKCAConfig
+from trackkit.trackers.stark_variants import VARIANTS
 from trackkit.trackers.stmtrack import STMTrack, STMTrackConfig
 from trackkit.trackers.ustam import USTAM, USTAMConfig
 
@@ -37,7 +39,7 @@ TRACKERS: dict[str, tuple[type[Tracker], Any]] = {
     "sbt-large": (SBT, SBTConfig.large()),
     "sbt-tiny": (SBT, SBTConfig.tiny()),
     "siamfc-ca": (SiamFCCA, SiamFCCAConfig()),
-    "stark-ca": (STARK, STARKConfig.s50(backbone="sbt-small")),
+    "stark-ca": (STARKCA, STARKCAConfig()),
     "ostrack-256": (ProContEXT, ProContEXTConfig.ostrack_256()),
     "ostrack-384": (ProContEXT, ProContEXTConfig.ostrack_384()),
     "procontext-256": (ProContEXT, ProContEXTConfig.procontext_256()),
@@ -56,6 +58,9 @@ TRACKERS: dict[str, tuple[type[Tracker], Any]] = {
     "ustam-l384": (USTAM, USTAMConfig.l384()),
     "ustam-tiny": (USTAM, USTAMConfig.tiny()),
 }
+
+# the classes that files may be of; some only stand in ablation tables and have no name above
+CLASSES = {cls.__name__: cls for cls in (*(cls for cls, _ in TRACKERS.values()), *VARIANTS)}
 
 
 def create(name: str) -> Tracker:
@@ -90,8 +95,7 @@ def load(source: str | Path, classes: Iterable[type[Tracker]] = ()) -> Tracker:
     if str(source) in TRACKERS:
         return create(str(source))
     tensors, about = checkpoints.read(source)
-    known = {cls.__name__: cls for cls, _ in TRACKERS.values()}
-    known |= {cls.__name__: cls for cls in classes}
+    known = CLASSES | {cls.__name__: cls for cls in classes}
     if about.get("tracker") not in known:
         raise CheckpointError(
             f"{source}: made for the tracker {about.get('tracker')!r}; this trackkit has "

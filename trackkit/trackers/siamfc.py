@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trackkit.boxes import cxcywh_to_xywh, xywh_to_cxcywh
-from trackkit.crops import Windows, context_side, cut, mean_colour
-from trackkit.frames import FrameRule
+from trackkit.crops import CropSpec, Windows, context_side, cut, mean_colour
+from trackkit.errors import Range, check_fields
+from trackkit.frames import FrameRule, SampleSpec
+from trackkit.heads import hann_window
 from trackkit.losses import balanced_bce
-from trackkit.sampling import CropSpec, SampleSpec
 from trackkit.stages import Stage
 from trackkit.trackers.base import Prediction, Tracker
 
@@ -35,62 +36,47 @@ class SiamFCConfig:
 
     The backbone is five convolutions without padding, conv1 with stride 2; a 3x3 max-pool with
     stride 2 follows the first `pools` of them, so the total stride is 2 ** (1 + pools).
-
-    Attributes:
-        exemplar_size: side of the exemplar, the crop of the target in the first frame.
-        search_size: side of the search crop in tracking.
-        train_search_size: side of the search crop in training: what the authors' random crop
-            leaves.
-        context: margin around the target, in units of (w + h) / 2 on each side.
-        channels: outputs of the five convolutions.
-        kernels: sides of the five convolutions' kernels.
-        groups: of channels, in each of the five convolutions.
-        pools: how many of the convolutions are followed by a pooling, 0 to 5.
-        response_scale: factor on the response, brings sums over ~10,000 products to logits of order
-            1.
-        positive_radius: so far from the target's centre cells of the response learn 1, search-crop
-            pixels.
-        train_shift: training crops are off-centre by up to this many crop pixels, half a response
-            cell.
-        scales: search crops of a frame, each of another scale; an odd number.
-        scale_step: factor from one scale to the next.
-        scale_penalty: factor on the responses of the scales that are not 1.
-        scale_rate: how much of a scale change the target size follows, 0 to 1.
-        window_influence: share of a cosine window in the response in which the peak is sought, 0 to
-            1.
-        upsample: cells of the map in which the peak is sought for one response cell, along each
-            axis.
     """
 
-    exemplar_size: int = 127
-    search_size: int = 255
-    train_search_size: int = 239
-    context: float = 0.5
-    channels: tuple[int, ...] = (96, 256, 384, 384, 256)
-    kernels: tuple[int, ...] = (11, 5, 3, 3, 3)
-    groups: tuple[int, ...] = (1, 2, 1, 2, 2)
-    pools: int = 2
+    exemplar_size: int = 127  # side of the exemplar, the crop of the target in the first frame
+    search_size: int = 255  # side of the search crop in tracking
+    train_search_size: int = 239  # in training: what the authors' random crop leaves
+    context: float = 0.5  # margin around the target, in units of (w + h) / 2 on each side
+    channels: tuple[int, ...] = (96, 256, 384, 384, 256)  # outputs of the five convolutions
+    kernels: tuple[int, ...] = (11, 5, 3, 3, 3)  # sides of their kernels
+    groups: tuple[int, ...] = (1, 2, 1, 2, 2)  # of channels, in each of them
+    pools: int = 2  # how many of the convolutions are followed by a pooling, 0 to 5
     response_scale: float = 0.001
+    """factor on the response, brings sums over ~10,000 products to logits of order 1"""
     positive_radius: int = 16
+    """so far from the target's centre cells of the response learn 1, search-crop pixels"""
     train_shift: int = 4
-    scales: int = 3
-    scale_step: float = 1.0375
-    scale_penalty: float = 0.9745
-    scale_rate: float = 0.59
+    """training crops are off-centre by up to this many crop pixels, half a response cell"""
+    scales: int = 3  # search crops of a frame, each of another scale; an odd number
+    scale_step: float = 1.0375  # factor from one scale to the next
+    scale_penalty: float = 0.9745  # factor on the responses of the scales that are not 1
+    scale_rate: float = 0.59  # how much of a scale change the target size follows, 0 to 1
     window_influence: float = 0.176
+    """share of a cosine window in the response in which the peak is sought, 0 to 1"""
     upsample: int = 16
+    """cells of the map in which the peak is sought for one response cell, along each axis"""
 
     def __post_init__(self):
         if not len(self.channels) == len(self.kernels) == len(self.groups) == 5:
-            raise ValueError(
-                "channels, kernels and groups must have five entries, one for each convolution"
-            )
+            each = "channels, kernels and groups must have five entries"
+            raise ValueError(f"{each}, one for each convolution")
+        size, share = Range(1, 4096), Range(0, 1)
+        check_fields(
+            self, exemplar_size=size, search_size=size, train_search_size=size,
+            context=Range(0, 100), channels=size, kernels=size, groups=size, pools=Range(0, 5),
+            response_scale=Range(0, above=True), positive_radius=Range(0, 4096),
+            train_shift=Range(0, 4096), scales=Range(1, 99), scale_step=Range(0, 10, above=True),
+            scale_penalty=share, scale_rate=share, window_influence=share, upsample=Range(1, 64),
+        )  # fmt: skip
         if self.scales % 2 != 1:
             raise ValueError(
                 f"scales must be odd, so that scale 1 is among them; got {self.scales}"
             )
-        if not 0 <= self.window_influence <= 1 or not 0 <= self.scale_rate <= 1:
-            raise ValueError("window_influence and scale_rate must be between 0 and 1")
         if self.feature_size(self.exemplar_size) < 1:
             raise ValueError(
                 f"an exemplar of {self.exemplar_size} px leaves no features; make it larger"
@@ -187,16 +173,6 @@ def label_map(size: int, stride: int, radius: float) -> Tensor:
     return (distance <= radius / stride).float()
 
 
-def hann_window(size: int) -> Tensor:
-    """Cosine window that sums to 1, float32 (size, size): large in the middle, 0 at the border.
-
-    Added to a response map it says that the target does not move far between two frames.
-    """
-    hann = torch.hann_window(size, periodic=False)
-    window = hann[:, None] * hann[None, :]
-    return window / window.sum()
-
-
 def peak_shift(
     response: Tensor, stride: int, upsample: int, side: Tensor, search_size: int
 ) -> Tensor:
@@ -235,9 +211,12 @@ class SiamFC(Tracker):
 
     Config = SiamFCConfig
 
-    def __init__(self, config: SiamFCConfig = SiamFCConfig()):
-        super().__init__(config)
-        self.backbone = Backbone(config)
+    def __init__(self, config: SiamFCConfig | None = None):
+        super().__init__(config or self.Config())
+        self.add_backbone()
+
+    def add_backbone(self) -> None:
+        self.backbone = Backbone(self.config)
 
     def features(self, crops: Tensor) -> Tensor:
         """Crops (B, 3, S, S), RGB, 0..255 without any normalisation -> features (B, C, s, s)."""
@@ -253,27 +232,38 @@ class SiamFC(Tracker):
 
     # ---- tracking (paper, section 2.3; constants of the authors' 3-scale version) ----
 
-    def start(self, frames: list[Tensor], boxes_xywh: Tensor) -> SiamFCState:
+    @property
+    def template_crop(self) -> CropSpec:
+        return CropSpec(self.config.exemplar_size, 1.0, self.config.context)
+
+    @property
+    def search_crop(self) -> CropSpec:
+        """At the resolution of the exemplar."""
         cfg = self.config
+        return CropSpec(cfg.search_size, cfg.search_size / cfg.exemplar_size, cfg.context)
+
+    def start(self, frames: list[Tensor], boxes_xywh: Tensor) -> SiamFCState:
+        z, x = self.template_crop, self.search_crop
         frames, boxes = self.checked(frames, boxes_xywh)
         box = xywh_to_cxcywh(boxes)
-        exemplar_side = context_side(boxes, cfg.context)
+        side = context_side(boxes, z.context)
         fill = torch.stack([mean_colour(frame) for frame in frames])
-        crops = cut(frames, Windows.around(box[:, :2], exemplar_side, cfg.exemplar_size), fill)
-        side = exemplar_side * cfg.search_size / cfg.exemplar_size
+        crops = cut(frames, Windows.around(box[:, :2], side, z.size), fill)
+        side = side * x.size / z.size
         return SiamFCState(self.features(crops), fill, box[:, :2], box[:, 2:], side)
 
     def step(
         self, state: SiamFCState, frames: list[Tensor], maps: bool = False
     ) -> tuple[SiamFCState, Prediction]:
         cfg, frames, batch = self.config, self.moved(frames), len(frames)
+        pixels = self.search_crop.size
 
         # 1. the surroundings of the last position at each scale, as one batch
         exponents = torch.arange(cfg.scales, dtype=torch.float64) - cfg.scales // 2
         factors = cfg.scale_step**exponents  # (S,)
         sides = state.side[:, None] * factors  # (B, S)
         windows = Windows.around(
-            state.centre.repeat_interleave(cfg.scales, 0), sides.flatten(), cfg.search_size
+            state.centre.repeat_interleave(cfg.scales, 0), sides.flatten(), pixels
         )
         crops = cut(
             [frame for frame in frames for _ in range(cfg.scales)],
@@ -299,13 +289,14 @@ class SiamFC(Tracker):
         # 4. the best position, with a window that prefers small motion
         response = response - response.amin((1, 2), keepdim=True)
         response = response / (response.sum((1, 2), keepdim=True) + 1e-16)
-        window = hann_window(size).to(response)
+        window = hann_window(size, "zero")
+        window = (window / window.sum()).to(response)
         blended = (1 - cfg.window_influence) * response + cfg.window_influence * window
 
         # 5. from map cells to frame pixels
         best = best.cpu()
         side = sides.gather(1, best[:, None])[:, 0]
-        centre = state.centre + peak_shift(blended, cfg.stride, cfg.upsample, side, cfg.search_size)
+        centre = state.centre + peak_shift(blended, cfg.stride, cfg.upsample, side, pixels)
         growth = damped(factors[best], cfg.scale_rate)
 
         new = replace(
@@ -315,7 +306,7 @@ class SiamFC(Tracker):
         seen = None
         if maps:
             seen = {
-                "crop": crops.view(batch, cfg.scales, 3, cfg.search_size, cfg.search_size),
+                "crop": crops.view(batch, cfg.scales, 3, pixels, pixels),
                 "raw": raw.view(batch, cfg.scales, *raw.shape[-2:]),
                 "response": response,
                 "blended": blended,
@@ -340,13 +331,11 @@ class SiamFC(Tracker):
         cfg = self.config
         # the crop keeps the resolution of a full search crop and shows less of it
         factor = cfg.train_search_size / cfg.exemplar_size
+        search = replace(self.search_crop, size=cfg.train_search_size, factor=factor)
+        jitter = {"shift_px": cfg.train_shift, "scale": 0.05}
         return SampleSpec(
-            template=CropSpec(
-                cfg.exemplar_size, 1.0, cfg.context, shift_px=cfg.train_shift, scale=0.05
-            ),
-            search=CropSpec(
-                cfg.train_search_size, factor, cfg.context, shift_px=cfg.train_shift, scale=0.05
-            ),
+            template=replace(self.template_crop, **jitter),
+            search=replace(search, **jitter),
             max_gap=100,
             rule=FrameRule(
                 min_area=20,

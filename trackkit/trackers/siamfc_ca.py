@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from trackkit.backbones import normalise
-from trackkit.trackers.base import Tracker
+from trackkit.errors import Range, check_fields
 from trackkit.trackers.sbt import CorrelatedFeatures, SBTConfig
 from trackkit.trackers.siamfc import SiamFC, SiamFCConfig, cross_correlation
 
@@ -23,29 +23,17 @@ from trackkit.trackers.siamfc import SiamFC, SiamFCConfig, cross_correlation
 class SiamFCCAConfig(SiamFCConfig):
     """SiamFC's numbers with another backbone; `channels`, `kernels`, `groups` and `pools` do not
     count here.
-
-    Attributes:
-        exemplar_size: side of the exemplar, the crop of the target in the first frame; a multiple
-            of the backbone's stride.
-        search_size: side of the search crop in tracking; a multiple of the stride.
-        train_search_size: side of the search crop in training; a multiple of the stride.
-        channels: no effect, see `sbt`.
-        kernels: no effect, see `sbt`.
-        groups: no effect, see `sbt`.
-        pools: no effect, see `sbt`.
-        sbt: "light", "small", "base" or "tiny", whose backbone it is.
-        adjust: channels of the features that are compared.
     """
 
     exemplar_size: int = 128
-    search_size: int = 256
-    train_search_size: int = 240
-    sbt: str = "small"
-    adjust: int = 256
+    """side of the exemplar, the crop of the target in the first frame; a multiple of the stride"""
+    search_size: int = 256  # side of the search crop in tracking; a multiple of the stride
+    train_search_size: int = 240  # in training; a multiple of the stride
+    sbt: str = "small"  # "light", "small", "base" or "tiny", whose backbone it is
+    adjust: int = 256  # channels of the features that are compared
 
     def __post_init__(self):
-        if self.sbt not in ("light", "small", "base", "tiny"):
-            raise ValueError(f"sbt must be light, small, base or tiny; got {self.sbt!r}")
+        check_fields(self, sbt=("light", "small", "base", "tiny"), adjust=Range(1, 4096))
         for size in (self.exemplar_size, self.search_size, self.train_search_size):
             if size % self.stride:
                 raise ValueError(
@@ -85,10 +73,9 @@ class SiamFCCA(SiamFC):
 
     Config = SiamFCCAConfig
 
-    def __init__(self, config: SiamFCCAConfig = SiamFCCAConfig()):
-        Tracker.__init__(self, config)
-        self.backbone = CorrelatedFeatures(config.backbone)
-        self.adjust = nn.Conv2d(self.backbone.channels, config.adjust, 1)
+    def add_backbone(self) -> None:
+        self.backbone = CorrelatedFeatures(self.config.backbone)
+        self.adjust = nn.Conv2d(self.backbone.channels, self.config.adjust, 1)
 
     def load_pretrained(self) -> bool:
         return self.backbone.load_pretrained()

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trackkit.course.checks import exercise
+from trackkit.heads import hann_window
 from trackkit.losses import balanced_bce
-from trackkit.trackers.siamfc import cross_correlation, damped, hann_window, label_map, peak_shift
+from trackkit.trackers.siamfc import cross_correlation, damped, label_map, peak_shift
 
 # ---- cross-correlation ----
 
@@ -180,6 +181,12 @@ def _outer(line: Tensor) -> Tensor:
     return window / window.sum()
 
 
+def _window(size: int) -> Tensor:
+    """As `SiamFC.step` has it."""
+    window = hann_window(size, "zero")
+    return window / window.sum()
+
+
 def _sum_of_lines(size: int) -> Tensor:
     hann = torch.hann_window(size, periodic=False)
     window = hann[:, None] + hann[None, :]
@@ -188,18 +195,12 @@ def _sum_of_lines(size: int) -> Tensor:
 
 @exercise(
     "hann_window",
-    reference=hann_window,
+    reference=_window,
     mistakes={
         "The window is not normalised. Divide it by its sum, so that it can be mixed with a "
-        "response that sums to 1.": (
-            lambda size: (
-                hann_window(size)
-                / hann_window(size).max()
-                * torch.hann_window(size, periodic=False).max() ** 2
-            )
-        ),
+        "response that sums to 1.": (lambda size: hann_window(size, "zero")),
         "Its largest value is 1. Divide by the sum instead of the maximum.": lambda size: (
-            hann_window(size) / hann_window(size).max()
+            hann_window(size, "zero") / hann_window(size, "zero").max()
         ),
         "The window is not symmetric: torch.hann_window is periodic unless you say "
         "periodic=False.": lambda size: _outer(torch.hann_window(size)),
