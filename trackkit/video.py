@@ -74,7 +74,7 @@ class VideoSequence(Sequence):
         self._frames = 0
         self._stamps: list[int | None] = []  # of the frames, in the order of decoding
         self._keys: list[int] = []  # frames that a seek may go to
-        self._counted = self._warned = False
+        self._counted, self._threads, self._packets_read = False, True, 0
         self._damage: Exception | None = None
         try:
             if not self._scan():
@@ -122,13 +122,15 @@ class VideoSequence(Sequence):
         with self._open() as container:
             stream = container.streams.video[0]
             self.fps, self._unit = float(stream.average_rate or 0), stream.time_base
-            if not {"mp4", "matroska"} & set(container.format.name.split(",")):
-                return False
+            kind = {"mp4", "matroska", "avi"} & set(container.format.name.split(","))
+            if not kind:
+                return False  # no index, no stated length
             try:
                 # of all streams, because the longest makes the duration that the file states
                 for packet in container.demux():
-                    if packet.pts is not None:
-                        last = (packet.pts + (packet.duration or 0)) * packet.time_base
+                    stamp = packet.dts if packet.pts is None else packet.pts
+                    if stamp is not None:
+                        last = (stamp + (packet.duration or 0)) * packet.time_base
                         end = max(end, float(last))
                     if packet.stream.index == stream.index and packet.size:
                         packets.append((packet.pts, packet.is_keyframe, packet.is_discard))
@@ -140,7 +142,8 @@ class VideoSequence(Sequence):
         if end < stated - 0.25:  # rounding is less
             self._damage = EOFError(f"the file ends after {end:.1f} of {stated:.1f} s")
         self._stamps = [stamp for stamp, _, discarded in packets if not discarded]
-        if None in self._stamps:
+        if None in self._stamps or kind == {"avi"}:  # AVI has stamps of packets only
+            self._stamps = []
             return False
         self._stamps.sort()
         keys = {stamp for stamp, key, discarded in packets if key and not discarded}
@@ -159,12 +162,20 @@ class VideoSequence(Sequence):
         """Decode the file once to know its frames."""
         said, keys = len(self._stamps), {self._stamps[i] for i in self._keys}
         self._counted = True
-        self._reset()
-        self._stamps = [picture.pts for picture in self._decode(0)]
+        # With several threads pictures may get lost at damage, at the end without an error.
+        several = [True, False] if self._damage is None and not self._frames else [False]
+        for threads in several:
+            self._reset()
+            self._threads = threads
+            self._packets_read = 0
+            self._stamps = [picture.pts for picture in self._decode(0)]
+            if self._damage is None and len(self._stamps) == (said or self._packets_read):
+                break
         self._reset()
         # without such stamps it cannot be checked where a seek has landed
         sought = _rising(self._stamps) and self._damage is None
         self._keys = [i for i, s in enumerate(self._stamps) if s in keys] if sought else []
+        fewer = False
         if self._frames:  # the labels have been given; more frames would have none
             self._stamps = self._stamps[: self._frames]
             frames = len(self._stamps)
@@ -173,13 +184,9 @@ class VideoSequence(Sequence):
             self.absent, self.cover, self.cut = (
                 labels[:frames] for labels in (self.absent, self.cover, self.cut)
             )
-            self._frames = frames
-        if self._stamps and self._damage is not None:
-            self._warn(f" of {said}" if said > len(self._stamps) else "")
-
-    def _warn(self, of: str = "") -> None:
-        if not self._warned:
-            self._warned = True
+            fewer, self._frames = frames < self._frames, frames
+        if self._stamps and (fewer or self._damage is not None):
+            of = f" of {said}" if said > len(self._stamps) else ""
             log.warning(
                 f"{self.path}: the video is damaged or cut short; the {len(self._stamps)}{of} "
                 "frames that can be decoded are used"
@@ -200,11 +207,11 @@ class VideoSequence(Sequence):
             for picture in self._pictures:
                 if picture.pts != self._stamps[self._index + 1]:
                     break
+                if self._damage is not None and not self._counted:
+                    break
                 self._index += 1
                 if self._index == index:
                     self._picture = _upright(picture)
-                    if self._damage is not None:
-                        self._warn()
                     return
         said, error = len(self), self._damage or EOFError("the stream ends before this frame")
         if not self._counted:
@@ -220,13 +227,18 @@ class VideoSequence(Sequence):
         """
         if self._container is None:
             self._container = self._open()
-            self._container.streams.video[0].thread_type = "AUTO"
+            stream = self._container.streams.video[0]
+            if self._threads:
+                stream.thread_type = "AUTO"
+            else:
+                stream.codec_context.thread_count = 1
         stream = self._container.streams.video[0]
         wanted = self._stamps[start] if start else None
         if wanted is not None:
             self._container.seek(wanted, stream=stream, backward=True)
         landed = wanted is None
         for packet in self._packets(stream):
+            self._packets_read += packet is not None and packet.size > 0
             try:
                 pictures = stream.decode(packet)
             except av.FFmpegError as error:
