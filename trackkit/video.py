@@ -37,7 +37,6 @@ _OPEN = {
     "protocol_whitelist": "file",
     "format_whitelist": ",".join(sorted(av.formats_available - _READERS_OF_OTHER_FILES)),
 }
-_TICK = Fraction(1, 90_000)  # seconds, as fine as MPEG-TS
 
 
 class VideoSequence(Sequence):
@@ -139,7 +138,9 @@ class VideoSequence(Sequence):
             except av.FFmpegError as error:
                 self._damage = error
             codec, stated = stream.codec_context.name, (container.duration or 0) / av.time_base
-        if end < stated - 0.25:  # rounding is less
+        # A slow-motion edit states more than the packets last, with no packet missing.
+        whole = 0 < stream.frames <= len(packets)
+        if end < stated - 0.25 and not whole:  # rounding is less
             self._damage = EOFError(f"the file ends after {end:.1f} of {stated:.1f} s")
         self._stamps = [stamp for stamp, _, discarded in packets if not discarded]
         if None in self._stamps or kind == {"avi"}:  # AVI has stamps of packets only
@@ -319,7 +320,7 @@ def _url(path: Path) -> str:
     return f"file:{os.path.abspath(path)}"
 
 
-def _rising(stamps: list[int | None]) -> bool:
+def _rising(stamps: list[float | None]) -> bool:
     return None not in stamps and all(a < b for a, b in itertools.pairwise(stamps))
 
 
@@ -359,9 +360,13 @@ def write_video(
     path = Path(path)
     if path.suffix.lower() not in CONTAINERS:
         raise DataError(f"{path}: write a video as {', '.join(CONTAINERS)}")
-    stamps = None if times is None else [round(time / _TICK) for time in times]
-    if stamps is not None and not _rising(stamps):
-        raise DataError(f"{path}: the times of the frames must rise by at least {float(_TICK)} s")
+    stamps, tick = None, Fraction(1, 1000 if path.suffix.lower() == ".mkv" else 90_000)
+    if times is not None:
+        if not _rising(times):
+            raise DataError(f"{path}: the times of the frames must rise")
+        stamps = []
+        for time in times:  # rounding must not make two times one
+            stamps.append(max(round(time / tick), stamps[-1] + 1 if stamps else 0))
     size, index = None, -1
     with atomic_write(path) as partial:
         options = {"movflags": "+faststart"} if path.suffix.lower() != ".mkv" else {}
@@ -376,7 +381,7 @@ def write_video(
             )
             stream.pix_fmt = "yuv420p"
             if stamps is not None:
-                stream.codec_context.time_base = _TICK
+                stream.codec_context.time_base = tick
             for index, frame in enumerate(frames):
                 if size is None:
                     size = frame.shape
@@ -393,7 +398,7 @@ def write_video(
                 if stamps is not None:
                     if index == len(stamps):
                         break
-                    picture.pts, picture.time_base = stamps[index], _TICK
+                    picture.pts, picture.time_base = stamps[index], tick
                 container.mux(stream.encode(picture))
             if size is None:
                 raise DataError(f"{path}: no frames to write")
