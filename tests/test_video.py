@@ -79,6 +79,7 @@ FILES = {
     "plain.mp4": {},
     "short groups.mp4": B,
     "trimmed.mp4": B | {"start": 0.7},
+    "trimmed without b-frames.mp4": {"bf": "0", "g": "20", "start": 0.7},
     "trimmed.mkv": B | {"start": 0.7},
     "trimmed.mov": B | {"start": 1.5},
     "stream.ts": B,
