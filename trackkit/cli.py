@@ -132,6 +132,7 @@ def _track(
         device: where to run.
     """
     from torch.nn.functional import pad
+    from tqdm.auto import tqdm
 
     from trackkit.drawing import draw_boxes
     from trackkit.evaluation import average_overlap, sequence_overlaps
@@ -157,15 +158,22 @@ def _track(
 
     def pictures():
         height, width = sequence.frame(0).shape[1:]
-        for i in range(len(sequence)):
+        for i in tqdm(range(len(sequence)), desc="video", unit="frame"):
             boxes = {name: result.boxes_xywh[i]}
             if scored and bool(sequence.visible[i]):
                 boxes["truth"] = sequence.boxes_xywh[i]
             picture = draw_boxes(sequence.frame(i), boxes)
             # frames of another size than the first are cut or filled up: a video has one size
-            yield pad(picture, (0, width - picture.shape[2], 0, height - picture.shape[1]))
+            if picture.shape[1:] != (height, width):
+                picture = pad(picture, (0, width - picture.shape[2], 0, height - picture.shape[1]))
+            yield picture
 
-    write_video(f"{results}.mp4", pictures(), getattr(sequence, "fps", 0) or 10)
+    write_video(
+        f"{results}.mp4",
+        pictures(),
+        getattr(sequence, "fps", 0) or 10,
+        getattr(sequence, "times", None),
+    )
     fps = len(sequence) / float(result.seconds.sum())
     print(f"{results}.mp4 and .txt: {len(sequence)} frames, {fps:.0f} frames per second")
     if scored:

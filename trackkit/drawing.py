@@ -77,7 +77,8 @@ def draw_boxes(
             _dashed(draw, start, end, *_style(index), line)
     if legend and boxes:
         _legend(draw, list(boxes), image.width, line)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    # channels innermost in memory, as images are read and videos are written
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _ring(box: Tensor | ListLike[float] | None, scale: float) -> list[tuple[int, int]]:

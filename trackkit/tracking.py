@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from trackkit.boxes import check_boxes
-from trackkit.errors import TrackkitError
+from trackkit.errors import DataError, TrackkitError
 from trackkit.sequences import Sequence
 from trackkit.trackers.base import Prediction, Tracker, join, take
 
@@ -80,7 +80,13 @@ def track_many(
         if not slots:
             bar.close()
             return
-        frames = [slot.sequence.frame(len(slot.boxes)) for slot in slots]
+        try:
+            frames = [slot.sequence.frame(len(slot.boxes)) for slot in slots]
+        except DataError:
+            # a damaged video may turn out shorter than it said; then its slot is done
+            if not any(slot.done for slot in slots):
+                raise
+            continue
         began = now(tracker.device)
         state, prediction = tracker.step(state, frames)
         share = (now(tracker.device) - began) / len(slots)
