@@ -109,6 +109,10 @@ class VideoSequence(Sequence):
                 raise self._broken(error, index) from error
         return block_mean(self._picture, reduce)
 
+    def _source(self) -> object:
+        stat = os.stat(self.path)
+        return stat.st_size, stat.st_mtime_ns
+
     def frame_size(self, index: int) -> tuple[int, int]:
         self._check_index(index)
         return self._size
