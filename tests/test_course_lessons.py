@@ -50,7 +50,8 @@ CHECK = (
 )
 PICTURE = """from IPython.display import display
 from trackkit_toy import bar, picture
-display({"image/png": picture, "text/plain": "Picture: white."}, metadata={"image/png": {"alt": "white"}}, raw=True)
+white = {"image/png": picture, "text/plain": "Picture: white."}
+display(white, metadata={"image/png": {"alt": "white"}}, raw=True)
 bar"""
 HELPER = """import base64
 import ipywidgets
