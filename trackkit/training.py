@@ -27,11 +27,11 @@ from trackkit.errors import CheckpointError, TrackkitError
 from trackkit.paths import atomic_write, writable
 from trackkit.sampling import Samples, batches
 from trackkit.stages import Stage
+from trackkit.trackers.base import Tracker
+from trackkit.weights import describe, save
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from trackkit.trackers.base import Tracker
 
 
 class _Loss(nn.Module):
@@ -196,8 +196,6 @@ class _Run:
     def __init__(
         self, tracker: Tracker, stages: list[Stage], sequences, out: Path, seed: int, precision: str
     ):
-        from trackkit.weights import describe
-
         self.tracker, self.sequences, self.seed = tracker, sequences, seed
         self.state_path, self.final_path, self.log_path = (
             out / "state.safetensors",
@@ -282,8 +280,6 @@ class _Run:
         )
 
     def finish(self) -> None:
-        from trackkit.weights import save
-
         save(
             self.tracker,
             self.final_path,
