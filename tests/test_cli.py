@@ -19,6 +19,7 @@ from PIL import Image
 from trackkit import ablations, cli, weights
 from trackkit.got10k import GOT10k
 from trackkit.synth import SynthConfig, SynthDataset, write_dataset
+from trackkit.trackers.stark import STARK
 from trackkit.training import read_log
 from trackkit.video import VideoSequence, write_video
 
@@ -175,7 +176,7 @@ def test_ablate(tmp_path, capsys, monkeypatch):
         "MLP head",
     ]
 
-    monkeypatch.setattr(ablations, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(STARK, "loss", lambda *_: pytest.fail("trained again"))
     assert run("ablate", "stark-table6", "--rows", "MLP head", *options) == 0
     assert capsys.readouterr().out == shown
 
@@ -184,7 +185,7 @@ def test_ablate_interrupted(tmp_path, capsys, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ablations, "evaluate", interrupted)
+    monkeypatch.setattr(STARK, "start", interrupted)
     assert run("ablate", "stark-table6", "--steps", 1, "--out", tmp_path) == 130
     assert (
         "continues" in capsys.readouterr().err

@@ -120,23 +120,9 @@ def test_rebuild_changes_nothing_and_strict_nbval_passes(built, capsys):
     build(built)
     assert re.fullmatch(rf"{built}: built in \d+ s, 3 kB\n", capsys.readouterr().out)
     assert built.read_bytes() == before
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "--nbval",
-        "--nbval-current-env",
-        "-p",
-        "no:cacheprovider",
-        "-q",
-    ]
-    command += [
-        "--nbval-sanitize-with",
-        str(ROOT / "lessons" / "nbval.cfg"),
-        "-c",
-        os.devnull,
-        built.name,
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "--nbval", "--nbval-current-env"]
+    command += ["--nbval-sanitize-with", str(ROOT / "lessons" / "nbval.cfg")]
+    command += ["-p", "no:cacheprovider", "-p", "no:randomly", "-c", os.devnull, built.name]
     environment = os.environ | {"TRACKKIT_SCALE": "tiny", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=built.parent, env=environment, capture_output=True, text=True

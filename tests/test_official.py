@@ -398,10 +398,17 @@ def test_nothing_fits_but_one_nearly():
 
 def test_no_network_is_made_for_a_checkpoint_that_does_not_fit(monkeypatch):
     """The largest would need gigabytes before it is refused."""
-    official._shapes("ustam-l384")
-    monkeypatch.setattr(official, "create", None)
+    cls, made = TRACKERS["ustam-l384"][0], []
+    plain = cls.__init__
+
+    def watched(self, config):
+        plain(self, config)
+        made.append({p.device.type for p in self.parameters()})
+
+    monkeypatch.setattr(cls, "__init__", watched)
     with refused("ustam-l384 does not fit"):
         official.load("ustam-l384", {"odd": torch.ones(1)})
+    assert all(devices == {"meta"} for devices in made)
 
 
 def test_what_is_no_checkpoint_at_all(tmp_path):

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -343,8 +345,8 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(paths.tempfile, "TemporaryFile", refuse)
-    monkeypatch.setattr(paths.Path, "touch", refuse)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(Path, "touch", refuse)
     with pytest.raises(DataError, match=r"cannot write .*Permission denied.*TRACKKIT_HOME"):
         paths.writable(tmp_path / "closed")
     with (

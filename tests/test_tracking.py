@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import pixels
 
 from trackkit.boxes import iou
 from trackkit.errors import DataError
@@ -240,7 +241,7 @@ def test_that_test_can_fail(any_tracker, endings, monkeypatch):
     """Trackers that renew all templates of a batch when one is due, or count all by the oldest, are
     found out.
     """
-    mine = {"Stark": "_renewed", "USTAM": "_renewed", "DASTM": "_memorise"}[
+    mine = {"STARK": "_renewed", "USTAM": "_renewed", "DASTM": "_memorise"}[
         type(any_tracker).__name__
     ]
     genuine = getattr(type(any_tracker), mine)
@@ -271,16 +272,6 @@ def test_states_change_places(any_tracker, endings):
     assert (torch.cat([b.box, a.box]) - swapped.box).abs().max() < 2e-4
 
 
-def noise(height: int, width: int) -> torch.Tensor:
-    return torch.randint(
-        0,
-        256,
-        (3, height, width),
-        dtype=torch.uint8,
-        generator=torch.Generator().manual_seed(height + width),
-    )
-
-
 ODD = [  # frame height and width; box
     # smaller than the crop
     ((15, 20), (3, 4, 6, 5)), ((1, 40), (10, 0, 5, 1)), ((40, 1), (0, 10, 1, 5)),
@@ -300,7 +291,7 @@ def test_odd_frames_and_boxes(any_tracker):
     area.
     """
     frames, boxes, made = (
-        [noise(*size) for size, _ in ODD],
+        [pixels(3, *size, seed=sum(size)) for size, _ in ODD],
         torch.tensor([box for _, box in ODD], dtype=torch.float64),
         [any_tracker],
     )
@@ -332,12 +323,12 @@ def test_impossible_boxes(any_tracker):
     for box, says in IMPOSSIBLE:
         with pytest.raises(DataError, match=f"first box of sequence 1: box 0 .*{says}"):
             any_tracker.start(
-                [noise(15, 20)] * 2, torch.tensor([(3, 4, 6, 5), box], dtype=torch.float64)
+                [pixels(3, 15, 20)] * 2, torch.tensor([(3, 4, 6, 5), box], dtype=torch.float64)
             )
 
 
 def test_frames_that_are_none(any_tracker):
-    good, box = noise(15, 20), torch.tensor([[3.0, 4, 6, 5]])
+    good, box = pixels(3, 15, 20), torch.tensor([[3.0, 4, 6, 5]])
     state = any_tracker.start([good], box)
     for frame, says in (
         (good[:1], r"got torch.uint8 \(1, 15, 20\); repeat a grey image"),
@@ -363,7 +354,7 @@ def test_frames_that_are_none(any_tracker):
 
 
 def test_as_many_frames_as_targets(any_tracker):
-    good = noise(15, 20)
+    good = pixels(3, 15, 20)
     boxes = torch.tensor([[3.0, 4, 6, 5], [1, 1, 5, 5]])
     state = any_tracker.start([good, good], boxes)
     for count in (0, 1, 3):
@@ -390,9 +381,9 @@ def test_a_network_that_answers_nan(any_tracker):
         pytest.skip("there is no network")
     for weight in broken.parameters():
         weight.data.fill_(NAN)
-    state = broken.start([noise(60, 80)], torch.tensor([[20.0, 20, 15, 12]]))
+    state = broken.start([pixels(3, 60, 80)], torch.tensor([[20.0, 20, 15, 12]]))
     with pytest.raises(DataError, match="NaN or infinite"):
-        broken.step(state, [noise(60, 80)])
+        broken.step(state, [pixels(3, 60, 80)])
 
 
 @pytest.mark.gpu

@@ -117,9 +117,8 @@ def _metadata(cell: NotebookNode) -> Iterator[str]:
 def _count(cell: NotebookNode, expected: int) -> Iterator[str]:
     if cell.execution_count != expected:
         yield (
-            f"execution count {cell.execution_count}, expected {expected}; build the lesson "
-            "(nbval "
-            "skips it otherwise)"
+            f"execution count {cell.execution_count}, expected {expected}; "
+            "build the lesson (nbval skips it otherwise)"
         )
 
 
