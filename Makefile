@@ -41,7 +41,7 @@ test: lint test-unit test-lessons
 lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(VENV)/bin/lint-imports --no-logo
+	$(VENV)/bin/lint-imports --no-logo --no-cache
 
 test-unit: setup
 	$(ONE_THREAD) $(RUN) -m pytest -q -n 2 tests

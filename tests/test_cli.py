@@ -199,12 +199,12 @@ def test_import(tmp_path, capsys, monkeypatch):
     """
     monkeypatch.chdir(tmp_path)
     keys = golden("siamfc")["keys"]
-    weights = state_dict(keys, {})
-    torch.save({"epoch": 50, "model": weights}, "siamfc_alexnet_e50.pth")
+    theirs = state_dict(keys, {})
+    torch.save({"epoch": 50, "model": theirs}, "siamfc_alexnet_e50.pth")
     assert run("import", "siamfc_alexnet_e50.pth", "--tracker", "siamfc") == 0
     assert "siamfc.safetensors" in capsys.readouterr().out
     loaded = weights.load("siamfc.safetensors")
-    assert all(torch.equal(value, weights[key]) for key, value in loaded.state_dict().items())
+    assert all(torch.equal(value, theirs[key]) for key, value in loaded.state_dict().items())
     assert (
         run(
             "import",

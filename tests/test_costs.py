@@ -42,8 +42,8 @@ def test_a_tracker_may_count_as_its_paper_does(monkeypatch):
     class Own(StayTracker):
         pass
 
-    @by_the_paper.register
-    def _(tracker: Own) -> dict:
+    @by_the_paper.register(Own)
+    def _(tracker) -> dict:
         return {"parameters": 1, "macs": 2, "paper": {"parameters": 3}}
 
     monkeypatch.setitem(TRACKERS, "own", (Own, StayConfig()))
