@@ -6,18 +6,22 @@ RUN := $(VENV)/bin/python
 DEMO ?= runs/demo
 # one BLAS thread a process: two lessons side by side on two cores are three times slower with two each
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
-NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=180 --nbval-sanitize-with lessons/nbval.cfg -p no:cacheprovider
+# cells in their order, so no pytest-randomly
+NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=180 --nbval-sanitize-with lessons/nbval.cfg -p no:cacheprovider -p no:randomly
 
 .PHONY: help setup demo test test-unit test-lessons lint lab lessons samples certificates picture benchmarks clean
 
 help:
-	@echo "make demo        train a tiny tracker, score it, write the video (about 6 minutes, set-up included)"
-	@echo "make test        all tests, lessons included"
-	@echo "make lab         JupyterLab in lessons/"
-	@echo "make lessons     run the lessons anew and store their outputs"
-	@echo "make samples     make data_samples anew, byte for byte"
-	@echo "make certificates measure the agreement with the authors' code anew: docs/certificates.md"
-	@echo "make benchmarks  the ratios that the project promises"
+	@echo "make demo          train a tiny tracker, score it, write the video (about 6 minutes, set-up included)"
+	@echo "make test          lint, all tests, and the lessons (test-unit, test-lessons: one of them)"
+	@echo "make lint          layout (100 columns), ruff's rules, and who may import whom; seconds"
+	@echo "make lab           JupyterLab in lessons/"
+	@echo "make lessons       run the lessons anew and store their outputs"
+	@echo "make samples       make data_samples anew, byte for byte"
+	@echo "make certificates  measure the agreement with the authors' code anew: docs/certificates.md"
+	@echo "make picture       draw the picture of the README anew"
+	@echo "make benchmarks    the ratios that the project promises"
+	@echo "make clean         remove the environment and what was made by demo"
 
 $(VENV)/ready: pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +40,8 @@ test: lint test-unit test-lessons
 
 lint: setup
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(VENV)/bin/lint-imports --no-logo --no-cache
 
 test-unit: setup
 	$(ONE_THREAD) $(RUN) -m pytest -q -n 2 tests

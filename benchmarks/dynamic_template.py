@@ -72,9 +72,8 @@ def main() -> None:
             f"{', '.join(f'{v:.3f}' for v in values.values())}"
         )
     for name in ("ST, never updated", "S"):
-        print(
-            f"ST - {name:<15}{_spread([found['ST'][seed] - found[name][seed] for seed in found['ST']], '+')}"
-        )
+        gains = [score - found[name][seed] for seed, score in found["ST"].items()]
+        print(f"ST - {name:<15}{_spread(gains, '+')}")
 
 
 def _spread(values, sign: str = "") -> str:

@@ -35,17 +35,15 @@ and differ in the last digits from machine to machine. Deliberate mistakes, a fe
 exceed the tolerances; these are the tests `..._can_fail`, and `tests/test_stark_mutants.py`.
 
 Sizes of a family without a golden file of their own are the same code with other numbers; their parameters and
-multiply-accumulates are held to the papers' (`trackkit profile --all`, `tests/test_profiling.py`). The names that end in `-tiny`
+multiply-accumulates are held to the papers' (`trackkit profile --all`, `tests/test_costs.py`). The names that end in `-tiny`
 are our own small forms of them; where those differ from the papers, their configs say so.
-"""
+"""  # noqa: E501
 
 COORDINATES = (
     "With `exact` (a field of the config, off in the papers' sizes, on in the tiny one) boxes go "
-    "into and out of crops by the crops' own "
-    "geometry. The authors ignore that windows are snapped to whole pixels, learn targets that are "
-    "half a crop pixel off, and lose the "
-    "frame's last row and column. Off is what their checkpoints expect; on is what a learner can "
-    "check by hand."
+    "into and out of crops by the crops' own geometry. The authors ignore that windows are snapped "
+    "to whole pixels, learn targets that are half a crop pixel off, and lose the frame's last row "
+    "and column. Off is what their checkpoints expect; on is what a learner can check by hand."
 )
 
 

@@ -1,13 +1,37 @@
-"""One thread, so that tests run side by side, and a home of their own, so that they leave no
-trace.
+"""One thread, so that tests run side by side; a home of their own, so that they leave no trace; and
+the same random numbers whatever ran before. pytest-randomly shuffles the order and prints its seed:
+`--randomly-seed=N` brings that order back, `-p no:randomly` takes that of the files.
 """
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    config.option.randomly_reset_seed = False  # the order is random, the numbers are not
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    seed()  # for the fixtures of a module, which are made before `seeded`
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    seed()
+
+
+def seed() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -114,9 +114,9 @@ def away(value: Tensor, expected: list) -> float:
     )
 
 
-def summary_error(value: Tensor, summary: dict) -> float:
-    """Largest difference from the moments and sampled entries that a golden file keeps of a tensor;
-    infinite for another shape.
+def summary_error(value: Tensor, summary: dict, bits: str = "") -> float:
+    """Largest difference from the moments and entries that a golden file keeps of a tensor: those
+    at "index", or all. Infinite for another shape. `bits="64"` takes the numbers of 64-bit floats.
     """
     if list(value.shape) != summary["shape"]:
         return math.inf
@@ -127,9 +127,10 @@ def summary_error(value: Tensor, summary: dict) -> float:
         "min": flat.min(),
         "max": flat.max(),
     }
-    kept = [name for name in moments if name in summary]
-    got = torch.cat([flat[torch.tensor(summary["index"])], *(moments[name][None] for name in kept)])
-    return away(got, summary["value"] + [summary[name] for name in kept])
+    kept = [name for name in moments if name + bits in summary]
+    entries = flat[torch.tensor(summary["index"])] if "index" in summary else flat
+    got = torch.cat([entries, *(moments[name][None] for name in kept)])
+    return away(got, summary["value" + bits] + [summary[name + bits] for name in kept])
 
 
 def certified(
@@ -150,6 +151,11 @@ def certified(
 def too_far(deviations: dict[str, tuple[float, float, str]]) -> dict[str, tuple[float, float, str]]:
     """Those that exceed their tolerance, or are no numbers."""
     return {what: entry for what, entry in deviations.items() if not entry[0] <= entry[1]}
+
+
+def failed(found: dict[str, float], allowed: dict[str, float], file: str) -> bool:
+    """Whether the certificate sees a mistake."""
+    return too_far(certified(found, allowed, file)) != {}
 
 
 def worst(*several: dict[str, float]) -> dict[str, float]:

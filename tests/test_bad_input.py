@@ -25,8 +25,9 @@ def picture(seed: int = 0) -> torch.Tensor:
 def root(tmp_path):
     """A training split of two sequences of three frames."""
     for name in ("camel", "swan"):
+        frames, boxes = [picture(i) for i in range(3)], torch.tensor([[10.0, 10, 8, 6]] * 3)
         write_sequence(
-            tmp_path / "train" / name, [picture(i) for i in range(3)], torch.tensor([[10.0, 10, 8, 6]] * 3),
+            tmp_path / "train" / name, frames, boxes,
             absent=torch.zeros(3), cover=torch.full((3,), 8), cut=torch.zeros(3),
         )  # fmt: skip
     (tmp_path / "train" / "list.txt").write_text("camel\nswan\n")
@@ -41,8 +42,7 @@ def test_errors_are_value_errors_and_trackkit_errors():
     assert issubclass(DataError, ValueError) and issubclass(DataError, TrackkitError)
 
 
-# ----------------------------------------------------------------------------------------------
-# frames
+# ------------------------------------------------------------------------------------------- frames
 
 
 @pytest.mark.parametrize("reduce", [1, 4])
@@ -104,8 +104,7 @@ def test_the_first_frame_is_looked_at_when_the_set_is_opened(root):
         GOT10k(root)
 
 
-# ----------------------------------------------------------------------------------------------
-# labels
+# ------------------------------------------------------------------------------------------- labels
 
 
 @pytest.mark.parametrize(
@@ -187,8 +186,7 @@ def test_list_txt(root, text, says):
         GOT10k(root)
 
 
-# -----------------------------------------------------------------------------------------------
-# boxes
+# -------------------------------------------------------------------------------------------- boxes
 
 
 def test_negative_and_empty_boxes_are_read_and_never_visible(root):

@@ -35,8 +35,7 @@ def windows(*rows: tuple[int, int, int], size: int) -> Windows:
     return Windows(left, top, side, size)
 
 
-# ----------------------------------------------------------------------------------------------
-# boxes
+# -------------------------------------------------------------------------------------------- boxes
 
 
 @given(box)
@@ -121,8 +120,7 @@ def test_check_boxes_takes_a_pixel_and_a_box_that_is_cut():
     assert B.check_boxes(fine, "boxes", (100, 50)).dtype == torch.float64
 
 
-# --------------------------------------------------------------------------------------------
-# windows
+# ------------------------------------------------------------------------------------------ windows
 
 
 @given(
@@ -168,8 +166,7 @@ def test_reduction_keeps_a_pixel_for_each_crop_pixel(side, size):
     assert r in (1, 2, 4, 8) and (r == 1 or side / r >= size) and (r == 8 or side / (2 * r) < size)
 
 
-# -----------------------------------------------------------------------------------------------
-# crops
+# -------------------------------------------------------------------------------------------- crops
 
 place = st.tuples(st.integers(-60, 90), st.integers(-60, 70), st.integers(1, 80))
 places = st.lists(place, min_size=1, max_size=4)

@@ -19,6 +19,7 @@ from PIL import Image
 from trackkit import ablations, cli, weights
 from trackkit.got10k import GOT10k
 from trackkit.synth import SynthConfig, SynthDataset, write_dataset
+from trackkit.trackers.stark import STARK
 from trackkit.training import read_log
 from trackkit.video import VideoSequence, write_video
 from trackkit.weights import load
@@ -176,7 +177,7 @@ def test_ablate(tmp_path, capsys, monkeypatch):
         "MLP head",
     ]
 
-    monkeypatch.setattr(ablations, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(STARK, "loss", lambda *_: pytest.fail("trained again"))
     assert run("ablate", "stark-table6", "--rows", "MLP head", *options) == 0
     assert capsys.readouterr().out == shown
 
@@ -185,7 +186,7 @@ def test_ablate_interrupted(tmp_path, capsys, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ablations, "evaluate", interrupted)
+    monkeypatch.setattr(STARK, "start", interrupted)
     assert run("ablate", "stark-table6", "--steps", 1, "--out", tmp_path) == 130
     assert (
         "continues" in capsys.readouterr().err
@@ -199,12 +200,12 @@ def test_import(tmp_path, capsys, monkeypatch):
     """
     monkeypatch.chdir(tmp_path)
     keys = golden("siamfc")["keys"]
-    weights = state_dict(keys, {})
-    torch.save({"epoch": 50, "model": weights}, "siamfc_alexnet_e50.pth")
+    theirs = state_dict(keys, {})
+    torch.save({"epoch": 50, "model": theirs}, "siamfc_alexnet_e50.pth")
     assert run("import", "siamfc_alexnet_e50.pth", "--tracker", "siamfc") == 0
     assert "siamfc.safetensors" in capsys.readouterr().out
     loaded = load("siamfc.safetensors")
-    assert all(torch.equal(value, weights[key]) for key, value in loaded.state_dict().items())
+    assert all(torch.equal(value, theirs[key]) for key, value in loaded.state_dict().items())
     assert (
         run(
             "import",

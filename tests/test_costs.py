@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import time
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from golden import golden
 from torch import nn
 
 from trackkit import cli, costs
-from trackkit.costs import count, frames_per_second, macs, parameters, profile
+from trackkit.costs import by_the_paper, count, frames_per_second, macs, parameters, profile
 from trackkit.errors import DataError, TrackkitError
-from trackkit.trackers.references import NccTracker, StayTracker
+from trackkit.trackers.references import NccTracker, StayConfig, StayTracker
 from trackkit.trackers.stark_variants import STARKHungarian, STARKJoint, STARKUpdatedQuery
 from trackkit.weights import TRACKERS, create
 
@@ -42,11 +43,12 @@ def test_a_tracker_may_count_as_its_paper_does():
     class Own(StayTracker):
         pass
 
-    class Heir(Own):
-        pass
+    @by_the_paper.register(Own)
+    def _(tracker) -> dict:
+        return {"parameters": 1, "macs": 2, "paper": {"parameters": 3}}
 
-    costs.by_the_paper.register(Own, lambda tracker: {"parameters": 1, "macs": 2, "paper": {}})
-    assert costs.by_the_paper(Heir()) == {"parameters": 1, "macs": 2, "paper": {}}
+    monkeypatch.setitem(TRACKERS, "own", (Own, StayConfig()))
+    assert profile("own") == {"name": "own", "parameters": 1, "macs": 2, "paper": {"parameters": 3}}
 
 
 def test_macs_of_layers():
@@ -90,7 +92,7 @@ def test_speed_states_its_circumstances():
 
 def test_warm_up_is_not_timed_and_frames_are_repeated(monkeypatch):
     clock = iter(range(1000))
-    monkeypatch.setattr(costs, "now", lambda device: float(next(clock)))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
     seen = []
 
     class Watching(StayTracker):
@@ -281,10 +283,17 @@ def test_costs_of_memory_trackers(rows):
 
 def test_counts_need_no_weights(monkeypatch):
     """The largest would take gigabytes and ten seconds."""
-    monkeypatch.setattr(costs, "create", lambda name: made.append(create(name)) or made[-1])
+    cls, config = TRACKERS["mixvit-l384"]
     made: list = []
+
+    class Watched(cls):
+        def __init__(self, config):
+            super().__init__(config)
+            made.append({p.device.type for p in self.parameters()})
+
+    monkeypatch.setitem(TRACKERS, "mixvit-l384", (Watched, config))
     profile("mixvit-l384")
-    assert [{p.device.type for p in tracker.parameters()} for tracker in made] == [{"meta"}]
+    assert made and all(devices == {"meta"} for devices in made)
 
 
 def test_the_table_is_readable(rows, monkeypatch, capsys):

@@ -26,10 +26,15 @@ def frames(count: int = 4, height: int = 40, width: int = 64) -> list[torch.Tens
 
 def put(folder, boxes=BOXES, count=4, **options):
     options = {
-        "absent": torch.tensor([0, 0, 1, 0]), "cover": torch.tensor([8, 5, 0, 7]), "cut": torch.tensor([0, 0, 0, 1]),
-        "meta": {"url": "https://x.y/z: q", "object_class": "swan", "attributes": "fast motion, "
-        "occlusion"},
-    } | options  # fmt: skip
+        "absent": torch.tensor([0, 0, 1, 0]),
+        "cover": torch.tensor([8, 5, 0, 7]),
+        "cut": torch.tensor([0, 0, 0, 1]),
+        "meta": {
+            "url": "https://x.y/z: q",
+            "object_class": "swan",
+            "attributes": "fast motion, occlusion",
+        },
+    } | options
     return write_sequence(folder, frames(count), boxes, **options)
 
 
@@ -42,8 +47,7 @@ def fake_root(root, split: str, count: int, listed: bool = True, **options):
     return root
 
 
-# ---------------------------------------------------------------------------------------------
-# writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 def test_the_files_are_those_of_the_data_set(tmp_path):
@@ -88,8 +92,7 @@ def test_an_existing_sequence_is_not_overwritten(tmp_path):
         put(tmp_path / "s")
 
 
-# ---------------------------------------------------------------------------------------------
-# reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 def test_a_sequence_comes_back(tmp_path):
@@ -227,8 +230,7 @@ def test_a_visible_box_outside_its_frame_counts_as_absent(tmp_path):
     assert read_sequence(bigger).visible.tolist() == [True, True, False, True]
 
 
-# -----------------------------------------------------------------------------------------------
-# index
+# -------------------------------------------------------------------------------------------- index
 
 
 @pytest.fixture
@@ -239,7 +241,6 @@ def counted(monkeypatch):
     calls = []
     read = labels.read_labels
     monkeypatch.setattr(labels, "CACHED_FROM", 1)
-    monkeypatch.setattr(labels, "tqdm", lambda x, **_: x)
     monkeypatch.setattr(labels, "read_labels", lambda *a: calls.append(a) or read(*a))
     return calls
 
@@ -293,8 +294,7 @@ def test_a_small_set_leaves_nothing_in_the_home(tmp_path):
     assert not (tmp_path / "home").exists()
 
 
-# ---------------------------------------------------------------------------------------------
-# results
+# ------------------------------------------------------------------------------------------ results
 
 
 def result(

@@ -97,8 +97,9 @@ def test_weights_are_found_where_training_loops_put_them(tmp_path, within, layou
 def test_numpy_scalars(tmp_path, core, layout):
     """Best scores beside the weights, which torch alone refuses, and entries that are numbers."""
     numbers = {
-        "half": np.float16(0.5), "single": np.float32(0.25), "double": np.float64(0.1), "big": np.dtype(">f8").type(2.5), "yes": np.bool_(True),
-        "int": np.int64(-3), "byte": np.uint8(200), "plain": 4, "float": 0.5,
+        "half": np.float16(0.5), "single": np.float32(0.25), "double": np.float64(0.1),
+        "big": np.dtype(">f8").type(2.5), "yes": np.bool_(True), "int": np.int64(-3),
+        "byte": np.uint8(200), "plain": 4, "float": 0.5,
     }  # fmt: skip
     weights = {
         "head.weight": torch.rand(3),
@@ -451,13 +452,15 @@ def test_two_entries_for_one_of_ours():
 @pytest.mark.parametrize(
     ("file", "name", "says"),
     [
-        ("stark_s50", "stark-st101", "stark-s50"), ("stark_s50", "mixvit-b288", "stark-s50"), ("stark_st50", "siamfc", "stark-st50"),
-        ("siamfc", "stark-tiny", "siamfc"), ("siamfc", "siamfc-tiny", "siamfc"), ("sbt_base", "sbt-small", "sbt-base"), ("sbt_light", "ustam-tiny", "sbt-light"),
-        ("stmtrack", "dastm", "stmtrack"), ("ostrack_256_ce", "ostrack-384", "ostrack-256 and "
-        "procontext-256"),
-        ("ostrack_256_ce", "mixvit-b288", "ostrack-256 and "
-        "procontext-256"), ("mixvit_b_288", "ustam-b288", "mixvit-b288"),
-        ("mixvit_b_288", "procontext-256", "mixvit-b288"), ("stark_st101", "stay", "stark-st101"),
+        ("stark_s50", "stark-st101", "stark-s50"), ("stark_s50", "mixvit-b288", "stark-s50"),
+        ("stark_st50", "siamfc", "stark-st50"), ("stark_st101", "stay", "stark-st101"),
+        ("siamfc", "stark-tiny", "siamfc"), ("siamfc", "siamfc-tiny", "siamfc"),
+        ("sbt_base", "sbt-small", "sbt-base"), ("sbt_light", "ustam-tiny", "sbt-light"),
+        ("stmtrack", "dastm", "stmtrack"),
+        ("ostrack_256_ce", "ostrack-384", "ostrack-256 and procontext-256"),
+        ("ostrack_256_ce", "mixvit-b288", "ostrack-256 and procontext-256"),
+        ("mixvit_b_288", "ustam-b288", "mixvit-b288"),
+        ("mixvit_b_288", "procontext-256", "mixvit-b288"),
     ],
     ids=str,
 )  # fmt: skip
@@ -479,10 +482,17 @@ def test_nothing_fits_but_one_nearly():
 
 def test_no_network_is_made_for_a_checkpoint_that_does_not_fit(monkeypatch):
     """The largest would need gigabytes before it is refused."""
-    official._shapes("ustam-l384")
-    monkeypatch.setattr(official, "create", None)
+    cls, made = TRACKERS["ustam-l384"][0], []
+    plain = cls.__init__
+
+    def watched(self, config):
+        plain(self, config)
+        made.append({p.device.type for p in self.parameters()})
+
+    monkeypatch.setattr(cls, "__init__", watched)
     with refused("ustam-l384 does not fit"):
         official.load("ustam-l384", {"odd": torch.ones(1)})
+    assert all(devices == {"meta"} for devices in made)
 
 
 def test_what_is_no_checkpoint_at_all(tmp_path):

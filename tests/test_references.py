@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import pixels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,15 +22,9 @@ from trackkit.trackers.references import (
 )
 
 
-def noise(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randint(
-        0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
-    )
-
-
 def scene(seed: int, height: int = 120, width: int = 160) -> torch.Tensor:
     """Smooth noise: what is left of it after resampling still looks like itself."""
-    coarse = noise(seed, 1, 3, height // 4 + 1, width // 4 + 1).float()
+    coarse = pixels(1, 3, height // 4 + 1, width // 4 + 1, seed=seed).float()
     smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")[0]
     return smooth.clamp(0, 255).round().to(torch.uint8)
 
@@ -60,7 +55,10 @@ def by_definition(template: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
 )
 def test_correlation_is_its_definition(channels, size, more, seed):
     (h, w), (more_h, more_w) = size, more
-    template, image = noise(seed, channels, h, w), noise(seed + 1, channels, h + more_h, w + more_w)
+    template, image = (
+        pixels(channels, h, w, seed=seed),
+        pixels(channels, h + more_h, w + more_w, seed=seed + 1),
+    )
     found = normalised_cross_correlation(template, image)
     assert found.dtype == torch.float64 and found.shape == (more_h + 1, more_w + 1)
     assert found.abs().max() <= 1
@@ -68,14 +66,14 @@ def test_correlation_is_its_definition(channels, size, more, seed):
 
 
 def test_a_patch_is_found_where_it_was_cut():
-    image = noise(3, 3, 40, 50)
+    image = pixels(3, 40, 50, seed=3)
     found = normalised_cross_correlation(image[:, 11:21, 30:37], image)
     assert divmod(int(found.argmax()), found.shape[1]) == (11, 30)
     assert found[11, 30] == pytest.approx(1, abs=1e-12)
 
 
 def test_gain_and_offset_drop_out_and_a_negative_is_minus_one():
-    image = noise(4, 3, 30, 30).double()
+    image = pixels(3, 30, 30, seed=4).double()
     patch = image[:, 5:15, 8:18]
     offset = torch.tensor([40.0, -3.0, 7.0])[:, None, None]
     assert normalised_cross_correlation(0.3 * patch + offset, image)[5, 8] == pytest.approx(
@@ -87,7 +85,7 @@ def test_gain_and_offset_drop_out_and_a_negative_is_minus_one():
 @pytest.mark.parametrize("scale", [1.0, 1 / 255])
 def test_flat_windows_are_similar_to_nothing(scale):
     image = torch.full((3, 40, 40), 199.0) * scale
-    image[:, 20:, 20:] = noise(5, 3, 20, 20) * scale
+    image[:, 20:, 20:] = pixels(3, 20, 20, seed=5) * scale
     found = normalised_cross_correlation(image[:, 25:32, 25:32], image)
     assert torch.isfinite(found).all() and (found[:13, :13] == 0).all()
     assert found[25, 25] == pytest.approx(1, abs=1e-9)
@@ -102,7 +100,7 @@ def test_one_grey_level_in_a_bright_window_is_not_flat():
 
 
 def test_batch_is_pairwise():
-    templates, images = noise(6, 4, 3, 5, 6), noise(7, 4, 3, 20, 18)
+    templates, images = pixels(4, 3, 5, 6, seed=6), pixels(4, 3, 20, 18, seed=7)
     found = normalised_cross_correlation(templates, images)
     for k in range(4):
         assert torch.allclose(
@@ -205,7 +203,12 @@ def test_ncc_leaves_its_state_alone_and_survives_anything():
     state = tracker.start([shifted(world, 0, 0)], torch.tensor([[140.0, 100, 30, 30]]))
     before = state.centre.clone()
     flat = torch.full((3, 120, 160), 9, dtype=torch.uint8)
-    for frame in (flat, noise(1, 3, 120, 160), noise(2, 3, 31, 33), noise(3, 3, 1, 1)):
+    for frame in (
+        flat,
+        pixels(3, 120, 160, seed=1),
+        pixels(3, 31, 33, seed=2),
+        pixels(3, 1, 1, seed=3),
+    ):
         new, prediction = tracker.step(state, [frame])
         assert torch.equal(state.centre, before)
         assert torch.isfinite(prediction.box).all() and 0 <= prediction.score.item() <= 1
@@ -241,9 +244,9 @@ def test_ncc_config_is_checked(change):
 def test_stay_stays():
     tracker = StayTracker()
     first = torch.tensor([[5.0, 6, 7, 8], [1, 2, 3, 4]], dtype=torch.float64)
-    state = tracker.start([noise(0, 3, 40, 40)] * 2, first)
+    state = tracker.start([pixels(3, 40, 40, seed=0)] * 2, first)
     for _ in range(3):
-        state, prediction = tracker.step(state, [noise(1, 3, 40, 40)] * 2)
+        state, prediction = tracker.step(state, [pixels(3, 40, 40, seed=1)] * 2)
         assert torch.equal(prediction.box, first) and prediction.maps is None
 
 
@@ -251,4 +254,4 @@ def test_stay_stays():
 @pytest.mark.parametrize("box", [[5, 5, 0, 5], [float("nan"), 5, 5, 5], [100, 100, 5, 5]])
 def test_unusable_first_boxes_are_refused(tracker, box):
     with pytest.raises(DataError, match="first box"):
-        tracker.start([noise(0, 3, 40, 40)], torch.tensor([box]))
+        tracker.start([pixels(3, 40, 40, seed=0)], torch.tensor([box]))

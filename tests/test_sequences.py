@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,8 +45,7 @@ def off(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a.float() - b.float()).abs().mean().item()
 
 
-# ----------------------------------------------------------------------------------------------
-# images
+# ------------------------------------------------------------------------------------------- images
 
 
 def test_a_jpeg_is_read_as_pillow_reads_it_with_channels_innermost(tmp_path):
@@ -130,8 +131,7 @@ def test_grey_jpeg_becomes_rgb(tmp_path):
     )
 
 
-# ---------------------------------------------------------------------------------------------
-# folders
+# ------------------------------------------------------------------------------------------ folders
 
 
 def test_a_folder_is_read_in_natural_order(tmp_path):
@@ -219,8 +219,7 @@ def test_open_sequence_takes_a_layout_folder_images_or_a_video(tmp_path):
     assert isinstance(video, VideoSequence) and len(video) == 4 and video.boxes_xywh.shape == (1, 4)
 
 
-# ----------------------------------------------------------------------------------------------
-# videos
+# ------------------------------------------------------------------------------------------- videos
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
@@ -280,8 +279,7 @@ def test_write_video_says_what_is_wrong_and_leaves_nothing(tmp_path):
     assert not list(tmp_path.glob("**/*v*"))
 
 
-# -----------------------------------------------------------------------------------------------
-# paths
+# -------------------------------------------------------------------------------------------- paths
 
 
 def test_home_and_data_root(tmp_path, monkeypatch):
@@ -347,8 +345,8 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(paths.tempfile, "TemporaryFile", refuse)
-    monkeypatch.setattr(paths.Path, "touch", refuse)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(Path, "touch", refuse)
     with pytest.raises(DataError, match=r"cannot write .*Permission denied.*TRACKKIT_HOME"):
         paths.writable(tmp_path / "closed")
     with (

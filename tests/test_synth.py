@@ -159,8 +159,10 @@ def test_every_dial_is_labelled_and_changes_the_video(name):
     assert on.attributes == (name,)
     assert on.scene.strengths == dict.fromkeys(ATTRIBUTES, 0.0) | {name: 1.0}
     assert any(not torch.equal(off.frame(t), on.frame(t)) for t in (0, 9, 15))
-    moving = {"motion", "fast", "camera", "scale", "rotation", "aspect", "deformation", "articulation", "appearance",
-              "out_of_view"}  # fmt: skip
+    moving = {
+        "motion", "fast", "camera", "scale", "rotation",
+        "aspect", "deformation", "articulation", "appearance", "out_of_view",
+    }  # fmt: skip
     assert (on.boxes_xywh != on.boxes_xywh[0]).any() == (name in moving)
 
 

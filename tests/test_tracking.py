@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import pixels
 
 from trackkit.boxes import iou
 from trackkit.errors import DataError
@@ -275,24 +276,17 @@ def test_states_change_places(any_tracker, endings):
     assert (torch.cat([b.box, a.box]) - swapped.box).abs().max() < 2e-4
 
 
-def noise(height: int, width: int) -> torch.Tensor:
-    return torch.randint(
-        0,
-        256,
-        (3, height, width),
-        dtype=torch.uint8,
-        generator=torch.Generator().manual_seed(height + width),
-    )
-
-
 ODD = [  # frame height and width; box
     # smaller than the crop
-    ((15, 20), (3, 4, 6, 5)), ((1, 40), (10, 0, 5, 1)), ((40, 1), (0, 10, 1, 5)), ((1, 1), (0, 0, 1, 1)),
+    ((15, 20), (3, 4, 6, 5)), ((1, 40), (10, 0, 5, 1)), ((40, 1), (0, 10, 1, 5)),
+    ((1, 1), (0, 0, 1, 1)),
     # partly outside
     ((15, 20), (17, 12, 6, 6)), ((15, 20), (-3, -4, 6, 6)), ((60, 80), (79.5, 59.5, 30, 30)),
     # larger than the frame
-    ((15, 20), (-50, -50, 200, 200)), ((60, 80), (20, 20, 4e3, 4e3)), ((60, 80), (-999, 10, 1000, 1)),
-    ((60, 80), (10, 10, 0.01, 0.01)), ((60, 80), (10, 10, 1e-9, 1e-9)), ((60, 80), (0, 0, 80, 60)),
+    ((15, 20), (-50, -50, 200, 200)), ((60, 80), (20, 20, 4e3, 4e3)),
+    ((60, 80), (-999, 10, 1000, 1)), ((60, 80), (0, 0, 80, 60)),
+    # all but nothing
+    ((60, 80), (10, 10, 0.01, 0.01)), ((60, 80), (10, 10, 1e-9, 1e-9)),
 ]  # fmt: skip
 
 
@@ -301,7 +295,7 @@ def test_odd_frames_and_boxes(any_tracker):
     area.
     """
     frames, boxes, made = (
-        [noise(*size) for size, _ in ODD],
+        [pixels(3, *size, seed=sum(size)) for size, _ in ODD],
         torch.tensor([box for _, box in ODD], dtype=torch.float64),
         [any_tracker],
     )
@@ -320,10 +314,12 @@ NAN, INF = float("nan"), float("inf")
 
 
 IMPOSSIBLE = [
-    ((NAN, 1, 5, 5), "not finite"), ((1, 1, NAN, 5), "not finite"), ((1, INF, 5, 5), "not finite"), ((1, 1, 5, INF), "not finite"),
-    ((10, 10, 0, 5), "no area"), ((10, 10, 5, 0), "no area"), ((10, 10, -4, 5), "no area"), ((0, 0, 0, 0), "no area"),
-    ((20, 5, 8, 8), "outside its 20x15 "
-    "frame"), ((5, 15, 8, 8), "outside its"), ((-8, 5, 8, 8), "outside its"), ((5, -80, 8, 8), "outside its"),
+    ((NAN, 1, 5, 5), "not finite"), ((1, 1, NAN, 5), "not finite"),
+    ((1, INF, 5, 5), "not finite"), ((1, 1, 5, INF), "not finite"),
+    ((10, 10, 0, 5), "no area"), ((10, 10, 5, 0), "no area"),
+    ((10, 10, -4, 5), "no area"), ((0, 0, 0, 0), "no area"),
+    ((20, 5, 8, 8), "outside its 20x15 frame"), ((5, 15, 8, 8), "outside its"),
+    ((-8, 5, 8, 8), "outside its"), ((5, -80, 8, 8), "outside its"),
 ]  # fmt: skip
 
 
@@ -331,23 +327,26 @@ def test_impossible_boxes(any_tracker):
     for box, says in IMPOSSIBLE:
         with pytest.raises(DataError, match=f"first box of sequence 1: box 0 .*{says}"):
             any_tracker.start(
-                [noise(15, 20)] * 2, torch.tensor([(3, 4, 6, 5), box], dtype=torch.float64)
+                [pixels(3, 15, 20)] * 2, torch.tensor([(3, 4, 6, 5), box], dtype=torch.float64)
             )
 
 
 def test_frames_that_are_none(any_tracker):
-    good, box = noise(15, 20), torch.tensor([[3.0, 4, 6, 5]])
+    good, box = pixels(3, 15, 20), torch.tensor([[3.0, 4, 6, 5]])
     state = any_tracker.start([good], box)
     for frame, says in (
-        (good[:1], r"got torch.uint8 \(1, 15, 20\); repeat a grey "
-        r"image"), (good[0], "repeat a grey image"),
-        (torch.cat([good, good[:1]]), r"got torch.uint8 \(4, 15, 20\); drop the "
-        r"alpha"), (good.permute(1, 2, 0), "put the colours first"),
-        (good.float(), "got torch.float32 "
-        ".*to\\(torch.uint8\\)"), (good.double() / 255, "float64"), (good.int(), "int32"), (good[:, :0], "no pixels"),
-        (good.permute(1, 2, 0).numpy(), "got a ndarray; "
-        "torch.from_numpy"), (None, "got a NoneType"), (good[None], r"\(1, 3, 15, 20\)"),
-    ):  # fmt: skip
+        (good[:1], r"got torch.uint8 \(1, 15, 20\); repeat a grey image"),
+        (good[0], "repeat a grey image"),
+        (torch.cat([good, good[:1]]), r"got torch.uint8 \(4, 15, 20\); drop the alpha"),
+        (good.permute(1, 2, 0), "put the colours first"),
+        (good.float(), r"got torch.float32 .*to\(torch.uint8\)"),
+        (good.double() / 255, "float64"),
+        (good.int(), "int32"),
+        (good[:, :0], "no pixels"),
+        (good.permute(1, 2, 0).numpy(), "got a ndarray; torch.from_numpy"),
+        (None, "got a NoneType"),
+        (good[None], r"\(1, 3, 15, 20\)"),
+    ):
         with pytest.raises(DataError, match=f"a frame must be uint8 .*{says}"):
             any_tracker.start([frame], box)
         if not isinstance(any_tracker, StayTracker):  # it does not look
@@ -359,7 +358,7 @@ def test_frames_that_are_none(any_tracker):
 
 
 def test_as_many_frames_as_targets(any_tracker):
-    good = noise(15, 20)
+    good = pixels(3, 15, 20)
     boxes = torch.tensor([[3.0, 4, 6, 5], [1, 1, 5, 5]])
     state = any_tracker.start([good, good], boxes)
     for count in (0, 1, 3):
@@ -386,9 +385,9 @@ def test_a_network_that_answers_nan(any_tracker):
         pytest.skip("there is no network")
     for weight in broken.parameters():
         weight.data.fill_(NAN)
-    state = broken.start([noise(60, 80)], torch.tensor([[20.0, 20, 15, 12]]))
+    state = broken.start([pixels(3, 60, 80)], torch.tensor([[20.0, 20, 15, 12]]))
     with pytest.raises(DataError, match="NaN or infinite"):
-        broken.step(state, [noise(60, 80)])
+        broken.step(state, [pixels(3, 60, 80)])
 
 
 @pytest.mark.gpu

@@ -165,8 +165,10 @@ import sys, torch
 from pathlib import Path
 from test_training import small_run
 torch.set_num_threads(1)
-tracker = small_run(Path(sys.argv[1]), steps=3, second=2)
-torch.save([p.detach() for p in tracker.parameters()], f"{sys.argv[1]}/rank{torch.distributed.get_rank()}.pt")
+folder = Path(sys.argv[1])
+tracker = small_run(folder, steps=3, second=2)
+rank = torch.distributed.get_rank()
+torch.save([p.detach() for p in tracker.parameters()], folder / f"rank{rank}.pt")
 """
     root = Path(__file__).parent.parent
     (tmp_path / "job.py").write_text(code)
@@ -341,7 +343,8 @@ def stark_stage(steps: int = 6) -> Stage:
     epochs.
     """
     return Stage(
-        "localisation", steps=steps, batch=2, sample=Toy.spec, lr=1e-4, drops=(steps * 4 // 5,), rates=(("backbone.*", 0.1),),
+        "localisation", steps=steps, batch=2, sample=Toy.spec,
+        lr=1e-4, drops=(steps * 4 // 5,), rates=(("backbone.*", 0.1),),
         weight_decay=1e-4, clip=0.1, trainable=("backbone.layer2.*", "head.*"),
     )  # fmt: skip
 
@@ -422,8 +425,10 @@ def test_first_matching_rate_counts():
     groups = _optimizer(stage, toy := Toy()).param_groups
     names = {id(p): name for name, p in toy.named_parameters()}
     assert {g["factor"]: [names[id(p)] for p in g["params"]] for g in groups} == {
-        0.1: ["backbone.layer2.weight", "backbone.layer2.bias"], 2.0: ["head.1.weight"], 1.0: ["head.1.bias"],
-    }  # fmt: skip
+        0.1: ["backbone.layer2.weight", "backbone.layer2.bias"],
+        2.0: ["head.1.weight"],
+        1.0: ["head.1.bias"],
+    }
 
 
 def test_a_pattern_without_match_is_told_before_the_first_stage(tmp_path):

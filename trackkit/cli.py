@@ -242,9 +242,8 @@ def _evaluate(
         plot = out / f"success-{dataset.name}.png"
         with atomic_write(plot) as partial:
             figure_success(labelled).savefig(partial, dpi=120)
-        print(
-            f"{evaluation.compare(labelled)}\n\n{evaluation.compare_attributes(labelled)}\n\nsuccess plot: {plot}"
-        )
+        tables = (evaluation.compare(labelled), evaluation.compare_attributes(labelled))
+        print(*tables, f"success plot: {plot}", sep="\n\n")
     if json_out:
         with atomic_write(json_out) as partial:
             partial.write_text(

@@ -211,8 +211,9 @@ def _describe_inputs(reference: Callable[..., Any], case: tuple) -> str:
 
 def _describe(value: Any) -> str:
     if dataclasses.is_dataclass(value):
-        fields = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-        return f"{type(value).__name__}({', '.join(f'{name}={_describe(entry)}' for name, entry in fields)})"
+        names = [field.name for field in dataclasses.fields(value)]
+        fields = ", ".join(f"{name}={_describe(getattr(value, name))}" for name in names)
+        return f"{type(value).__name__}({fields})"
     if isinstance(value, (tuple, list)):
         return "(" + ", ".join(_describe(entry) for entry in value) + ")"
     if not isinstance(value, Tensor):

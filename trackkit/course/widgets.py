@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 # drag anywhere on the bar.
 _STYLE = """<style>
 .trackkit-mouse .noUi-handle {visibility: hidden}
-.trackkit-mouse .noUi-handle::after {visibility: visible; content: ""; display: block; position: absolute;
-  inset: 0; width: auto; height: auto; border-radius: 50%; background: #0072B2}
+.trackkit-mouse .noUi-handle::after {visibility: visible; content: ""; display: block;
+  position: absolute; inset: 0; width: auto; height: auto; border-radius: 50%; background: #0072B2}
 </style>"""
 
 

@@ -250,8 +250,10 @@ EMBEDDED: dict[str, dict[str, tuple[tuple[str, ...], int]]] = {
         "hidden": (("low_contrast", "deformation", "clutter"), 5),
     },
 }
-BASELINE = {"motion": 0.49, "camera": 0.3, "scale": 0.35, "aspect": 0.3, "rotation": 0.12, "clutter": 0.3,
-            "illumination": 0.15}  # fmt: skip
+BASELINE = {
+    "motion": 0.49, "camera": 0.3, "scale": 0.35, "aspect": 0.3,
+    "rotation": 0.12, "clutter": 0.3, "illumination": 0.15,
+}  # fmt: skip
 SAMPLE_FRAMES, SAMPLE_QUALITY = 40, 62
 
 
@@ -289,8 +291,8 @@ def write_dataset(
         if split == "test":
             labels = {"boxes_xywh": sequence.boxes_xywh[:1]}
         else:
-            labels = {"boxes_xywh": sequence.boxes_xywh, "absent": sequence.absent, "cover": sequence.cover,
-                      "cut": sequence.cut}  # fmt: skip
+            fields = ("boxes_xywh", "absent", "cover", "cut")
+            labels = {field: getattr(sequence, field) for field in fields}
         write_sequence(
             folder / sequence.name, frames, meta=sequence.meta, quality=quality, **labels
         )

@@ -44,8 +44,10 @@ class Scene(World):
         """The label of frame t: left, top, width, height in pixels."""
         return tuple(self.boxes_xywh[t].tolist())
 
-    def render(self, t: int, left: float = 0, top: float = 0, side: float | None = None, size: int | None = None,
-               fill: tuple[int, int, int] | None = None) -> Image:  # fmt: skip
+    def render(
+        self, t: int, left: float = 0, top: float = 0, side: float | None = None,
+        size: int | None = None, fill: tuple[int, int, int] | None = None,
+    ) -> Image:  # fmt: skip
         """Frame t: uint8 (3, height, width). With `side` and `size`, the square window of `side`
         frame pixels whose corner is (left, top), drawn as (3, size, size).
 
@@ -159,8 +161,10 @@ class Scene(World):
         uv &= (n << 16) - 1
         return bilinear(levels[level].ravel(), n + 1, uv)
 
-    def _part_at(self, part: int, t: int, left: float, top: float, step: float, x0: int, y0: int, x1: int, y1: int
-                 ) -> Lanes:  # fmt: skip
+    def _part_at(
+        self, part: int, t: int, left: float, top: float, step: float,
+        x0: int, y0: int, x1: int, y1: int,
+    ) -> Lanes:  # fmt: skip
         """A part of a body as the pixels x0..x1, y0..y1 of the grid see it, with its opacity."""
         m = self._to_part[:, part, t].tolist()
         level = _level(

@@ -73,8 +73,7 @@ class World:
         self._label()
         self._light(draw)
 
-    # --- who is in it
-    # -------------------------------------------------------------------------------
+    # --- who is in it -----------------------------------------------------------------------------
 
     def _cast(self, draw: Draw) -> list[Body]:
         s = self.strengths
@@ -127,11 +126,11 @@ class World:
             for part in skeleton
         ]
         tint = pack(np.array([40 + draw.below(176) for _ in range(3)]))
-        return Body(role, skeleton, shapes, [now[p.dress] for p in skeleton], [later[p.dress] for p in skeleton],
-                    tint, np.uint64(draw.below(110)))  # fmt: skip
+        dress, dress_later = ([look[p.dress] for p in skeleton] for look in (now, later))
+        seed = np.uint64(draw.below(110))
+        return Body(role, skeleton, shapes, dress, dress_later, tint, seed)
 
-    # --- where it moves
-    # -----------------------------------------------------------------------------
+    # --- where it moves ---------------------------------------------------------------------------
 
     def _move(self, draw: Draw) -> None:
         s, count, frames = self.strengths, len(self.bodies), self.frames
@@ -186,8 +185,10 @@ class World:
         left, top = draw.between(0, 512), draw.between(0, 512)
         self._to_backdrop = np.stack([c, -d, left - c * x + d * y, d, c, top - d * x - c * y])
 
-    def _travel(self, draw: Draw, u: Floats, slow: Floats, quick: Floats, size: float, roll: Floats, zoom: Floats,
-                half: Floats, roles: NDArray[np.str_]) -> Floats:  # fmt: skip
+    def _travel(
+        self, draw: Draw, u: Floats, slow: Floats, quick: Floats, size: float,
+        roll: Floats, zoom: Floats, half: Floats, roles: NDArray[np.str_],
+    ) -> Floats:  # fmt: skip
         """Centres of all bodies in the frame, (count, 2, T). First the world, then the camera."""
         s, count, frames, target = self.strengths, len(self.bodies), self.frames, self.target
         middle = np.array([[self.size[0] / 2], [self.size[1] / 2]])
@@ -289,11 +290,10 @@ class World:
         self._bend_waves = 0.18 + 0.15 * u[own, 11]  # turns of the sine for each unit of the square
         speed = np.stack([0.03 + 0.05 * u[own, 9:10], -0.03 - 0.05 * u[own, 10:11]])
         self._bend_phase = (speed * frames + u[own, 10:11]) % 1.0
-        self._reach = np.stack([np.abs(m[0]) * (1 + amount) + np.abs(m[1]) * (1 + amount),
-                                np.abs(m[3]) * (1 + amount) + np.abs(m[4]) * (1 + amount)])  # fmt: skip
+        right, down = ([np.abs(m[k]) * (1 + amount) for k in row] for row in ((0, 1), (3, 4)))
+        self._reach = np.stack([right[0] + right[1], down[0] + down[1]])
 
-    # --- labels
-    # -------------------------------------------------------------------------------------
+    # --- labels -----------------------------------------------------------------------------------
 
     def _shape(self, part: int) -> Shape:
         return shape(self.config.bank, self.bodies[self._owner[part]].shapes[self._slot[part]])
@@ -370,8 +370,7 @@ class World:
         self.cover = np.where(count == total, 8, np.minimum(steps, 7))
         self.absent = count == 0
 
-    # --- light
-    # --------------------------------------------------------------------------------------
+    # --- light ------------------------------------------------------------------------------------
 
     def _light(self, draw: Draw) -> None:
         s, frames = self.strengths, self.frames
