@@ -254,6 +254,7 @@ EXPLAINED = [
     "siamfc-ca",
     "stark-tiny",
     "sbt-tiny",
+    "ostrack-tiny",
     "procontext-tiny",
     "dastm-tiny",
     "ustam-tiny",
