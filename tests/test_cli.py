@@ -263,7 +263,7 @@ EXPLAINED = [
 
 @pytest.mark.parametrize("name", EXPLAINED)
 def test_train_help_explains_every_field_of_the_config(name, capsys):
-    """Each field has an entry of its own in the docstring, and all of it is shown."""
+    """Each field has an entry of its own, and all of it is shown."""
     with pytest.raises(SystemExit):
         run("train", name, "--help")
     shown = re.sub(r"[\s│]", "", capsys.readouterr().out)
@@ -272,6 +272,9 @@ def test_train_help_explains_every_field_of_the_config(name, capsys):
     entries = {}
     for cls in reversed(config.__mro__[:-1]):
         entries |= re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", inspect.getdoc(cls), re.M)
+        source = inspect.getsource(cls)  # or beside the field, or under it
+        entries |= re.findall(r"^    (\w+): .+  # (.+)", source, re.M)
+        entries |= re.findall(r'^    (\w+): .+\n    """((?:.|\n)+?)"""', source, re.M)
     for field in dataclasses.fields(config):
         assert f"--config.{field.name.replace('_', '-')}" in shown
         assert field.name in entries, f"{config.__name__}.{field.name} has no entry of its own"
