@@ -329,7 +329,7 @@ def test_recipes():
 @pytest.mark.parametrize(("changes", "message"), [
     ({"pruning_rows": "middle"}, "pruning_rows must be one of point"),
     ({"pruning_softmax": "rows"}, "pruning_softmax must be one of all"),
-    ({"template_size": 50}, "multiples of the stride, 8"),
+    ({"template_size": 50}, "sizes of crops must be multiples of the stride, 8"),
     ({"search_size": 96.0}, "search_size must be a whole number"),
     ({"template_factor": 0.0}, "template_factor must be above 0"),
     ({"extra_factors": (3.0, -4.0)}, "extra_factors must be above 0"),

@@ -247,9 +247,7 @@ RENAMINGS: dict[type[Tracker], Renaming] = {
         ),
         ("backbone.norm1.*", "backbone.norm2.*"),  # of the single-image form
     ),
-    OSTrack: Renaming(
-        (*VIT, (r"^box_head\.conv(\d)_(ctr|offset|size)(.*)$", _centre)), VIT_UNUSED
-    ),
+    OSTrack: Renaming((*VIT, (r"^box_head\.conv(\d)_(ctr|offset|size)(.*)$", _centre)), VIT_UNUSED),
     USTAM: Renaming(
         (*VIT, (r"^box_head\.(conv\d|adjust\d)_(tl|br)(.*)$", _pyramid)),
         # the score branch is of a second training stage

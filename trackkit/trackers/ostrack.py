@@ -38,8 +38,7 @@ class OSTrackConfig:
 
     template_size: int = 192  # side of the template crop, pixels; a multiple of the stem's stride
     search_size: int = 384  # side of the search crop, pixels; a multiple of the stem's stride
-    template_factor: float = 2.0
-    """Side of the template's window in units of the square root of the target's area."""
+    template_factor: float = 2.0  # side of the template's window, in square roots of target areas
     search_factor: float = 5.0  # side of the search window in the same units
     stem: str = "patch"
     """"patch", a token is a linear map of 16 x 16 pixels; or "conv", a small convolutional network
@@ -47,9 +46,7 @@ class OSTrackConfig:
     width: int = 768  # channels of the transformer; a multiple of 4 and of heads
     depth: int = 12  # blocks of the transformer
     heads: int = 12  # of each attention
-    drop_path: float = 0.1
-    """Probability of dropping the last block's branches in training, below 1; it rises from 0 block
-    by block."""
+    drop_path: float = 0.1  # probability of dropping the last block's branches in training, below 1
     head_channels: int = 256  # of the first convolution of the head's towers
     keep_ratio: float = 0.7  # share of the search tokens that each pruning keeps; 1 prunes nothing
     prune_blocks: tuple[int, ...] = (3, 6, 9)
@@ -59,50 +56,35 @@ class OSTrackConfig:
     middle; "all"; or "box", those inside the target's box."""
     margin: float = 10.0
     """The box keeps at least so many frame pixels inside the frame, and is at least as large."""
-    exact: bool = False
-    """Boxes go into and out of crops by the crops' own geometry; False imitates the authors, see
-    `crops.CropSpec`."""
-    search_jitter: tuple[float, float] = (4.5, 0.5)
-    """How far off training's search crops are, in centre and size (`crops.CropSpec`)."""
-    template_jitter: tuple[float, float] = (0.0, 0.0)  # the same of training's templates
+    exact: bool = False  # boxes go in and out of crops exactly; False imitates the authors, `crops`
+    search_jitter: tuple[float, float] = (4.5, 0.5)  # how far training's is off, centre and size
+    template_jitter: tuple[float, float] = (0.0, 0.0)  # the same of its template
     epochs: int = 300
-    """Length of training at the scale paper, in epochs of 60,000 samples. Shorter trainings are
-    parted in as many epochs, so that keep_start and keep_ramp give the same schedule, compressed."""
+    """Of 60,000 samples each, the training at the scale paper. Shorter ones are parted in as many
+    epochs, so that keep_start and keep_ramp give the same schedule, compressed."""
     keep_start: int = 20  # nothing is pruned before this epoch, counted from 1
     keep_ramp: int = 80  # epochs from then on in which the keep ratio falls from 1 to keep_ratio
     learning_rate: float = 4e-4
-    """Of the head, for batches of 128, and in proportion for others. Only at the scales gpu and
-    paper; tiny and laptop have rates of their own."""
-    backbone_rate: float = 0.1
-    """Factor on learning_rate for all but the head. Only at the scales gpu and paper."""
+    """Of the head, for batches of 128, and in proportion for others, at the scales gpu and paper;
+    tiny and laptop have rates of their own."""
+    backbone_rate: float = 0.1  # factor on learning_rate for all but the head
 
     def __post_init__(self):
+        size, factor = Range(1, 4096), Range(0, 100, above=True)
         check_fields(
-            self,
-            **dict.fromkeys(("template_size", "search_size", "width", "depth"), Range(1, 4096)),
-            **dict.fromkeys(("template_factor", "search_factor"), Range(0, 100, above=True)),
-            **dict.fromkeys(("search_jitter", "template_jitter"), Range(0, 100)),
-            **dict.fromkeys(("learning_rate", "backbone_rate"), Range(0, above=True)),
-            stem=("patch", "conv"),
-            heads=Range(1, 4096),
-            drop_path=Range(0, 1, below=True),
-            head_channels=Range(8, 4096),
-            keep_ratio=Range(0, 1, above=True),
-            pruning_rows=("point", "square", "all", "box"),
-            margin=Range(0, 4096),
-            epochs=Range(1),
-            keep_start=Range(0),
-            keep_ramp=Range(0),
-        )
+            self, template_size=size, search_size=size, template_factor=factor,
+            search_factor=factor, stem=("patch", "conv"), width=size, depth=size, heads=size,
+            drop_path=Range(0, 1, below=True), head_channels=Range(8, 4096),
+            keep_ratio=Range(0, 1, above=True), pruning_rows=("point", "square", "all", "box"),
+            margin=Range(0, 4096), search_jitter=Range(0, 100), template_jitter=Range(0, 100),
+            epochs=Range(1), keep_start=Range(0), keep_ramp=Range(0),
+            learning_rate=Range(0, above=True), backbone_rate=Range(0, above=True),
+        )  # fmt: skip
         check_fields(self, prune_blocks=Range(0, self.depth - 1))
         if self.template_size % self.stride or self.search_size % self.stride:
-            raise ValueError(
-                f"template_size and search_size must be multiples of the stride, {self.stride}"
-            )
+            raise ValueError(f"the sizes of crops must be multiples of the stride, {self.stride}")
         if self.width % 4 or self.width % self.heads:
-            raise ValueError(
-                f"a width of {self.width} must be a multiple of 4 and of the {self.heads} heads"
-            )
+            raise ValueError(f"width {self.width} must be a multiple of 4 and of {self.heads}")
 
     @staticmethod
     def ostrack_256(**changes) -> OSTrackConfig:
@@ -140,9 +122,9 @@ class OSTrackConfig:
         return self.template_size // self.stride
 
 
-# the smaller of the two sizes that were released
-SIZE_256 = {"template_size": 128, "search_size": 256, "search_factor": 4.0}
-SIZE_256 |= {"search_jitter": (3.0, 0.25)}
+SIZE_256 = {  # the smaller of the two that were released
+    "template_size": 128, "search_size": 256, "search_factor": 4.0, "search_jitter": (3.0, 0.25)
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -261,12 +243,12 @@ class OSTrack(Tracker):
     # ---- early candidate elimination (section 3.2) ----
 
     def asking(self, template: Template) -> tuple[Tensor, Tensor | None]:
-        """The template tokens that decide on pruning: their indices (R,), and if not all alike
-        their weights (B, R).
+        """The template tokens that decide: their indices (R,), and their weights (B, R) or None if
+        all count alike.
         """
-        grid = self.config.template_grid
-        rows = template_rows(self.config.pruning_rows, grid).to(self.device)
-        if self.config.pruning_rows != "box":
+        rule, grid = self.config.pruning_rows, self.config.template_grid
+        rows = template_rows(rule, grid).to(self.device)
+        if rule != "box":
             return rows, None
         inside = cells_in(template.boxes.to(self.device), grid).flatten(1).float()
         return rows, inside / inside.sum(1, keepdim=True)
@@ -341,15 +323,9 @@ class OSTrack(Tracker):
     def _maps(
         self, answer: Answer, response: Tensor, crops: Tensor, windows: Windows
     ) -> dict[str, Tensor]:
-        shown = {
-            "crop": crops,
-            "score": answer.score,
-            "response": response,
-            "offset": answer.offset,
-            "size": answer.size,
-            "focus": torch.stack(answer.focus, 1),  # (B, blocks, g, g)
-            "window": windows.rows,
-        }
+        shown = {"crop": crops, "window": windows.rows, "response": response}
+        shown |= {"score": answer.score, "offset": answer.offset, "size": answer.size}
+        shown["focus"] = torch.stack(answer.focus, 1)  # (B, blocks, g, g)
         none = torch.zeros_like(answer.score, dtype=torch.bool)
         kept = [none.flatten(1).scatter(1, cell, True).view_as(none) for cell in answer.kept]
         return shown | ({"kept": torch.stack(kept, 1)} if kept else {})  # (B, prunings, g, g)
@@ -360,7 +336,7 @@ class OSTrack(Tracker):
         """Losses of a batch. "progress", the share of the training that is done, sets the keep
         ratio; without it, the last.
         """
-        cfg, template = self.config, self.sampled(batch)
+        cfg, template = self.config, self.sampled(batch)  # first, for the stem's running statistics
         search = self.tokens(normalise(batch["searches"][:, 0]), self.position_x)
         epoch = 1 + int(float(batch.get("progress", 1.0)) * cfg.epochs)
         answer = self(template, search, keep=self.keep_at(epoch))
@@ -391,13 +367,10 @@ class OSTrack(Tracker):
 
     def samples(self) -> SampleSpec:
         """A pair forward in time."""
-        (centre_z, size_z), (centre_x, size_x) = (
-            self.config.template_jitter,
-            self.config.search_jitter,
-        )
+        z, x = self.config.template_jitter, self.config.search_jitter
         return SampleSpec(
-            template=replace(self.template_crop, jitter_centre=centre_z, jitter_size=size_z),
-            search=replace(self.search_crop, jitter_centre=centre_x, jitter_size=size_x),
+            template=replace(self.template_crop, jitter_centre=z[0], jitter_size=z[1]),
+            search=replace(self.search_crop, jitter_centre=x[0], jitter_size=x[1]),
             order="causal",
             max_gap=200,
             flip=0.5,
@@ -409,10 +382,8 @@ class OSTrack(Tracker):
 
     def recipe(self, scale: str, preset: str = "") -> list[Stage]:
         """One stage. `paper`: `epochs` of 60,000 samples in batches of 128, the rate falling to a
-        tenth after four fifths.
-
-        The short scales are for the tiny network, which starts from nothing: larger rates that fall
-        smoothly.
+        tenth after four fifths. The short scales are for the tiny network, which starts from
+        nothing: larger rates that fall smoothly.
         """
         self.check_preset(preset)
         cfg, full = self.config, (self.config.epochs * 468, 128)
