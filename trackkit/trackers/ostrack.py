@@ -195,7 +195,7 @@ class OSTrack(Tracker):
         own["position_x"] = vit.resized_position(weights, self.config.grid)
         load_strictly(self, own, "the pretrained transformer")
 
-    # ---- the network: joint feature learning and relation modeling (section 3.1) ----
+    # ---- the network: joint feature learning and relation modeling ----
 
     def tokens(self, images: Tensor, position: Tensor) -> Tensor:
         """Normalised images (B, 3, S, S) -> patches with their positions, row by row (B, n, D)."""
@@ -240,7 +240,7 @@ class OSTrack(Tracker):
         score, offset, size = self.head(found.transpose(1, 2).unflatten(2, (grid, grid)))
         return Answer(score, offset, size, kept, focus)
 
-    # ---- early candidate elimination (section 3.2) ----
+    # ---- early candidate elimination ----
 
     def asking(self, template: Template) -> tuple[Tensor, Tensor | None]:
         """The template tokens that decide: their indices (R,), and their weights (B, R) or None if
@@ -330,7 +330,7 @@ class OSTrack(Tracker):
         kept = [none.flatten(1).scatter(1, cell, True).view_as(none) for cell in answer.kept]
         return shown | ({"kept": torch.stack(kept, 1)} if kept else {})  # (B, prunings, g, g)
 
-    # ---- training (section 3.3) ----
+    # ---- training ----
 
     def loss(self, batch: dict[str, Tensor], kind: str = "") -> dict[str, Tensor]:
         """Losses of a batch. "progress", the share of the training that is done, sets the keep
