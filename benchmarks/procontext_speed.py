@@ -12,7 +12,6 @@ in them. Random weights; the plain version's boxes are compared first.
 from __future__ import annotations
 
 import copy
-import math
 import statistics
 import sys
 import time
@@ -20,45 +19,36 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trackkit.backbones import normalise
 from trackkit.boxes import cxcywh_to_xywh
-from trackkit.crops import around_box
-from trackkit.trackers.procontext import Block, ProContEXT, ProContEXTConfig, ProContEXTState
+from trackkit.trackers.ostrack import Template
+from trackkit.trackers.procontext import ProContEXT, ProContEXTConfig, ProContEXTState
 
 FRAMES, TURNS, TO_REACH = 3, 7, 1.15
 TOLERANCE = 0.01  # pixels, the golden files'
-
-
-class PlainBlock(Block):
-    def attend(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.attn.split(self.norm1(x))
-        share = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
-        return x + self.attn.merge(share @ v), q, k
 
 
 class Plain:
     """The same tracker with the same weights, by the book."""
 
     def __init__(self, tracker: ProContEXT, frame: Tensor, box: Tensor):
-        self.net, cfg = copy.deepcopy(tracker), tracker.config
-        for block in self.net.blocks:
-            block.__class__ = PlainBlock
-        self.templates = [
-            around_box([frame], box, f, cfg.template_size, cfg.exact)[0]
-            for f in cfg.template_factors
-        ] * 2
+        self.net = copy.deepcopy(tracker)
+        specs = [replace(tracker.template_crop, factor=k) for k in tracker.config.template_factors]
+        self.crops = [normalise(spec.around([frame], box)[0]) for spec in specs]
 
     @torch.no_grad()
     def step(self, state: ProContEXTState, frames: list[Tensor]):
-        groups = []
-        for i, group in ((0, state.static), (2, state.dynamic)):
-            tokens = [
-                self.net.tokens(normalise(crop), self.net.position_z)
-                for crop in self.templates[i : i + 2]
-            ]
-            groups.append(replace(group, tokens=torch.cat(tokens, 1)))
-        return self.net.step(replace(state, static=groups[0], dynamic=groups[1]), frames)
+        state = replace(
+            state, template=self.encoded(state.template), dynamic=self.encoded(state.dynamic)
+        )
+        with sdpa_kernel(SDPBackend.MATH):  # forms the maps
+            return self.net.step(state, frames)
+
+    def encoded(self, group: Template) -> Template:
+        tokens = [self.net.tokens(crop, self.net.position_z) for crop in self.crops]
+        return replace(group, tokens=torch.cat(tokens, 1))
 
 
 def main() -> int:

@@ -133,7 +133,14 @@ FAMILIES = {
     ),
     "OSTrack and ProContEXT": Family(
         "test_procontext_parity",
-        ("ostrack-256", "ostrack-384", "procontext-256", "procontext-384", "procontext-tiny"),
+        (
+            "ostrack-256",
+            "ostrack-384",
+            "ostrack-tiny",
+            "procontext-256",
+            "procontext-384",
+            "procontext-tiny",
+        ),
         "The golden files are of botaoye/OSTrack at 33b5e12 and jp-lan/ProContEXT at 401165b: "
         "networks with every pruning, other keep ratios and "
         "pruning rows, tracking with a replaced template, targets, losses, tables. The size of 384 "

@@ -256,6 +256,7 @@ EXPLAINED = [
     "siamfc-ca",
     "stark-tiny",
     "sbt-tiny",
+    "ostrack-tiny",
     "procontext-tiny",
     "stmtrack-tiny",
     "dastm-tiny",

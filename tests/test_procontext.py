@@ -12,9 +12,11 @@ from golden import frames
 from trackkit import official
 from trackkit.errors import CheckpointError, DataError
 from trackkit.sampling import Samples
+from trackkit.stages import SCALES
 from trackkit.synth import SynthConfig, SynthDataset
 from trackkit.trackers.base import join, take
-from trackkit.trackers.procontext import ProContEXT, ProContEXTConfig, Templates, pruning_score
+from trackkit.trackers.ostrack import OSTrack, OSTrackConfig, Template
+from trackkit.trackers.procontext import ProContEXT, ProContEXTConfig
 from trackkit.training import train
 from trackkit.weights import TRACKERS, create, load
 
@@ -49,16 +51,24 @@ def run(tracker, video, boxes=None, **options):
 
 
 def test_one_template_is_ostrack(tracker, video):
-    """Without scales and without a present, what is left is OSTrack, with the same weights; more
-    templates do change things.
+    """Without scales and without a present, what is left is OSTrack, bit for bit and with the same
+    weights, in tracking and in training; more templates do change things.
     """
-    config = ProContEXTConfig.procontext_256(
-        template_factors=(2.0,), dynamic=False, epochs=300, keep_ramp=80
-    )
-    assert config == ProContEXTConfig.ostrack_256()
-    one = changed(tracker, template_factors=(2.0,), dynamic=False)
-    states, predictions = run(one, video)
-    assert states[-1].dynamic is None and states[-1].static.tokens.shape[1] == 36
+    one = changed(tracker, extra_factors=(), dynamic=False)
+    plain = OSTrack(OSTrackConfig.tiny()).eval()
+    plain.load_state_dict(tracker.state_dict())
+    states, predictions = run(one, video, maps=True)
+    assert states[-1].dynamic is None and states[-1].template.tokens.shape[1] == 36
+    _, expected = run(plain, video, maps=True)
+    for ours, theirs in zip(predictions, expected, strict=True):
+        assert torch.equal(ours.box, theirs.box) and torch.equal(ours.score, theirs.score)
+        assert all(torch.equal(ours.maps[name], value) for name, value in theirs.maps.items())
+    batch = batch_of(one, 2)
+    assert torch.equal(one.loss(batch)["loss"], plain.loss(batch)["loss"])
+    assert replace(one.samples(), template_factors=()) == plain.samples()
+    for scale in SCALES:
+        ours, theirs = one.recipe(scale)[0], plain.recipe(scale)[0]
+        assert replace(ours, sample=theirs.sample) == theirs
     _, four = run(tracker, video)
     assert not torch.equal(predictions[0].score, four[0].score)
 
@@ -106,10 +116,10 @@ def test_kept_tokens_do_not_depend_on_their_order(tracker, video):
     order aside, nothing changes.
     """
     search = torch.randn(2, 144, 64)
-    groups = [Templates(torch.randn(2, 72, 64), torch.rand(2, 2, 4))] * 2
+    four = Template(torch.randn(2, 144, 64), torch.rand(2, 4, 4))
     with torch.no_grad():
-        straight = tracker(groups, search, keep=1.0)
-        shuffled = tracker([Templates(g.tokens.flip(1), g.boxes) for g in groups], search, keep=1.0)
+        straight = tracker(four, search, keep=1.0)
+        shuffled = tracker(replace(four, tokens=four.tokens.flip(1)), search, keep=1.0)
     assert straight.kept == []
     assert torch.allclose(straight.score, shuffled.score, atol=1e-5)
 
@@ -129,7 +139,7 @@ def test_update_rules(tracker, video, changes, frames_with_update):
         assert torch.equal(before.dynamic.tokens, after.dynamic.tokens) == (
             index not in frames_with_update
         )
-        assert torch.equal(before.static.tokens, after.static.tokens)
+        assert torch.equal(before.template.tokens, after.template.tokens)
 
 
 def test_only_confident_sequences_of_a_batch_are_updated(tracker, video):
@@ -141,7 +151,7 @@ def test_only_confident_sequences_of_a_batch_are_updated(tracker, video):
     assert not torch.equal(after.dynamic.tokens[0], state.dynamic.tokens[0])
     assert torch.equal(after.dynamic.tokens[1], state.dynamic.tokens[1])
     fresh = lax.start([images[1]], prediction.box[:1])
-    assert torch.allclose(after.dynamic.tokens[:1], fresh.static.tokens, atol=1e-6)
+    assert torch.allclose(after.dynamic.tokens[:1], fresh.template.tokens, atol=1e-6)
 
 
 def test_a_second_sequence_never_sees_the_first_ones_templates(tracker, video):
@@ -152,7 +162,7 @@ def test_a_second_sequence_never_sees_the_first_ones_templates(tracker, video):
     again, _ = run(eager, video)
     for one, two in zip(expected, again, strict=True):
         assert torch.equal(one.box, two.box)
-        assert torch.equal(one.static.tokens, two.static.tokens) and torch.equal(
+        assert torch.equal(one.template.tokens, two.template.tokens) and torch.equal(
             one.dynamic.tokens, two.dynamic.tokens
         )
 
@@ -172,23 +182,24 @@ def test_pruning_scores(tracker, video, rows, softmax):
         assert not torch.equal(usual[0].maps["focus"], predictions[0].maps["focus"])
 
 
-def test_both_softmaxes_rank_alike_only_for_one_row():
+def test_both_softmaxes_rank_alike_only_for_one_row(tracker):
     q, k = torch.randn(1, 1, 20, 8), torch.randn(1, 1, 20, 8)
 
     def ranking(rows, softmax):
-        return pruning_score(q, k, 8, torch.tensor(rows), softmax=softmax).argsort(1).tolist()
+        asked = changed(tracker, pruning_softmax=softmax)
+        return asked.pruning_score(q, k, 8, torch.tensor(rows)).argsort(1).tolist()
 
     assert ranking([3], "all") == ranking([3], "search")
     q[:, :, 3] *= 5
     assert ranking([3, 4, 5], "all") != ranking([3, 4, 5], "search")
 
 
-@pytest.mark.parametrize("factors", [(2.0,), (2.0, 4.0), (2.0, 3.0, 4.0), (2.0, 2.7, 3.3, 4.0)])
+@pytest.mark.parametrize("extra", [(), (4.0,), (3.0, 4.0), (2.7, 3.3, 4.0)])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_tables_2_and_3(video, factors, dynamic):
-    tracker = ProContEXT(ProContEXTConfig.tiny(template_factors=factors, dynamic=dynamic)).eval()
+def test_tables_2_and_3(video, extra, dynamic):
+    tracker = ProContEXT(ProContEXTConfig.tiny(extra_factors=extra, dynamic=dynamic)).eval()
     states, _ = run(tracker, (video[0][:2], video[1]))
-    assert states[-1].static.tokens.shape == (1, 36 * len(factors), 64)
+    assert states[-1].template.tokens.shape == (1, 36 * (1 + len(extra)), 64)
     assert (states[-1].dynamic is not None) == dynamic
 
 
@@ -207,7 +218,7 @@ def test_the_state_given_is_left_alone(tracker, video):
 
 
 def test_half_a_cosine_of_pruning_in_training():
-    tracker = ProContEXT(ProContEXTConfig.tiny())
+    tracker = OSTrack(OSTrackConfig.tiny())
     ratios = [tracker.keep_at(epoch) for epoch in range(1, 301)]
     assert ratios[:19] == [1.0] * 19 and ratios[99:] == [0.7] * 201
     assert all(a >= b for a, b in itertools.pairwise(ratios))
@@ -285,12 +296,7 @@ def test_samples():
     the same box.
     """
     data = SynthDataset(SynthConfig(frames=20), 0, 4)
-    pair = Samples(
-        data,
-        ProContEXT(ProContEXTConfig.tiny(template_factors=(2.0,), dynamic=False)).samples(),
-        0,
-        1,
-    )[0]
+    pair = Samples(data, OSTrack(OSTrackConfig.tiny()).samples(), 0, 1)[0]
     assert pair["templates"].shape == (1, 3, 48, 48) and pair["searches"].shape == (1, 3, 96, 96)
     spec = ProContEXT(ProContEXTConfig.tiny()).samples()
     four = Samples(data, replace(spec, flip_each=0.0), 0, 1)[0]
@@ -322,13 +328,18 @@ def test_recipes():
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"pruning_rows": "middle"}, "pruning_rows must be one of point"),
-    ({"template_size": 50}, "multiples of patch"),
-    ({"template_factors": ()}, "at least one factor"),
+    ({"pruning_softmax": "rows"}, "pruning_softmax must be one of all"),
+    ({"template_size": 50}, "sizes of crops must be multiples of the stride, 8"),
+    ({"search_size": 96.0}, "search_size must be a whole number"),
+    ({"template_factor": 0.0}, "template_factor must be above 0"),
+    ({"extra_factors": (3.0, -4.0)}, "extra_factors must be above 0"),
+    ({"search_factor": float("nan")}, "search_factor"),
     ({"keep_ratio": 0.0}, "keep_ratio"),
-    ({"prune_blocks": (4,)}, "only blocks 0 to 3"),
-    ({"patch": 16}, "patches of 8"),
+    ({"prune_blocks": (4,)}, "prune_blocks must be at least 0 and at most 3"),
     ({"width": 66}, "multiple of 4"),
+    ({"learning_rate": 0.0}, "learning_rate must be above 0"),
     ({"update_interval": 0}, "at least 1"),
+    ({"update_threshold": 1.5}, "update_threshold"),
 ])  # fmt: skip
 def test_impossible_configs(changes, message):
     with pytest.raises(ValueError, match=message):

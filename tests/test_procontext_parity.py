@@ -14,22 +14,24 @@ from certificates import not_on_page
 from golden import certified, golden, image, mosaic, state_dict, too_far, worst
 from torch import Tensor, nn
 
-from trackkit import official, vit
+from trackkit import costs, official, vit
 from trackkit.backbones import normalise
 from trackkit.boxes import clip_with_margin, cxcywh_to_xywh, xywh_to_cxcywh
 from trackkit.crops import around_box, gt_in_crop, outside
-from trackkit.heads import CenterHead
+from trackkit.heads import CenterHead, hann_window
 from trackkit.losses import focal_loss, gaussian_target, localisation
-from trackkit.trackers import procontext
-from trackkit.trackers.procontext import (
+from trackkit.trackers import ostrack
+from trackkit.trackers.ostrack import (
     Answer,
-    ProContEXT,
-    ProContEXTConfig,
-    Templates,
+    OSTrack,
+    OSTrackConfig,
+    Template,
     box_at,
+    cells_in,
     eliminate,
-    hann,
+    template_rows,
 )
+from trackkit.trackers.procontext import ProContEXT, ProContEXTConfig
 from trackkit.weights import create
 
 OSTRACK, PROCONTEXT, UNITS = (
@@ -44,7 +46,7 @@ TOLERANCE |= {"maps": 2e-5, "boxes": 1e-5, "tracking, px": 0.01}
 
 
 @cache
-def loaded(name: str) -> ProContEXT:
+def loaded(name: str) -> OSTrack:
     """The golden weights; both networks have the same ones, but for the tables of positions."""
     if name == "ostrack-256":
         return official.load(name, state_dict(OSTRACK["keys"], OSTRACK["scale"]))
@@ -61,9 +63,7 @@ def loaded(name: str) -> ProContEXT:
     return tracker
 
 
-def varied(
-    tracker: ProContEXT, modules: dict[str, nn.Module] | None = None, **changes
-) -> ProContEXT:
+def varied(tracker: OSTrack, modules: dict[str, nn.Module] | None = None, **changes) -> OSTrack:
     """The same weights with another config or other modules."""
     other = copy.copy(tracker)
     other._modules = {**tracker._modules, **(modules or {})}
@@ -71,17 +71,20 @@ def varied(
     return other
 
 
-def inputs(tracker: ProContEXT, case: int) -> tuple[list[Templates], Tensor]:
-    """A case's images as groups of templates and search tokens."""
-    item = FILES["procontext-384" if tracker.config.dynamic else "ostrack-256"]["inputs"][case]
+def inputs(tracker: OSTrack, case: int) -> tuple[Template, Tensor]:
+    """A case's images as template and search tokens."""
+    item = FILES[name_of(tracker)]["inputs"][case]
     images = item["templates"] if "templates" in item else [item["template"]]
     tokens = [tracker.tokens(image(i["name"], i["shape"]), tracker.position_z) for i in images]
-    boxes = torch.full((len(tokens[0]), 2 if len(tokens) > 1 else 1, 4), 0.5)
-    groups = [tokens[:2], tokens[2:]] if len(tokens) > 1 else [tokens]
+    boxes = torch.full((len(tokens[0]), len(tokens), 4), 0.5)
     search = tracker.tokens(
         image(item["search"]["name"], item["search"]["shape"]), tracker.position_x
     )
-    return [Templates(torch.cat(group, 1), boxes) for group in groups], search
+    return Template(torch.cat(tokens, 1), boxes), search
+
+
+def name_of(tracker: OSTrack) -> str:
+    return "procontext-384" if isinstance(tracker, ProContEXT) else "ostrack-256"
 
 
 class Known(nn.Module):
@@ -89,26 +92,30 @@ class Known(nn.Module):
     run had.
     """
 
-    def __init__(
-        self, block: nn.Module | None = None, attended: tuple[Tensor, ...] = (None, None, None)
-    ):
+    def __init__(self, block: nn.Module | None, attended: tuple[Tensor, ...] = ()):
         super().__init__()
         self.block, self.attended, self.norm1 = block, attended, nn.Identity()
 
-    def attend(self, x: Tensor) -> tuple[Tensor, ...]:
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = self.norm1(x)
-        return x if self.attended[0] is None else self.attended[0], *self.attended[1:]
+        if not self.attended:  # its queries, keys and values do not matter
+            return (x[:, None, :1, :1],) * 3
+        _, q, k = self.attended
+        return q, k, k
+
+    def gather(self, x: Tensor, mixed: Tensor) -> Tensor:
+        return self.attended[0] if self.attended else x
 
     def think(self, x: Tensor) -> Tensor:
         return self.block.think(x) if self.block else x
 
 
-def resumed(tracker: ProContEXT, attended: dict[int, tuple[Tensor, ...]], last: int) -> ProContEXT:
+def resumed(tracker: OSTrack, attended: dict[int, tuple[Tensor, ...]], last: int) -> OSTrack:
     """The tracker that takes the blocks before `last`, and the attention of that one, from another
     run.
     """
     given = [
-        Known(block if i == last else None, attended.get(i, (None,) * 3))
+        Known(block if i == last else None, attended.get(i, ()))
         for i, block in enumerate(tracker.blocks[: last + 1])
     ]
     return varied(tracker, {"blocks": nn.ModuleList([*given, *tracker.blocks[last + 1 :]])})
@@ -127,9 +134,14 @@ def first_case(name: str) -> tuple[dict[str, Tensor], list[Tensor], dict[int, tu
             super().__init__()
             self.index, self.block, self.norm1 = index, block, block.norm1
 
-        def attend(self, x: Tensor) -> tuple[Tensor, ...]:
-            attended[self.index] = self.block.attend(x)
-            return attended[self.index]
+        def project(self, x: Tensor) -> tuple[Tensor, ...]:
+            self.projected = self.block.project(x)
+            return self.projected
+
+        def gather(self, x: Tensor, mixed: Tensor) -> Tensor:
+            x = self.block.gather(x, mixed)
+            attended[self.index] = (x, *self.projected[:2])
+            return x
 
         def think(self, x: Tensor) -> Tensor:
             return self.block.think(x)
@@ -143,7 +155,7 @@ def first_case(name: str) -> tuple[dict[str, Tensor], list[Tensor], dict[int, tu
 
 @torch.no_grad()
 def outputs(
-    tracker: ProContEXT, case: int, keep: float | None = None
+    tracker: OSTrack, case: int, keep: float | None = None
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """What the golden files keep, by their names, and the kept cells."""
     seen, blocks = {}, tracker.blocks
@@ -159,12 +171,12 @@ def outputs(
     ]
     hooks.append(tracker.norm.register_forward_hook(lambda module, x, y: seen.update(normed=y)))
     hooks.append(tracker.head.register_forward_pre_hook(lambda module, x: seen.update(head=x[0])))
-    groups, search = inputs(tracker, case)
-    answer = tracker(groups, search, keep)
+    template, search = inputs(tracker, case)
+    answer = tracker(template, search, keep)
     for hook in hooks:
         hook.remove()
-    known = sum(group.tokens.shape[1] for group in groups)
-    response = answer.score * hann(tracker.config.grid)
+    known = template.tokens.shape[1]
+    response = answer.score * hann_window(tracker.config.grid, "open")
     return {
         **{name: seen[name] for name in places},
         "template_feat": seen["normed"][:, :known],
@@ -223,7 +235,7 @@ def differing(kept: list[Tensor], expected: list[dict]) -> int:
     return count
 
 
-def tracking(tracker: ProContEXT, expected: dict, first: int = 0, last: int = 4) -> float:
+def tracking(tracker: OSTrack, expected: dict, first: int = 0, last: int = 4) -> float:
     """Largest difference of boxes and scores from the authors' run, continued from their box number
     `first`.
     """
@@ -232,14 +244,15 @@ def tracking(tracker: ProContEXT, expected: dict, first: int = 0, last: int = 4)
         [expected["init_bbox_xywh"], *expected["boxes_xywh_after_each_frame"]], dtype=torch.float64
     )
     state = tracker.start(frames[:1], truth[:1])
-    count = torch.tensor([expected.get("frame_counter_after_init", 0) + first])
-    state, worst = replace(state, box=truth[first : first + 1], frame=count), 0.0
+    state, worst = replace(state, box=truth[first : first + 1]), 0.0
+    if isinstance(tracker, ProContEXT):
+        state = replace(state, frame=torch.tensor([expected["frame_counter_after_init"] + first]))
     for index, replaced in enumerate(
         expected.get("dynamic_templates_replaced", [])[:first], start=1
     ):
         if replaced:
             state = replace(
-                state, dynamic=tracker._remember([frames[index]], truth[index : index + 1])
+                state, dynamic=tracker.remember([frames[index]], truth[index : index + 1])
             )
     for index in range(first + 1, last + 1):
         state, prediction = tracker.step(state, [frames[index]])
@@ -386,16 +399,12 @@ def first_pruning(tracker: ProContEXT) -> int:
     """How many of the kept cells differ after the fourth block; the others are left out."""
     tracker = varied(tracker, {"blocks": tracker.blocks[:4]})
     answer = tracker(*inputs(tracker, 0))
-    return differing(
-        answer.kept[:1],
-        FILES["procontext-384" if tracker.config.dynamic else "ostrack-256"]["outputs"]["case0"][
-            "pruning"
-        ][:1],
-    )
+    return differing(answer.kept[:1], FILES[name_of(tracker)]["outputs"]["case0"]["pruning"][:1])
 
 
 def mutant_softmax(tracker, patch):
-    return varied(tracker, pruning_softmax="search")
+    patch.setattr(tracker, "share", lambda logits, known: logits[..., known:].softmax(-1))
+    return tracker
 
 
 def mutant_keep_ratio(tracker, patch):
@@ -404,15 +413,13 @@ def mutant_keep_ratio(tracker, patch):
 
 def mutant_other_middle(tracker, patch):
     patch.setattr(
-        procontext, "template_rows", lambda rule, grid: torch.tensor([grid // 2 * (grid + 1)])
+        ostrack, "template_rows", lambda rule, grid: torch.tensor([grid // 2 * (grid + 1)])
     )
     return tracker
 
 
 def mutant_worst_first(tracker, patch):
-    patch.setattr(
-        procontext, "eliminate", lambda x, score, *rest: eliminate(x, score.flip(1), *rest)
-    )
+    patch.setattr(ostrack, "eliminate", lambda x, score, *rest: eliminate(x, score.flip(1), *rest))
     return tracker
 
 
@@ -425,11 +432,9 @@ def test_pruning_certificate_can_fail(mutate, monkeypatch):
 
 def test_pruning_certificate_can_fail_for_templates(monkeypatch):
     tracker = loaded("procontext-384")
-    asking = tracker._asking
+    asking = tracker.asking
     # static ones alone
-    monkeypatch.setattr(
-        tracker, "_asking", lambda groups: (asking(groups)[0][:2], None), raising=False
-    )
+    monkeypatch.setattr(tracker, "asking", lambda template: (asking(template)[0][:2], None))
     assert first_pruning(tracker) > 0
 
 
@@ -437,7 +442,7 @@ def test_pruning_certificate_can_fail_for_templates(monkeypatch):
 def test_tracking_certificate_can_fail(change, monkeypatch):
     tracker = loaded("ostrack-256")
     if change == "hann":
-        monkeypatch.setattr(procontext, "hann", lambda size: torch.ones(size, size))
+        monkeypatch.setattr(ostrack, "box_at", lambda peak, answer: box_at(answer.score, answer))
     else:
         tracker = varied(tracker, **{change: {"margin": 11.0, "exact": True}[change]})
     # where the box is as small as the margin, and off the pixel grid
@@ -450,7 +455,7 @@ def test_tracking_certificate_can_fail(change, monkeypatch):
 
 def units() -> dict[str, float]:
     found = {}
-    hanns = {size: hann(int(size)).diagonal().sqrt() for size in UNITS["hann1d"]}
+    hanns = {size: hann_window(int(size), "open").diagonal().sqrt() for size in UNITS["hann1d"]}
     found["Hann window, units"] = max(
         away(hanns[size], line) for size, line in UNITS["hann1d"].items()
     )
@@ -464,7 +469,7 @@ def units() -> dict[str, float]:
     answer = Answer(score[:, 0].sigmoid(), offset * 0.25, size.sigmoid(), [], [])
     found["boxes from maps, boxes"] = max(
         away(box_at(answer.score, answer), case["boxes_cxcywh"]),
-        away(box_at(answer.score * hann(16), answer), case["windowed_boxes_cxcywh"]),
+        away(box_at(answer.score * hann_window(16, "open"), answer), case["windowed_boxes_cxcywh"]),
     )
 
     boxes = xywh_to_cxcywh(torch.tensor(UNITS["gaussian_target"]["boxes_xywh_normalised"]))
@@ -484,7 +489,7 @@ def units() -> dict[str, float]:
 
     rates = []
     for name, table in UNITS["keep_rate_schedule"].items():
-        tracker = ProContEXT(ProContEXTConfig.tiny(keep_ramp=80 if "warm80" in name else 50))
+        tracker = OSTrack(OSTrackConfig.tiny(keep_ramp=80 if "warm80" in name else 50))
         rates += [abs(tracker.keep_at(int(epoch)) - rate) for epoch, rate in table.items()]
     found["keep ratios in training, units"] = max(rates)
 
@@ -523,7 +528,7 @@ def test_pruning_score():
     q, k = image("q", (2, 3, 20, 8)), image("k", (2, 3, 20, 8))
     share = (q @ k.transpose(2, 3) / 8**0.5).softmax(-1)
     assert torch.allclose(
-        procontext.pruning_score(q, k, 4, torch.tensor([1, 2])),
+        create("ostrack-tiny").pruning_score(q, k, 4, torch.tensor([1, 2])),
         share[:, :, 1:3, 4:].mean((1, 2)),
         atol=1e-7,
     )
@@ -534,11 +539,9 @@ def test_template_rows():
     for rule, name in (("point", "CTR_POINT"), ("square", "CTR_REC")):
         for size in (112, 128, 192, 224):
             if masks[f"{name}_{size}"] is not None:  # their code fails there
-                assert (
-                    procontext.template_rows(rule, size // 16).tolist() == masks[f"{name}_{size}"]
-                )
+                assert template_rows(rule, size // 16).tolist() == masks[f"{name}_{size}"]
     case = masks["GT_BOX_128"]
-    inside = procontext.cells_in(xywh_to_cxcywh(torch.tensor(case["boxes_xywh"])), 8)
+    inside = cells_in(xywh_to_cxcywh(torch.tensor(case["boxes_xywh"])), 8)
     assert [row.nonzero()[:, 0].tolist() for row in inside] == case["true_index"]
 
 
@@ -579,10 +582,10 @@ def positions() -> float:
         [],
     )
     for config, grids in (
-        (ProContEXTConfig.ostrack_256, (8, 16)),
-        (ProContEXTConfig.ostrack_384, (12, 24)),
+        (OSTrackConfig.ostrack_256, (8, 16)),
+        (OSTrackConfig.ostrack_384, (12, 24)),
     ):
-        tracker = ProContEXT(config(depth=1, prune_blocks=(), head_channels=8))
+        tracker = OSTrack(config(depth=1, prune_blocks=(), head_channels=8))
         theirs = {
             k.replace("embed.", "patch_embed.proj."): torch.full_like(v, 0.5)
             for k, v in tracker.state_dict().items()
@@ -600,14 +603,12 @@ def positions() -> float:
 
 
 def test_costs():
-    tracker = ProContEXT(ProContEXTConfig.tiny())
     for name, expected in UNITS["macs"].items():
         variant, keep = name.split(" keep ")
-        config = getattr(ProContEXTConfig, variant.lower().replace("-", "_"))(
-            keep_ratio=float(keep)
-        )
-        tracker.config = config  # of which a copy without values is made
-        cost = tracker.profile()
+        with torch.device("meta"):
+            tracker = create(variant.lower())
+        tracker.config = replace(tracker.config, keep_ratio=float(keep))
+        cost = costs.by_the_paper(tracker)  # of a copy
         counted = expected["linear_conv" if variant.startswith("OSTrack") else "thop"]
         assert cost["macs"] == counted and cost["parameters"] == expected["params_called_layers"], (
             name
@@ -622,7 +623,7 @@ def test_costs():
         for key in ("backbone.cls_token", "backbone.pos_embed")
     )
     with torch.device("meta"):
-        ours = sum(p.numel() for p in ProContEXT(ProContEXTConfig.ostrack_256()).parameters())
+        ours = sum(p.numel() for p in create("ostrack-256").parameters())
     assert ours + unused == UNITS["macs"]["OSTrack-256 keep 0.7"]["params_all"]
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from trackkit.errors import DataError
 
-# sides of a box in units of the frame's longer side; windows around larger ones would take gigabytes
+# sides of a box in units of the frame's longer side; windows around larger ones would take
+# gigabytes
 LARGEST = 10
 
 

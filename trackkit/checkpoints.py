@@ -75,7 +75,8 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         ) from error
     if written != FORMAT:
         raise CheckpointError(
-            f"{path}: format {written}, this trackkit reads {FORMAT}; update trackkit or train again"
+            f"{path}: format {written}, this trackkit reads {FORMAT}; update trackkit or train "
+            "again"
         )
     if about.pop("digest", None) != _digest(tensors, about):
         raise CheckpointError(

@@ -20,7 +20,8 @@ from trackkit.errors import DataError, TrackkitError
 from trackkit.trackers.base import Tracker
 from trackkit.trackers.dastm import DASTM, DASTMConfig
 from trackkit.trackers.mixvit import MixViT
-from trackkit.trackers.procontext import ProContEXT, ProContEXTConfig, Templates
+from trackkit.trackers.ostrack import OSTrack, OSTrackConfig
+from trackkit.trackers.procontext import ProContEXT, ProContEXTConfig
 from trackkit.trackers.sbt import SBT, SBTConfig
 from trackkit.trackers.stark import STARK, Answer, STARKConfig, Tokens
 from trackkit.trackers.stark_variants import STARKUpdatedQuery
@@ -366,32 +367,44 @@ SBT_TABLE_2 = {  # the paper says FLOPs and counts multiply-accumulates
 
 
 @by_the_paper.register
-def _(tracker: ProContEXT) -> dict:
-    """As OSTrack's and ProContEXT's counter (thop) has it: convolutions and linear layers, but
-    neither attention's products nor tables of positions, and the templates' patch embedding in each
-    frame. ProContEXT's version, not OSTrack's, adds four for each output of a norm.
+def _(tracker: OSTrack) -> dict:
+    """As OSTrack's counter (an old thop) has it: convolutions and linear layers, but neither
+    attention's products nor tables of positions, and the template's patch embedding in each frame.
     """
-    cfg, twin = tracker.config, _twin(tracker)
-    count = (2 if cfg.dynamic else 1) * len(cfg.template_factors)
+    return {**_one_stream(tracker, norm=0), "paper": OSTRACK.get(tracker.config, {})}
+
+
+@by_the_paper.register
+def _(tracker: ProContEXT) -> dict:
+    """OSTrack's rule, by a newer thop: it adds four for each output of a norm."""
+    return {**_one_stream(tracker, norm=4), "paper": PROCONTEXT_TABLE_4.get(tracker.config, {})}
+
+
+def _one_stream(tracker: OSTrack, norm: int) -> dict:
+    twin, sample = _twin(tracker), tracker.samples()
+    count = max(1, len(sample.template_factors)) * sample.templates
+    z, x = sample.template.size, sample.search.size
     with torch.device("meta"):
-        templates = torch.empty(count, 3, cfg.template_size, cfg.template_size)
-        search = torch.empty(1, 3, cfg.search_size, cfg.search_size)
-        boxes = torch.empty(1, count, 4)
+        templates = {
+            "templates": torch.empty(1, count, 3, z, z),
+            "template_boxes": torch.empty(1, count, 4),
+        }
+        search = torch.empty(1, 3, x, x)
 
     def frame() -> None:
-        tokens = twin.tokens(templates, twin.position_z).flatten(0, 1)[None]
-        twin([Templates(tokens, boxes)], twin.tokens(search, twin.position_x))
+        twin(twin.sampled(templates), twin.tokens(search, twin.position_x))
 
-    norm = 0 if count == 1 else 4
-    return {**by_layers(twin, frame, norm), "paper": OSTRACK_PROCONTEXT.get(cfg, {})}
+    return by_layers(twin, frame, norm)
 
 
-# OSTrack's paper; ProContEXT's Table 4. Neither prints parameters; "FLOPs" are multiply-accumulates
-OSTRACK_PROCONTEXT = {
-    ProContEXTConfig.ostrack_256(): {"macs": 21_500_000_000},
-    ProContEXTConfig.ostrack_256(keep_ratio=1.0): {"macs": 29_000_000_000},
-    ProContEXTConfig.ostrack_384(): {"macs": 48_300_000_000},
-    ProContEXTConfig.ostrack_384(keep_ratio=1.0): {"macs": 65_300_000_000},
+# neither paper prints parameters; "FLOPs" are multiply-accumulates
+OSTRACK = {
+    OSTrackConfig.ostrack_256(): {"macs": 21_500_000_000},
+    OSTrackConfig.ostrack_256(keep_ratio=1.0): {"macs": 29_000_000_000},
+    OSTrackConfig.ostrack_384(): {"macs": 48_300_000_000},
+    OSTrackConfig.ostrack_384(keep_ratio=1.0): {"macs": 65_300_000_000},
+}
+PROCONTEXT_TABLE_4 = {
     ProContEXTConfig.procontext_256(keep_ratio=0.6): {"macs": 36_100_000_000},
     ProContEXTConfig.procontext_256(): {"macs": 38_000_000_000},
     ProContEXTConfig.procontext_256(keep_ratio=0.8): {"macs": 40_100_000_000},

@@ -25,7 +25,7 @@ from trackkit import checkpoints, pickles
 from trackkit.errors import CheckpointError
 from trackkit.trackers.base import Tracker
 from trackkit.trackers.mixvit import MixViT
-from trackkit.trackers.procontext import ProContEXT
+from trackkit.trackers.ostrack import OSTrack
 from trackkit.trackers.sbt import SBT
 from trackkit.trackers.sbt_backbone import pvt_name
 from trackkit.trackers.siamfc import SiamFC
@@ -263,9 +263,7 @@ RENAMINGS: dict[type[Tracker], Renaming] = {
         ),
         ("backbone.norm1.*", "backbone.norm2.*"),  # of the single-image form
     ),
-    ProContEXT: Renaming(
-        (*VIT, (r"^box_head\.conv(\d)_(ctr|offset|size)(.*)$", _centre)), VIT_UNUSED
-    ),
+    OSTrack: Renaming((*VIT, (r"^box_head\.conv(\d)_(ctr|offset|size)(.*)$", _centre)), VIT_UNUSED),
     MixViT: Renaming(
         (*VIT, (r"^box_head\.(conv\d|adjust\d)_(tl|br)(.*)$", _pyramid)),
         # the score branch is of a second training stage

@@ -109,8 +109,8 @@ def has_results(folder: str | os.PathLike, sequence: str, data: str = "") -> boo
     """Whether the results of a sequence are complete and as they were written, so that a run that
     was cut off can go on.
 
-    `data` is what they must have been computed on, see `write_results`; where it has changed, or the
-    files have, a warning says that the sequence is tracked again.
+    `data` is what they must have been computed on, see `write_results`; where it has changed, or
+    the files have, a warning says that the sequence is tracked again.
     """
     folder = Path(folder).expanduser()
     seal = folder / sequence / MARKER

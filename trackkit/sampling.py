@@ -378,5 +378,7 @@ def _collate(samples: list) -> dict[str, Tensor] | Exception:
 
 
 def _ignore_interrupts(_: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; the training process saves and ends the others."""
+    """Ctrl-C reaches all processes of a terminal; the training process saves and ends the
+    others.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -12,6 +12,7 @@ from trackkit.errors import CheckpointError, TrackkitError
 from trackkit.trackers.base import Tracker
 from trackkit.trackers.dastm import DASTM, DASTMConfig
 from trackkit.trackers.mixvit import MixViT, MixViTConfig
+from trackkit.trackers.ostrack import OSTrack, OSTrackConfig
 from trackkit.trackers.procontext import ProContEXT, ProContEXTConfig
 from trackkit.trackers.references import NccConfig, NccTracker, StayConfig, StayTracker
 from trackkit.trackers.sbt import SBT, SBTConfig
@@ -40,8 +41,9 @@ TRACKERS: dict[str, tuple[type[Tracker], Any]] = {
     "sbt-tiny": (SBT, SBTConfig.tiny()),
     "siamfc-ca": (SiamFCCA, SiamFCCAConfig()),
     "stark-ca": (STARKCA, STARKCAConfig()),
-    "ostrack-256": (ProContEXT, ProContEXTConfig.ostrack_256()),
-    "ostrack-384": (ProContEXT, ProContEXTConfig.ostrack_384()),
+    "ostrack-256": (OSTrack, OSTrackConfig.ostrack_256()),
+    "ostrack-384": (OSTrack, OSTrackConfig.ostrack_384()),
+    "ostrack-tiny": (OSTrack, OSTrackConfig.tiny()),
     "procontext-256": (ProContEXT, ProContEXTConfig.procontext_256()),
     "procontext-384": (ProContEXT, ProContEXTConfig.procontext_384()),
     "procontext-tiny": (ProContEXT, ProContEXTConfig.tiny()),
