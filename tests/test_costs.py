@@ -39,7 +39,7 @@ def test_a_profile_is_json_and_unknown_names_are_refused():
         profile("simfc")
 
 
-def test_a_tracker_may_count_as_its_paper_does():
+def test_a_tracker_may_count_as_its_paper_does(monkeypatch):
     class Own(StayTracker):
         pass
 
