@@ -174,7 +174,8 @@ FAMILIES = {
             "The memory holds 64 frames; theirs keeps every frame and looks at six at most. Until "
             "frame 80 both look at the same frames, later at "
             'neighbours; `memory="unbounded"` is their rule.',
-            "The foreground map of a box that is larger than the crop is 1 within the crop. In their "
+            "The foreground map of a box that is larger than the crop is 1 within the crop. In "
+            "their "
             "code negative corners wrap around.",
             "Training crops are not pushed into the frame, their scale is drawn from an interval "
             "that is symmetric around 1, and the filter limits sides "

@@ -218,7 +218,7 @@ def test_side_is_rounded_up_around_the_jittered_box():
     assert theirs.side.item() == math.ceil(2 * math.sqrt(600))
 
 
-# ---------------------------------------------------------------------------------------------------
+# ---
 # frames
 
 
