@@ -377,7 +377,9 @@ def test_killed_table_continues(tmp_path, data, whole, trained):
     """Killed while the third run is evaluated: two are done, the third is only evaluated."""
     code = """
     honest, count = ablations.evaluate, iter(range(9))
-    ablations.evaluate = lambda *a: os.kill(os.getpid(), signal.SIGKILL) if next(count) == 2 else honest(*a)
+    def evaluate(*a):
+        return os.kill(os.getpid(), signal.SIGKILL) if next(count) == 2 else honest(*a)
+    ablations.evaluate = evaluate
     t.small(t.TOY, out, data)
 """
     process = start(tmp_path, data, code)

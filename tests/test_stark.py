@@ -23,7 +23,8 @@ from trackkit.tracking import Online, track, track_many
 
 SMALL = {
     "template_size": 32, "search_size": 64, "width": 16, "heads": 2, "feedforward": 32,
-    "encoder_layers": 2, "decoder_layers": 1, "head_channels": 16, "update_interval": 2, "update_threshold": 0.0,
+    "encoder_layers": 2, "decoder_layers": 1, "head_channels": 16, "update_interval": 2,
+    "update_threshold": 0.0,
 }  # fmt: skip
 
 
