@@ -21,14 +21,16 @@ from trackkit.trackers.siamfc import SiamFC, SiamFCConfig, cross_correlation
 
 @dataclass(frozen=True)
 class SiamFCCAConfig(SiamFCConfig):
-    """SiamFC's numbers with another backbone; `channels`, `kernels`, `groups` and `pools` do not
-    count here.
-    """
+    """SiamFC's numbers with another backbone."""
 
     exemplar_size: int = 128
     """side of the exemplar, the crop of the target in the first frame; a multiple of the stride"""
     search_size: int = 256  # side of the search crop in tracking; a multiple of the stride
     train_search_size: int = 240  # in training; a multiple of the stride
+    channels: tuple[int, ...] = SiamFCConfig.channels  # no effect, see `sbt`
+    kernels: tuple[int, ...] = SiamFCConfig.kernels  # no effect, see `sbt`
+    groups: tuple[int, ...] = SiamFCConfig.groups  # no effect, see `sbt`
+    pools: int = SiamFCConfig.pools  # no effect, see `sbt`
     sbt: str = "small"  # "light", "small", "base" or "tiny", whose backbone it is
     adjust: int = 256  # channels of the features that are compared
 

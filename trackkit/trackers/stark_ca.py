@@ -19,7 +19,8 @@ from trackkit.trackers.stark import STARK, Answer, STARKConfig, Tokens
 class STARKCAConfig(STARKConfig):
     """STARK's numbers with another backbone."""
 
-    backbone: str = "sbt-small"  # "sbt-small" (stride 16), or "sbt-tiny" (stride 8)
+    backbone: str = "sbt-small"
+    """"sbt-small" (stride 16), or "sbt-tiny" (stride 8)"""
     dynamic: bool = False  # must be: the search crop is joined with one template
     score: bool = False  # the score head
 

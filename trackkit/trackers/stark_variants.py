@@ -40,10 +40,10 @@ class STARKTemplateQuery(STARK):
     ) -> Answer:
         seen = {} if maps else None
         templates, search = self.marked(templates, search)
-        template = concat(templates)
-        asked = self.look_around(template, seen, "encoder_template")  # (B, Z, D)
+        asked = self.look_around(concat(templates), seen, "encoder_template")  # (B, Z, D)
         memory = self.look_around(search, seen)  # (B, X, D)
-        decoded = self.look_up(asked, template.position.to(asked), memory, search, seen)
+        query = concat(templates).position.to(asked)
+        decoded = self.look_up(asked, query, memory, search, seen)
         # the head needs one vector; the paper does not say which
         return self.answer(memory, search, decoded.mean(1, keepdim=True), seen)
 
