@@ -118,7 +118,7 @@ def test_one_line_registers_it(folder, own, monkeypatch, capsys):
 
 
 def test_a_class_without_a_file_cannot_be_ablated(tmp_path):
-    loose = dataclasses.make_dataclass("Loose", [], frozen=True)
+    loose = dataclasses.make_dataclass("Loose", [], bases=(MyTracker.Config,), frozen=True)
     tracker = type("Typed", (MyTracker,), {"__module__": "builtins", "Config": loose})
     with pytest.raises(TrackkitError, match="in no file"):
         ablations.run(Table("t", "", "", tracker, (Row("base", {}),)), out=tmp_path)

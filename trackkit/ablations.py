@@ -44,13 +44,13 @@ from trackkit.stages import Stage, shortened
 from trackkit.synth import SynthDataset
 from trackkit.trackers.base import Tracker
 from trackkit.training import train
-from trackkit.weights import CLASSES, create, describe
+from trackkit.weights import create, describe, known_classes
 
 
 @dataclass(frozen=True)
 class Row:
     """One line of a table: what is changed in the tracker's config, and the paper's figure if there
-    is one; `variant` is the class that takes the place of the tracker's, one of `weights.CLASSES`.
+    is one; `variant` is the class that takes the place of the tracker's (`weights.known_classes`).
     """
 
     label: str
@@ -94,9 +94,10 @@ class Table:
         chosen = create(self.tracker) if isinstance(self.tracker, str) else self.tracker()
         cls = type(chosen)
         if row.variant:
-            if not issubclass(CLASSES[name], cls):
+            variant = known_classes().get(name)
+            if variant is None or not issubclass(variant, cls):
                 raise TrackkitError(f"{self.name}, {row.label}: {name} is no {self.tracker_name}")
-            cls = CLASSES[name]
+            cls = variant
         fields = [f.name for f in dataclasses.fields(cls.Config)]
         if odd := [key for key in row.changes if key not in fields]:
             raise TrackkitError(

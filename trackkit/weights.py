@@ -61,8 +61,10 @@ TRACKERS: dict[str, tuple[type[Tracker], Any]] = {
     "ustam-tiny": (USTAM, USTAMConfig.tiny()),
 }
 
-# the classes that files may be of; some only stand in ablation tables and have no name above
-CLASSES = {cls.__name__: cls for cls in (*(cls for cls, _ in TRACKERS.values()), *VARIANTS)}
+
+def known_classes() -> dict[str, type[Tracker]]:
+    """The classes that files may be of; some only stand in ablation tables and have no name."""
+    return {cls.__name__: cls for cls in (*(cls for cls, _ in TRACKERS.values()), *VARIANTS)}
 
 
 def create(name: str) -> Tracker:
@@ -97,7 +99,7 @@ def load(source: str | Path, classes: Iterable[type[Tracker]] = ()) -> Tracker:
     if str(source) in TRACKERS:
         return create(str(source))
     tensors, about = checkpoints.read(source)
-    known = CLASSES | {cls.__name__: cls for cls in classes}
+    known = known_classes() | {cls.__name__: cls for cls in classes}
     if about.get("tracker") not in known:
         raise CheckpointError(
             f"{source}: made for the tracker {about.get('tracker')!r}; this trackkit has "

@@ -10,9 +10,10 @@ say for each of its tokens whether it belongs to the target, and where the targe
 The networks, the training and the tracking are those of the authors' code (phiphiphi31/SBT), whose
 checkpoints load by `trackkit.official`. Our code computes the same with less: the template goes
 through the blocks before the first CA only once, and what nobody reads of it after the last one is
-not computed. We depart from theirs in three places: blocks after the last CA run (theirs are
+not computed. We depart from theirs in four places: blocks after the last CA run (theirs are
 skipped; with the paper's placements there are none), targets that reach outside the crop keep their
-positive tokens (`SBTConfig.positives`), and windows are exact if wished (`SBTConfig.exact`).
+positive tokens (`SBTConfig.positives`), losses are weighted as in the paper (`SBTConfig.weights`),
+and crop windows are exact if wished (`SBTConfig.exact`).
 
 This file follows the paper's sections: 3.1 patch embedding, 3.2 the block, 3.3 position, Fig. 3 the
 single branch, 3.4 heads, 6.1 tracking and training; at its end what the paper compares with (Table
@@ -109,7 +110,7 @@ class SBTConfig:
     those in its box; or the authors', "wrapped", see `positive_tokens`."""
     weights: tuple[float, float, float] = (12.0, 7.0, 5.0)
     """Of the class, the L1 and the GIoU loss. The paper's; its code has ten times as much, which
-    makes no difference to AdamW with clipped gradients."""
+    hardly matters to AdamW with clipped gradients."""
     background: float = 0.0625
     """Weight of background tokens in the class loss, where the target's have 1."""
 
@@ -122,8 +123,9 @@ class SBTConfig:
     `STARKConfig`."""
 
     correlation: str = "embedded"
-    """Table 7. "embedded": CA in the backbone alone. "depthwise", "cross": also (or only, if all of
-    `cross` is empty) after it, see `Levelwise`."""
+    """Table 7, without its DCF and ResNet rows. "embedded": CA in the backbone alone (row 7, with
+    `cross` ((), (), (6, 8, 10))). "depthwise", "cross": also after it (row 8), or only, if all of
+    `cross` is empty (rows 4, 5); see `Levelwise`."""
     levels: tuple[int, ...] = (6, 8, 10)
     """With correlation after the backbone: behind these blocks of the last stage, from 1."""
     adjust: int = 256  # with correlation after the backbone: channels of the levels' responses

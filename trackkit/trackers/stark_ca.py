@@ -1,7 +1,7 @@
 """STARK-CA: STARK-S whose search and template features know of one another before they are tokens.
 
 Xie et al.: "Correlation-Aware Deep Tracking", CVPR 2022, section 5.3, replace STARK's backbone by
-SBT's. Its strides are those of the backbone that it replaces, all else is STARK's.
+SBT's. Its total stride, 16, is that of the backbone that it replaces, all else is STARK's.
 """
 
 from __future__ import annotations
