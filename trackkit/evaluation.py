@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from trackkit import __version__
 from trackkit.errors import DataError
-from trackkit.paths import alone
+from trackkit.paths import alone, remove_partials
 from trackkit.results import claim, has_results, read_results, write_results
 from trackkit.sequences import Sequence
 from trackkit.trackers.base import Tracker
@@ -319,6 +319,7 @@ def evaluate(
     identity = fingerprint(tracker)
     with alone(results_dir, "writes results"):
         folder = claim(results_dir, name, identity)
+        remove_partials(folder.rglob(".*"))
         waiting = [i for i in range(len(dataset)) if not _done(folder, dataset[i])]
         done = len(dataset) - len(waiting)
         with tqdm(

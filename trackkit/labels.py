@@ -100,17 +100,20 @@ def _state(folder: Path, names: list[str]) -> bytes:
     """Changes when a file comes or goes in a sequence, or a label file is edited; a few
     microseconds a file.
     """
+    folders = ("", *BELOW)
     digest = hashlib.sha256(str(FORMAT).encode())
     for name in names:
         for file in (
-            "",
+            *folders,
             "groundtruth.txt",
             "meta_info.ini",
             *(f"{label}.label" for label in LABELS),
         ):
             try:
                 stat = os.stat(f"{folder}/{name}/{file}")
-                digest.update(b"%d %d;" % (stat.st_mtime_ns, 0 if file == "" else stat.st_size))
+                digest.update(
+                    b"%d %d;" % (stat.st_mtime_ns, 0 if file in folders else stat.st_size)
+                )
             except OSError:
                 digest.update(b"-;")
     return digest.digest()
@@ -155,7 +158,7 @@ def _pack(labels: list[Labels]) -> dict[str, np.ndarray]:
 
 def read_labels(folder: Path, one_box: bool) -> Labels:
     """Read and check the labels of one sequence. Raises DataError with the file and line."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DataError(
             f"{folder.name}: listed in list.txt, but there is no such folder in {folder.parent}"
         )
@@ -189,6 +192,7 @@ def read_labels(folder: Path, one_box: bool) -> Labels:
     boxes[unknown] = 0
     absent = values["absence"].astype(bool) | _outside(folder, files, boxes, count)
     absent[: len(boxes)] |= unknown
+    values["cover"][: len(boxes)][unknown] = 0
     if folder.name in WRONG_FRAMES:
         first, last = WRONG_FRAMES[folder.name]
         absent[first - 1 : last] = True
@@ -269,7 +273,7 @@ def _outside(folder: Path, files: list[str] | None, boxes: np.ndarray, count: in
 
 def _table(path: Path, columns: int) -> np.ndarray:
     """Numbers of a text file, float64 (N, columns); separated by commas (or blanks, as other tools
-    write them). Boxes (4 columns) may be NaN.
+    write them). A box (4 columns) may be NaN as a whole.
     """
     if not path.is_file():
         raise DataError(f"{path} is missing")
@@ -277,7 +281,8 @@ def _table(path: Path, columns: int) -> np.ndarray:
     rows = [line.replace(",", " ").split() for line in lines]
 
     def fine(numbers: np.ndarray) -> bool:
-        return bool((np.isfinite(numbers) | (np.isnan(numbers) & (columns == 4))).all())
+        nothing = np.isnan(numbers).all(-1) & (columns == 4)
+        return bool((np.isfinite(numbers).all(-1) | nothing).all())
 
     try:
         table = np.array(rows, np.float64).reshape(len(rows), columns)
@@ -306,6 +311,9 @@ def _read_meta(path: Path) -> dict[str, str]:
 
 def read_text(path: Path) -> str:
     """A text file as editors of all systems write it: UTF-8, or UTF-16 with its mark."""
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); mend or remove it") from error
     utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
     return data.decode("utf-16" if utf16 else "utf-8-sig", errors="replace")

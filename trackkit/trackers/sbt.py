@@ -710,7 +710,9 @@ def positive_tokens(boxes: Tensor, side: int, wrapped: bool = False) -> Tensor:
     begins outside counts its first column from the right border, as Python counts -3: mostly it has
     no token at all then, and a box larger than the crop has those in the lower right corner.
     """
-    x1, y1, x2, y2 = (cxcywh_to_xyxy(boxes) * side).ceil().long().unbind(-1)
+    # float32 numbers, computed with in float64, as the authors do: an edge that falls on a corner
+    # would else land on its other side
+    x1, y1, x2, y2 = (cxcywh_to_xyxy(boxes.float().double()) * side).ceil().long().unbind(-1)
     index, inside = torch.arange(side, device=boxes.device), []
     for first, end in ((y1, y2), (x1, x2)):
         end = torch.where(end == first, first + 1, end)
