@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from trackkit.boxes import check_boxes
+from trackkit.crops import CropSpec
 from trackkit.errors import DataError, TrackkitError
 
 State = TypeVar("State")
@@ -66,6 +67,20 @@ class Tracker(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are; frames are moved there."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    @property
+    def template_crop(self) -> CropSpec:
+        """How the template is cropped, in tracking and in training. This is the rule of STARK and
+        its heirs, for configs with their fields; other trackers state their own.
+        """
+        cfg = self.config
+        return CropSpec(cfg.template_size, cfg.template_factor, fill=0, exact=cfg.exact)
+
+    @property
+    def search_crop(self) -> CropSpec:
+        """How the search region is cropped, see `template_crop`."""
+        cfg = self.config
+        return CropSpec(cfg.search_size, cfg.search_factor, fill=0, exact=cfg.exact)
 
     def start(self, frames: list[Tensor], boxes_xywh: Tensor) -> Any:
         """State after the first frame of B sequences: frames uint8 (3, H, W), boxes (B, 4) in

@@ -24,7 +24,7 @@ from trackkit import vit
 from trackkit.backbones import normalise
 from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, xyxy_to_cxcywh
 from trackkit.checkpoints import load_strictly
-from trackkit.crops import CropSpec, Windows, frame_sizes
+from trackkit.crops import Windows, frame_sizes
 from trackkit.errors import Range, TrackkitError, check_fields
 from trackkit.frames import FrameRule, SampleSpec
 from trackkit.heads import CornerHead, PyramidCornerHead, soft_argmax
@@ -277,16 +277,6 @@ class MixViT(Tracker):
         return xyxy_to_cxcywh(torch.cat([soft_argmax(corner) for corner in corners], 1)), corners
 
     # ---- tracking ----
-
-    @property
-    def template_crop(self) -> CropSpec:
-        cfg = self.config
-        return CropSpec(cfg.template_size, cfg.template_factor, fill=0, exact=cfg.exact)
-
-    @property
-    def search_crop(self) -> CropSpec:
-        cfg = self.config
-        return CropSpec(cfg.search_size, cfg.search_factor, fill=0, exact=cfg.exact)
 
     def start(self, frames: list[Tensor], boxes_xywh: Tensor) -> MixViTState:
         cfg = self.config

@@ -277,16 +277,6 @@ class OSTrack(Tracker):
 
     # ---- tracking ----
 
-    @property
-    def template_crop(self) -> CropSpec:
-        cfg = self.config
-        return CropSpec(cfg.template_size, cfg.template_factor, fill=0, exact=cfg.exact)
-
-    @property
-    def search_crop(self) -> CropSpec:
-        cfg = self.config
-        return CropSpec(cfg.search_size, cfg.search_factor, fill=0, exact=cfg.exact)
-
     def start(self, frames: list[Tensor], boxes_xywh: Tensor) -> OSTrackState:
         frames, boxes = self.checked(frames, boxes_xywh)
         return OSTrackState(boxes, self.make_template(frames, boxes))

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from trackkit.attention import DropPath, sine_position
 from trackkit.backbones import normalise, timm_weights
 from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, giou
-from trackkit.crops import CropSpec, frame_sizes
+from trackkit.crops import frame_sizes
 from trackkit.errors import Range, check_fields
 from trackkit.frames import SampleSpec
 from trackkit.heads import MLP, MixHead, hann_window
@@ -593,16 +593,6 @@ class SBT(Tracker):
         return self.levelwise([norm(level) for level in x.levels], [norm(v) for v in z.levels])
 
     # ---- tracking (section 6.1, "Testing") ----
-
-    @property
-    def template_crop(self) -> CropSpec:
-        cfg = self.config
-        return CropSpec(cfg.template_size, cfg.template_factor, fill=0, exact=cfg.exact)
-
-    @property
-    def search_crop(self) -> CropSpec:
-        cfg = self.config
-        return CropSpec(cfg.search_size, cfg.search_factor, fill=0, exact=cfg.exact)
 
     def start(self, frames: list[Tensor], boxes_xywh: Tensor) -> SBTState:
         frames, boxes = self.checked(frames, boxes_xywh)

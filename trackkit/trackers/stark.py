@@ -309,16 +309,6 @@ class STARK(Tracker):
 
     # ---- tracking (section 3.2, "Inference") ----
 
-    @property
-    def template_crop(self) -> CropSpec:
-        cfg = self.config
-        return CropSpec(cfg.template_size, cfg.template_factor, fill=0, exact=cfg.exact)
-
-    @property
-    def search_crop(self) -> CropSpec:
-        cfg = self.config
-        return CropSpec(cfg.search_size, cfg.search_factor, fill=0, exact=cfg.exact)
-
     def start(self, frames: list[Tensor], boxes_xywh: Tensor) -> STARKState:
         frames, boxes = self.checked(frames, boxes_xywh)
         template = self._look(frames, boxes, self.template_crop)[0]
