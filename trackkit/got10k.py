@@ -190,14 +190,14 @@ def _places(folder: Path) -> dict[str, str]:
             f"{listed} is empty; write one sequence name per line, or remove it to use all folders "
             "here"
         )
-    if len(set(names)) < len(names):
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise DataError(f"{listed}: {twice} is listed twice; keep one of the lines")
     for name, line in zip(names, lines, strict=True):
         if name == "." or Path(name).is_absolute() or ".." in Path(line).parts or "\0" in name:
             raise DataError(
                 f"{listed}: {line!r} leads out of {folder}; list the names of folders in it"
             )
+    if len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise DataError(f"{listed}: {twice} is listed twice; keep one of the lines")
     places = {name: name for name in names}
     if lost := [name for name in names if not os.path.isdir(folder / name)]:
         deeper = _deeper(folder)

@@ -98,6 +98,7 @@ def _reduced(image: Image.Image, reduce: int) -> Image.Image:
         image = _upper_bits(image)
     elif image.mode not in ("L", "RGB", "CMYK", "F"):
         # palette numbers must not be averaged, nor colours weighted by the alpha that is dropped
+        image.info.pop("transparency", None)  # of a palette; Pillow would advise to keep it
         image = image.convert("RGB")
     return image if done == reduce else image.reduce(reduce // done)
 
