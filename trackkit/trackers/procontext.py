@@ -34,6 +34,7 @@ from trackkit.backbones import SmallNet, normalise
 from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, xywh_to_cxcywh
 from trackkit.checkpoints import load_strictly
 from trackkit.crops import Windows, around_box, box_to_frame
+from trackkit.errors import Range, check_fields
 from trackkit.heads import CenterHead, hann_window
 from trackkit.losses import focal_loss, gaussian_target, localisation
 from trackkit.sampling import CropSpec, SampleSpec
@@ -121,16 +122,19 @@ class ProContEXTConfig:
     backbone_rate: float = 0.1
 
     def __post_init__(self):
-        choices = {
-            "stem": ("patch", "conv"),
-            "pruning_rows": ("point", "square", "all", "box"),
-            "pruning_softmax": ("all", "search"),
-        }
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(
-                    f"{field} must be one of {', '.join(allowed)}; got {getattr(self, field)!r}"
-                )
+        size, factor, epochs = Range(1, 4096), Range(0, 100, above=True), Range(0, 100_000)
+        check_fields(
+            self, template_size=size, search_size=size, template_factors=factor,
+            search_factor=factor, stem=("patch", "conv"), patch=size, width=size,
+            depth=Range(1, 100), heads=size, drop_path=Range(0, 1, below=True),
+            head_channels=Range(8, 4096), keep_ratio=Range(0, 1, above=True),
+            prune_blocks=Range(0, 99), pruning_rows=("point", "square", "all", "box"),
+            pruning_softmax=("all", "search"), update_interval=Range(1),
+            update_threshold=Range(0, 1), margin=Range(0, 4096), search_jitter=Range(0, 100),
+            template_jitter=Range(0, 100), epochs=Range(1, 100_000), keep_start=epochs,
+            keep_ramp=epochs, learning_rate=Range(0, 10, above=True),
+            backbone_rate=Range(0, 1000, above=True),
+        )  # fmt: skip
         if self.stem == "conv" and self.patch != SmallNet.stride:
             raise ValueError(f'stem "conv" has patches of {SmallNet.stride}, not {self.patch}')
         if self.template_size % self.patch or self.search_size % self.patch:
@@ -141,19 +145,13 @@ class ProContEXTConfig:
             raise ValueError(
                 f"a width of {self.width} must be a multiple of 4 and of the {self.heads} heads"
             )
-        if not self.template_factors or min(self.template_factors) <= 0:
-            raise ValueError(
-                "template_factors needs at least one factor, all above 0; got "
-                f"{self.template_factors}"
-            )
-        if not 0 < self.keep_ratio <= 1:
-            raise ValueError(f"keep_ratio must be above 0 and at most 1; got {self.keep_ratio}")
-        if any(not 0 <= index < self.depth for index in self.prune_blocks):
+        pairs = {len(self.search_jitter), len(self.template_jitter)} == {2}
+        if not (self.template_factors and pairs):
+            raise ValueError("template_factors needs at least one factor, a jitter two numbers")
+        if any(index >= self.depth for index in self.prune_blocks):
             raise ValueError(
                 f"prune_blocks {self.prune_blocks}: there are only blocks 0 to {self.depth - 1}"
             )
-        if min(self.update_interval, self.epochs) < 1:
-            raise ValueError("update_interval and epochs must be at least 1")
 
     @classmethod
     def ostrack_256(cls, **changes) -> ProContEXTConfig:
