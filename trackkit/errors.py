@@ -64,7 +64,7 @@ def _digits(value: float) -> str:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """" (did you mean X?)" if one of the names is like this one, else nothing; for messages."""
+    """ " (did you mean X?)" if one of the names is like this one, else nothing; for messages."""
     found = difflib.get_close_matches(str(name), list(names), 1)
     return f" (did you mean {found[0]}?)" if found else ""
 
