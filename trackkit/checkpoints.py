@@ -111,14 +111,17 @@ def load_strictly(module: torch.nn.Module, tensors: dict[str, Tensor], what: str
     """Fill a module, or raise CheckpointError that names the first entries which are missing, extra
     or misshapen.
     """
-    problems = differences(
-        {key: value.shape for key, value in module.state_dict().items()}, tensors
-    )
-    if problems:
-        raise CheckpointError(
-            f"{what} does not fit {type(module).__name__} with this config; " + "; ".join(problems)
-        )
+    sizes = {key: value.shape for key, value in module.state_dict().items()}
+    check_fit(type(module).__name__, sizes, tensors, what)
     module.load_state_dict(tensors)
+
+
+def check_fit(
+    name: str, sizes: dict[str, torch.Size], tensors: dict[str, Tensor], what: str
+) -> None:
+    """What `load_strictly` raises, for a module called `name` of which the sizes are known."""
+    if problems := differences(sizes, tensors):
+        raise CheckpointError(f"{what} does not fit {name} with this config; {'; '.join(problems)}")
 
 
 def differences(

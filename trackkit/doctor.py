@@ -8,7 +8,6 @@ import importlib.metadata
 import os
 import platform
 import re
-from pathlib import Path
 
 from trackkit.errors import TrackkitError
 from trackkit.paths import data_root, home, writable
@@ -84,5 +83,5 @@ def _paths() -> list[str]:
     try:
         lines.append(f"runs, results, caches: {writable(home())}")
     except TrackkitError as error:
-        lines.append(f"! home: {error}; export TRACKKIT_HOME={Path.home() / 'trackkit'}")
+        lines.append(f"! home: {error}; export TRACKKIT_HOME=/a/folder/of/yours")
     return lines

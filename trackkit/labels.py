@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from trackkit.boxes import LARGEST, area, clip_xywh
 from trackkit.errors import DataError
 from trackkit.images import image_size
 from trackkit.paths import atomic_write, home
+from trackkit.progress import bar
 from trackkit.sequences import list_images
 
 LABELS = {"absence": 1, "cover": 8, "cut_by_image": 1}  # label files and their largest value
@@ -121,16 +121,13 @@ def _state(folder: Path, names: list[str]) -> bytes:
 
 def _read_all(folder: Path, names: list[str], one_box: bool) -> list[Labels]:
     labels, problems = [], []
-    for name in tqdm(
-        names,
-        desc=f"reading labels of {folder.name}",
-        unit="sequence",
-        disable=len(names) < CACHED_FROM,
-    ):
-        try:
-            labels.append(read_labels(folder / name, one_box))
-        except DataError as error:
-            problems.append(f"  {error}")
+    title, many = f"reading labels of {folder.name}", len(names) >= CACHED_FROM
+    with bar(names, desc=title, unit="sequence", shown=many) as shown:
+        for name in shown:
+            try:
+                labels.append(read_labels(folder / name, one_box))
+            except DataError as error:
+                problems.append(f"  {error}")
     if problems:
         shown = problems[:20] + [f"  and {len(problems) - 20} more"] * (len(problems) > 20)
         raise DataError(

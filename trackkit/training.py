@@ -24,15 +24,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from trackkit import checkpoints
 from trackkit.errors import CheckpointError, Stopped, TrackkitError
 from trackkit.paths import alone, atomic_write, remove_partials, writable
+from trackkit.progress import bar
 from trackkit.sampling import Samples, batches, worker_errors
 from trackkit.sequences import identity
 from trackkit.stages import Stage
 from trackkit.trackers.base import Tracker
+from trackkit.tracking import device_called
 from trackkit.weights import describe, save
 
 if TYPE_CHECKING:
@@ -169,12 +170,14 @@ class _Run:
         quiet = not (progress and accelerator.is_main_process)
         name = type(tracker).__name__
         try:
-            with tqdm(total=self.steps, initial=position, desc=name, disable=quiet) as bar:
+            with bar(
+                total=self.steps, initial=position, desc=name, unit="step", shown=not quiet
+            ) as shown:
                 first = 0  # step at which the stage begins, counted over all stages
                 for stage in self.stages:
                     if position < first + stage.steps:
                         self._stage(
-                            stage, first, position, workers, save_seconds, log_steps, bar, stop
+                            stage, first, position, workers, save_seconds, log_steps, shown, stop
                         )
                         position = first + stage.steps
                     first += stage.steps
@@ -186,7 +189,7 @@ class _Run:
         accelerator.wait_for_everyone()
         return self.log
 
-    def _stage(self, stage, first, position, workers, save_seconds, log_steps, bar, stop) -> None:
+    def _stage(self, stage, first, position, workers, save_seconds, log_steps, shown, stop) -> None:
         tracker, accelerator = self.tracker, self.accelerator
         world, rank = accelerator.num_processes, accelerator.process_index
         if stage.batch % world:
@@ -228,7 +231,7 @@ class _Run:
                 for key, value in losses.items():
                     self.sums[key] = self.sums.get(key, 0) + value.detach()
                 self.count += 1
-                bar.update()
+                shown.update()
                 last = step + 1 == first + stage.steps
                 line = (step + 1) % log_steps == 0 or last
                 if line:
@@ -243,7 +246,7 @@ class _Run:
                     done = (self.count - resumed) * stage.batch
                     record["samples_per_second"] = round(done / (now - since), 1)
                     self.log.append(record)
-                    bar.set_postfix(loss=f"{record['loss']:.3f}")
+                    shown.set_postfix(loss=f"{record['loss']:.3f}")
                     self.sums, self.count, resumed, since = {}, 0, 0, now
                 stopped = self._stopped(stop, line)
                 if last or stopped or time.perf_counter() - saved >= save_seconds:
@@ -480,14 +483,7 @@ def _accelerator(device: str, precision: str) -> Accelerator:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    if device not in ("auto", "cpu", "cuda"):
-        raise TrackkitError(f'device must be "auto", "cpu" or "cuda", got {device!r}')
-    if device == "cuda" and not torch.cuda.is_available():
-        raise TrackkitError(
-            "device cuda: torch sees no GPU here; `trackkit doctor` says what it sees"
-        )
-    # "auto" means CUDA or the CPU: geometry is kept in float64, which Apple's GPUs do not have
-    cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    cpu = device_called(device).type == "cpu"
     # accelerate keeps the first call's choices for the whole process
     if "WORLD_SIZE" not in os.environ:
         AcceleratorState._reset_state(reset_partial_state=True)

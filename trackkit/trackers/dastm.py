@@ -78,9 +78,11 @@ class DASTMConfig(STMTrackConfig):
         super().__post_init__()
         check_fields(
             self, trunk_stage=(2, 3), query_size=Range(1, 4096), query_trim=Range(0, 4096),
-            attention=tuple(MODULES), gate=("none", "hard", "soft", "random"), tau_end=Range(0),
+            attention=tuple(MODULES), gate=("none", "hard", "soft", "random"), tau_end=Range(0,
+            1000),
             test_gate=("", "hard", "soft", "random"), seed=Range(0, 2**32), static=("mean", "sum"),
-            tau=Range(0, above=True), gate_reduction=Range(1, self.width), cost_weight=Range(0),
+            tau=Range(0, 1000, above=True), gate_reduction=Range(1, self.width),
+            cost_weight=Range(0, 1000),
             gate_bias=Range(-1000, 1000), granularity=("frame", "memory"), cost_share=Range(0, 1),
         )  # fmt: skip
         if len(set(self.attention)) < len(self.attention):

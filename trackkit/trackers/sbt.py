@@ -133,7 +133,7 @@ class SBTConfig:
     def __post_init__(self):
         # from a file they come as lists
         object.__setattr__(self, "cross", tuple(tuple(stage) for stage in self.cross))
-        size, count = Range(1, 4096), Range(1)
+        size, count, weight = Range(1, 4096), Range(1, 64), Range(0, 4096)
         check_fields(
             self,
             attention=("srg", "vg", "vl", "sl"),
@@ -147,8 +147,9 @@ class SBTConfig:
             **dict.fromkeys(
                 ("heads", "blocks", "strides", "ratios", "reductions", "levels"), count
             ),
-            **dict.fromkeys(("template_factor", "search_factor"), Range(0, above=True)),
-            **dict.fromkeys(("weights", "background", "margin"), Range(0)),
+            cross=count,
+            **dict.fromkeys(("template_factor", "search_factor"), Range(0, 100, above=True)),
+            **dict.fromkeys(("weights", "background", "margin"), weight),
             drop_path=Range(0, 1, below=True),
             window_influence=Range(0, 1),
         )

@@ -36,12 +36,12 @@ class SiamFCCAConfig(SiamFCConfig):
 
     def __post_init__(self):
         check_fields(self, sbt=("light", "small", "base", "tiny"), adjust=Range(1, 4096))
+        super().__post_init__()
         for size in (self.exemplar_size, self.search_size, self.train_search_size):
             if size % self.stride:
                 raise ValueError(
                     f"crop sizes must be multiples of the stride, {self.stride}; got {size}"
                 )
-        super().__post_init__()
 
     @classmethod
     def tiny(cls) -> SiamFCCAConfig:
