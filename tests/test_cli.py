@@ -301,7 +301,7 @@ def test_no_config_goes_unexplained():
         (["train"], "name the tracker to train"),
         (["train", "ncc"], "nothing to train"),
         (["train", "siamfc-tiny", "--steps", "0"], "at least 1"),
-        (["train", "siamfc-tiny", "--steps", "1", "--seed", "-1"], "must not be negative"),
+        (["train", "siamfc-tiny", "--steps", "1", "--seed", "-1"], "--seed must be at least 0"),
         (["train", "siamfc-tiny", "--data", "nowhere"], "nowhere"),
         (["track", "nowhere.mp4", "--tracker", "ncc", "--box", "1,2,3,4"], "nowhere.mp4"),
         (["track", "x.mp4", "--tracker", "ncc", "--box", "1,2,3"], "four numbers"),
@@ -322,7 +322,7 @@ def test_no_config_goes_unexplained():
         (["evaluate", "ncc", "--zip", "s.zip"], "test split"),
         (
             ["ablate", "table6"],
-            "no table is called 'table6'; there are stark-table1, stark-table6, stark-table7",
+            "there are stark-table1, stark-table6, stark-table7",
         ),
         (
             ["ablate", "stark-table6", "--rows", "no eyes"],
@@ -361,3 +361,116 @@ def test_no_command_unknown_command_version(capsys):
 def test_help_does_not_wait_for_torch():
     code = "import sys; from trackkit.cli import main; main([]); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+# ---- names, numbers and pipes ----
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--out", "stark-tiny", "siamfc-tiny"],
+        ["siamfc-tiny", "--out", "stark-tiny"],
+        ["--out=stark-tiny", "siamfc-tiny"],
+        ["--no-pretrained", "siamfc-tiny", "--out", "stark-tiny"],
+        ["--config.channels", "8", "8", "8", "8", "8", "siamfc-tiny", "--out", "stark-tiny"],
+    ],
+)
+def test_the_positional_argument_says_what_is_trained(arguments):
+    assert cli._positional(arguments, weights.TRACKERS) == "siamfc-tiny"
+
+
+def test_a_folder_named_like_a_tracker_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("train", "--out", "stark-tiny", "siamfc-tiny", "--steps", "1", "--batch", "2") == 0
+    assert type(load("stark-tiny/tracker.safetensors")).__name__ == "SiamFC"
+
+
+def test_a_name_means_trained_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    video = str(ROOT / "data_samples" / "val" / "synth_val_scale")
+    assert run("track", video, "--tracker", "siamfc-tiny") == 0
+    assert "siamfc-tiny: with the weights that come with trackkit" in capsys.readouterr().out
+    shipped = load(weights.shipped("siamfc-tiny")).state_dict()
+    assert all(torch.equal(v, shipped[k]) for k, v in load("siamfc-tiny").state_dict().items())
+    for command in (["track", video, "--tracker", "sbt-tiny"], ["evaluate", "sbt-tiny"]):
+        assert run(*command) == 1
+        said = capsys.readouterr().err
+        assert "no trained weights of sbt-tiny" in said and "trackkit train sbt-tiny" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ablate", "stark-table6", "--batch", "0"], "--batch must be at least 1"),
+        (["ablate", "stark-table6", "--jobs", "0"], "--jobs must be at least 1"),
+        (["train", "siamfc-tiny", "--batch", "0"], "--batch must be at least 1"),
+        (["train", "siamfc-tiny", "--workers", "-1"], "--workers must be at least 0"),
+        (["train", "siamfc-tiny", "--seed", "9" * 23], "--seed must be at least 0"),
+        (["train", "siamfc-tiny", "--preset", "x"], "SiamFC has no preset 'x'"),
+        (["synth", "out", "--width", "1000000"], "--width must be at least 32 and at most 8192"),
+        (["synth", "out", "--count", "0"], "--count must be at least 1"),
+        (["synth", "out", "--frames", "0"], "--frames must be at least 1"),
+        (["evaluate", "ncc", "--batch", "-3"], "--batch must be at least 1"),
+        (["evaluate", "ncc", "ncc"], "ncc is named twice"),
+        (["ablate", "stark-tabel6"], "did you mean stark-table6?"),
+        (["profile", "siamfc-tny"], "did you mean siamfc-tiny?"),
+        (["track", "x.mp4", "--box", "1,1,2,2", "--tracker", "siamfc-tny"], "x.mp4"),
+    ],
+)
+def test_odd_options_are_one_line_before_work_begins(
+    arguments, message, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments) == 1
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said and not list(tmp_path.glob("[!.]*"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "siamfc-tiny", "--steps", "1"],
+        ["evaluate", "ncc"],
+        ["track", str(ROOT / "data_samples" / "val" / "synth_val_scale"), "--tracker", "ncc"],
+        ["ablate", "stark-table1", "--steps", "1"],
+    ],
+)
+def test_a_gpu_that_is_not_there_is_one_line(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments, "--device", "cuda") == 1
+    assert "device cuda: torch sees no GPU here" in capsys.readouterr().err
+
+
+def test_a_misspelt_command_suggests_one(capsys):
+    assert run("trian") == 2
+    assert "no command 'trian' (did you mean train?)" in capsys.readouterr().err
+
+
+def test_equal_file_names_get_labels_of_their_own(tmp_path):
+    def label(*files):
+        return cli._labels([str(tmp_path / file) for file in files])
+
+    assert label("a/tracker.safetensors", "b/tracker.safetensors") == ["a", "b"]
+    assert label("a/x/tracker.safetensors", "b/x/tracker.safetensors") == ["a-x", "b-x"]
+    assert label("a/mine.safetensors", "b/mine.safetensors") == ["a-mine", "b-mine"]
+    assert cli._labels(["ncc", "stay"]) == ["ncc", "stay"]
+
+
+def test_a_closed_pipe_is_no_error():
+    command = f'"{sys.executable}" -m trackkit profile --all | head -1'
+    ended = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert ended.stdout.startswith("tracker") and ended.stderr == ""
+
+
+def test_no_home_folder_is_one_line(monkeypatch, capsys):
+    monkeypatch.delenv("TRACKKIT_HOME")
+
+    def none():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", staticmethod(none))
+    assert run("evaluate", "stay") == 1
+    assert "TRACKKIT_HOME" in capsys.readouterr().err
+    assert run("doctor") == 0

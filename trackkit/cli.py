@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -19,7 +20,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import tyro
 
 from trackkit import __version__
-from trackkit.errors import Stopped, TrackkitError
+from trackkit.errors import Range, Stopped, TrackkitError, nearest
 
 Config = TypeVar("Config")
 
@@ -47,7 +48,7 @@ class TrainOptions(Generic[Config]):
     steps: int | None = None
     """Steps of the longest stage, in place of the recipe's; the others shrink alike."""
     batch: int | None = None
-    """Samples in a step, in place of the recipe's."""
+    """Samples in a step, in place of the recipe's; the learning rate stays as it is."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; several GPUs by `accelerate launch -m trackkit.cli train ...`."""
     precision: Literal["no", "bf16", "fp16"] = "no"
@@ -67,14 +68,19 @@ def train(argv: list[str]) -> None:
     from trackkit.training import train as run
     from trackkit.weights import TRACKERS, create
 
-    words = [a for a in argv if not a.startswith("-")]
-    name = next((w for w in words if w in TRACKERS), words[0] if words else None)
+    name = _positional(argv, TRACKERS)
     if name is None and not {"-h", "--help"} & set(argv):
         raise TrackkitError(f"name the tracker to train: {', '.join(TRACKERS)}")
     chosen = create(name or "siamfc-tiny")
     options_type = TrainOptions[type(chosen.config)]
     default = options_type(tracker=name or tyro.MISSING, config=chosen.config)
     options = tyro.cli(options_type, args=argv, prog="trackkit train", default=default)
+    _in_range(
+        steps=(options.steps, COUNT),
+        batch=(options.batch, COUNT),
+        seed=(options.seed, SEED),
+        workers=(options.workers, WORKERS),
+    )
 
     torch.manual_seed(options.seed)
     tracker = type(chosen)(options.config)
@@ -108,6 +114,33 @@ def train(argv: list[str]) -> None:
     print(f"{out / 'tracker.safetensors'}: {stages[-1].name} {course}")
 
 
+def _positional(argv: list[str], names: Collection[str]) -> str | None:
+    """The word of `argv` that is no option and no option's value: the tracker's name, wherever it
+    stands. A word behind an option is its value, unless there is no other that could be the name.
+    """
+    flags = {"--pretrained", "--no-pretrained", "-h", "--help"}
+    words, values = [], []
+    for before, word in zip(["", *argv], argv, strict=False):
+        if not word.startswith("-"):
+            value = before.startswith("-") and "=" not in before and before not in flags
+            (values if value else words).append(word)
+    # an option may take several words, --config.prune-blocks 1 2, and a switch none
+    known = [word for word in (*words, *values) if word in names]
+    return next(iter([*known, *words, *values]), None)
+
+
+COUNT, WORKERS, SEED = Range(1, 10**9), Range(0, 1024), Range(0, 2**63 - 1)
+PIXELS = Range(32, 8192)
+
+
+def _in_range(**given: tuple[int | None, Range]) -> None:
+    """Options by name, with the numbers that they may be; None is not given."""
+    for name, (value, allowed) in given.items():
+        if value is not None and value not in allowed:
+            option = f"--{name.replace('_', '-')}"
+            raise TrackkitError(f"{option} must be {allowed}; got {value}")
+
+
 def track(argv: list[str]) -> None:
     tyro.cli(_track, args=argv, prog="trackkit track")
 
@@ -122,10 +155,13 @@ def _track(
 ) -> None:
     """Follow an object through a video; writes the annotated video and the boxes.
 
+    Of still images the stored pixels count: a turn in their EXIF data is ignored, as boxes are
+    drawn on those pixels. (Videos are turned as their players turn them.)
+
     Args:
         video: a video file, a folder of images, or a sequence in GOT-10k's layout.
-        tracker: a checkpoint (tracker.safetensors), or the name of a tracker that needs no
-            training: ncc, stay.
+        tracker: a checkpoint (tracker.safetensors), the name of a tracker whose weights come with
+            trackkit (siamfc-tiny, stark-tiny), or of one that needs none: ncc, stay.
         box: the object in the first frame as x,y,w,h: left, top, width, height in pixels. A
             sequence with a groundtruth.txt brings its own.
         out: folder for VIDEO-TRACKER.mp4 and .txt (default: where you are).
@@ -146,7 +182,7 @@ def _track(
             f"{video} has no groundtruth.txt; say what to follow: --box x,y,w,h in pixels of the "
             "first frame"
         )
-    name = _label(tracker)
+    [name] = _labels([tracker])
     network = _load(tracker, device)
     results = writable(out or Path.cwd()) / f"{sequence.name}-{name}"
     _, result = next(track_many(network, [sequence], batch=1, progress=True))
@@ -201,9 +237,13 @@ def _evaluate(
 
     An interrupted evaluation continues; sequences with results are not tracked again.
 
+    The results are in the layout of the official toolkit. For its `ExperimentGOT10k(ROOT,
+    result_dir="results").report(NAMES)` give `--out results/GOT-10k`: it looks for
+    results/GOT-10k/NAME/SEQUENCE/SEQUENCE_001.txt.
+
     Args:
-        trackers: checkpoints (tracker.safetensors) or names; ncc and stay are the references
-            without learning.
+        trackers: checkpoints (tracker.safetensors), names of trackers whose weights come with
+            trackkit (siamfc-tiny, stark-tiny), or ncc and stay, the references without learning.
         data: GOT-10k's root, or a folder of sequences (default: TRACKKIT_GOT10K, else the embedded
             samples).
         split: which split.
@@ -221,6 +261,7 @@ def _evaluate(
 
     if not trackers:
         raise TrackkitError("name at least one tracker: a checkpoint, or ncc, stay")
+    _in_range(batch=(batch, COUNT))
     if zip_out and (len(trackers) != 1 or split != "test"):
         raise TrackkitError(
             "--zip packs the results of one tracker on the test split: --split test, and a single "
@@ -229,8 +270,7 @@ def _evaluate(
     dataset = GOT10k(data, split)
     out = out or home() / "results" / dataset.name
     scores = {}
-    for tracker in trackers:
-        name = _label(tracker)
+    for tracker, name in zip(trackers, _labels(trackers), strict=True):
         scores[name] = evaluation.evaluate(
             _load(tracker, device), dataset, out / name, name, batch=batch
         )
@@ -297,6 +337,7 @@ def _ablate(
     from trackkit.paths import home
 
     tables = ablations.TABLES
+    _in_range(seeds=(seeds, COUNT), jobs=(jobs, COUNT), steps=(steps, COUNT), batch=(batch, COUNT))
     if not table:
         for one in tables.values():
             print(
@@ -305,7 +346,8 @@ def _ablate(
             )
         return
     if table not in tables:
-        raise TrackkitError(f"no table is called {table!r}; there are {', '.join(tables)}")
+        near = nearest(table, tables)
+        raise TrackkitError(f"no table is called {table!r}{near}; there are {', '.join(tables)}")
     chosen = dataclasses.replace(tables[table], tracker=tracker or tables[table].tracker)
     result = ablations.run(chosen, seeds, scale, out, data, rows, jobs, device, steps, batch)
     print(f"{result.text()}{(out or home() / 'ablations') / result.about['files']}.md and .json")
@@ -343,6 +385,13 @@ def _synth(
     """
     from trackkit import synth as worlds
 
+    _in_range(
+        count=(count, Range(1, 10**6)),
+        frames=(frames, Range(1, 100_000)),
+        width=(width, PIXELS),
+        height=(height, PIXELS),
+        seed=(seed, SEED),
+    )
     if samples:
         worlds.make_samples(out)
     else:
@@ -464,22 +513,38 @@ def parse_box(text: str | None) -> tuple[float, ...] | None:
     return numbers
 
 
-def _label(tracker: str) -> str:
-    """A checkpoint's run folder names it better than "tracker"."""
-    path = Path(tracker)
-    if path.suffix != ".safetensors":
-        return tracker
-    return path.resolve().parent.name if path.stem in ("tracker", "state") else path.stem
+def _labels(trackers: Sequence[str]) -> list[str]:
+    """A name for each: a checkpoint's run folder names it better than "tracker", and the folders
+    above it tell equal ones apart.
+    """
+    parts = []
+    for tracker in trackers:
+        path = Path(tracker)
+        if path.suffix != ".safetensors":
+            parts.append([tracker])
+            continue
+        folders = path.resolve().parts[1:-1]
+        own = [] if path.stem in ("tracker", "state") else [path.stem]
+        parts.append([*folders, *own][::-1] or [path.stem])
+    if len(set(map(tuple, parts))) < len(parts):
+        twice = next(t for i, t in enumerate(trackers) if parts[i] in parts[:i])
+        raise TrackkitError(f"{twice} is named twice (tracker and state of a run are one)")
+    depths = [1] * len(parts)
+    while True:
+        names = ["-".join(part[:depth][::-1]) for part, depth in zip(parts, depths, strict=True)]
+        if len(set(names)) == len(names):
+            return names
+        depths = [depth + (names.count(n) > 1) for n, depth in zip(names, depths, strict=True)]
 
 
 def _load(tracker: str, device: str) -> Any:
-    import torch
+    from trackkit.tracking import device_called
+    from trackkit.weights import load, shipped
 
-    from trackkit.weights import load
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load(tracker).to(device)
+    where = device_called(device)
+    if path := shipped(tracker):
+        print(f"{tracker}: with the weights that come with trackkit, {path}")
+    return load(tracker).to(where)
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
@@ -511,10 +576,16 @@ def main(argv: list[str] | None = None) -> int:
         print(__version__)
         return 0
     if argv[0] not in COMMANDS:
-        print(f"trackkit: no command {argv[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        near = nearest(argv[0], COMMANDS)
+        there = f"there are {', '.join(COMMANDS)}"
+        print(f"trackkit: no command {argv[0]!r}{near}; {there}", file=sys.stderr)
         return 2
     try:
         COMMANDS[argv[0]][0](argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # as behind `| head -1`: nobody reads on, which is no error of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
     except TrackkitError as error:
         print(f"trackkit {argv[0]}: {error}", file=sys.stderr)
         return 1
