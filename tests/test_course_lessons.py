@@ -379,13 +379,13 @@ def test_student_rejects_broken_markers(text, metadata, message, tmp_path):
 
 
 def test_start_takes_the_number_of_a_lesson(built, tmp_path, monkeypatch):
-    monkeypatch.setattr("trackkit.course.assignments.__file__", str(tmp_path / "a" / "b" / "c.py"))
+    monkeypatch.setattr("trackkit.course.assignments.LESSONS", tmp_path / "lessons")
     (tmp_path / "lessons").mkdir()
     (tmp_path / "lessons" / built.name).write_bytes(built.read_bytes())
     assert start("0", tmp_path / "work").name == "00_half.ipynb"
     with pytest.raises(LessonError, match="has no lesson 03; there are: 00"):
         start("3", tmp_path / "work")
-    with pytest.raises(LessonError, match=r"there is no lesson nowhere\.ipynb"):
+    with pytest.raises(LessonError, match=r"there is no notebook nowhere\.ipynb"):
         start("nowhere.ipynb", tmp_path / "work")
 
 

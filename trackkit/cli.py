@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import tyro
 
 from trackkit import __version__
 from trackkit.errors import Stopped, TrackkitError
+from trackkit.paths import command
 
 Config = TypeVar("Config")
 
@@ -352,10 +354,8 @@ def _synth(
         )
         worlds.write_dataset(out, split, worlds.SynthDataset(config, seed=seed, length=count))
     shown = "val" if samples else split
-    print(
-        f"{out}: written"
-        + (f"; try `trackkit evaluate ncc --data {out} --split {shown}`" if shown != "test" else "")
-    )
+    again = f"; try `trackkit evaluate ncc --data {out} --split {shown}`" if shown != "test" else ""
+    print(_typeable(f"{out}: written{again}"))
 
 
 def import_(argv: list[str]) -> None:
@@ -379,7 +379,8 @@ def _import(file: tyro.conf.Positional[Path], tracker: str, out: Path | None = N
     weights.save(official.load(tracker, entries), out, source=file.name)
     if dropped := official.left_out(tracker, entries):
         print(f"left out, as the tracker does not use it: {', '.join(dropped)}")
-    print(f"{out}: {tracker} with the weights of {file.name}; try `trackkit evaluate {out}`")
+    made = f"{out}: {tracker} with the weights of {file.name}; try `trackkit evaluate {out}`"
+    print(_typeable(made))
 
 
 def profile(argv: list[str]) -> None:
@@ -495,6 +496,13 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
 }
 
 
+def _typeable(text: str) -> str:
+    """A message, and what to type for the commands in it if `trackkit` is not on the PATH."""
+    here = command("trackkit")
+    named = re.search(rf"\btrackkit ({'|'.join(COMMANDS)})\b", text)
+    return f"{text} (`trackkit` is {here} here)" if named and here != "trackkit" else text
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status. Errors that the user can mend are one line, not a
     traceback.
@@ -505,6 +513,7 @@ def main(argv: list[str] | None = None) -> int:
         print(
             f"usage: trackkit COMMAND ...\n\n{rows}\n\n`trackkit COMMAND --help` explains a "
             f"command; `trackkit --version` prints {__version__}."
+            + ("" if (here := command("trackkit")) == "trackkit" else f"\nHere it is {here}.")
         )
         return 0
     if argv[0] == "--version":
@@ -516,11 +525,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         COMMANDS[argv[0]][0](argv[1:])
     except TrackkitError as error:
-        print(f"trackkit {argv[0]}: {error}", file=sys.stderr)
+        print(f"trackkit {argv[0]}: {_typeable(str(error))}", file=sys.stderr)
         return 1
     except Stopped as stopped:
-        command = shlex.join(["trackkit", *argv])
-        print(f"\ntrackkit train: {stopped}. It goes on with: {command}", file=sys.stderr)
+        again = f"{command('trackkit')} {shlex.join(argv)}"
+        print(f"\ntrackkit train: {stopped}. It goes on with: {again}", file=sys.stderr)
         return 128 + stopped.signal
     except KeyboardInterrupt:
         print(

@@ -8,17 +8,18 @@ import importlib.metadata
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 
 from trackkit.errors import TrackkitError
-from trackkit.paths import data_root, home, writable
+from trackkit.paths import command, data_root, home, writable
 
 
 def report() -> str:
     """A few lines of plain text; a line that starts with "!" names a problem and the command that
     mends it.
     """
-    return "\n".join([*_versions(), *_devices(), *_paths()])
+    return "\n".join([*_versions(), *_command(), *_devices(), *_paths()])
 
 
 def _versions() -> list[str]:
@@ -44,6 +45,14 @@ def _versions() -> list[str]:
             else f"  {name} {version}"
         )
     return lines
+
+
+def _command() -> list[str]:
+    here, activate = command("trackkit"), Path(sys.executable).with_name("activate")
+    if here == "trackkit":
+        return []
+    way = f", or first: source {activate}" if activate.is_file() else ""
+    return [f"! `trackkit` is not on the PATH: type {here}{way}"]
 
 
 def _numbers(version: str) -> tuple[int, ...]:
