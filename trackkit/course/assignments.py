@@ -19,6 +19,7 @@ from typing import Any
 
 import nbformat
 from nbformat import NotebookNode
+from nbformat.validator import get_validator
 
 from trackkit.errors import TrackkitError
 from trackkit.paths import LESSONS, atomic_write, command
@@ -90,7 +91,8 @@ def _malformed(content: dict[str, Any]) -> str:
         for i, cell in enumerate(cells)
     ]
     plain = content | {"cells": named if cells else content["cells"], "nbformat_minor": 5}
-    for error in nbformat.validator.iter_validate(plain, version=4, version_minor=5):
+    # nbformat.validate raises TypeError for cells of odd types, and quotes the file
+    for error in get_validator(4, 5, name="jsonschema").iter_errors(plain):
         place = [str(part + 1) if isinstance(part, int) else part for part in error.relative_path]
         return f"not as notebooks are at {' '.join(place) or 'its top'}"
     for i, cell in enumerate(cells, start=1):
