@@ -61,7 +61,9 @@ def test_a_folder_above_sequences_says_where_frames_are(tmp_path):
     put(tmp_path / "otb" / "Ball", "img", ROWS)
     put(tmp_path / "plain" / "camel", ".", ROWS)
     for name, near in (("otb", "Ball"), ("plain", "camel")):
-        with pytest.raises(DataError, match=f"no frames in this folder; there are some in .*{near}"):
+        with pytest.raises(
+            DataError, match=f"no frames in this folder; there are some in .*{near}"
+        ):
             open_sequence(tmp_path / name)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty: no frames in this folder; expected images"):
@@ -77,7 +79,9 @@ def test_a_row_of_a_polygon_is_named_and_what_to_do(tmp_path):
 
 def test_labels_that_do_not_fit_are_named_by_their_file(tmp_path):
     folder = put(tmp_path / "Ball", "img", ROWS[:2], "groundtruth_rect.txt")
-    with pytest.raises(DataError, match="groundtruth_rect.txt has 2 lines, but there are 3 frames"):
+    with pytest.raises(
+        DataError, match=r"groundtruth_rect.txt has 2 lines, but there are 3 frames"
+    ):
         open_sequence(folder)
 
 

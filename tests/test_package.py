@@ -1,4 +1,4 @@
-"""What is installed: the sdist builds a wheel, the wheel brings the course, commands can be typed."""
+"""The sdist builds a wheel, the wheel brings the course, and commands can be typed."""
 
 from __future__ import annotations
 
@@ -117,7 +117,9 @@ def test_a_command_is_named_so_that_it_can_be_typed(environment, monkeypatch):
     assert paths.command("trackkit") == "trackkit"
 
 
-def test_messages_that_name_a_command_say_how_to_type_it(environment, tmp_path, capsys, monkeypatch):
+def test_messages_that_name_a_command_say_how_to_type_it(
+    environment, tmp_path, capsys, monkeypatch
+):
     here = f"'{environment / 'trackkit'}'"
     arguments = ["evaluate", "stay", "--data", str(tmp_path / "no")]
     assert cli.main(arguments) == 1
