@@ -127,7 +127,7 @@ def test_messages_that_name_a_command_say_how_to_type_it(
     assert cli.main(["synth", str(tmp_path / "s"), "--count", "1", "--frames", "2"]) == 0
     assert f"(`trackkit` is {here} here)" in capsys.readouterr().out
     assert cli.main([]) == 0 and here in capsys.readouterr().out
-    assert f"`trackkit` is not on the PATH: type {here}, or first: source" in report()
+    assert f"not on the PATH, here it is {here}; to type trackkit alone: source" in report()
     monkeypatch.setenv("PATH", str(environment))
     assert cli.main(arguments) == 1 and "here)" not in capsys.readouterr().err
     assert cli.main([]) == 0 and "Here" not in capsys.readouterr().out

@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -51,8 +52,8 @@ def _command() -> list[str]:
     here, activate = command("trackkit"), Path(sys.executable).with_name("activate")
     if here == "trackkit":
         return []
-    way = f", or first: source {activate}" if activate.is_file() else ""
-    return [f"! `trackkit` is not on the PATH: type {here}{way}"]
+    way = f"; to type trackkit alone: source {shlex.quote(str(activate))}"
+    return [f"trackkit: not on the PATH, here it is {here}{way if activate.is_file() else ''}"]
 
 
 def _numbers(version: str) -> tuple[int, ...]:
