@@ -27,6 +27,7 @@ $(VENV)/ready: pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[test]'
 	@touch $@
+	@echo "trackkit is $(VENV)/bin/trackkit; to type trackkit alone: source $(VENV)/bin/activate"
 
 setup: $(VENV)/ready
 

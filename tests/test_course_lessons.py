@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import json
 import os
 import re
 import subprocess
@@ -14,6 +16,7 @@ import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from trackkit.cli import main
 from trackkit.course.lessons import (
     LessonError,
     build,
@@ -24,6 +27,7 @@ from trackkit.course.lessons import (
     start,
     student,
 )
+from trackkit.errors import TrackkitError
 from trackkit.trackers.siamfc import cross_correlation
 
 ROOT = Path(__file__).parents[1]
@@ -379,13 +383,13 @@ def test_student_rejects_broken_markers(text, metadata, message, tmp_path):
 
 
 def test_start_takes_the_number_of_a_lesson(built, tmp_path, monkeypatch):
-    monkeypatch.setattr("trackkit.course.assignments.__file__", str(tmp_path / "a" / "b" / "c.py"))
+    monkeypatch.setattr("trackkit.course.assignments.LESSONS", tmp_path / "lessons")
     (tmp_path / "lessons").mkdir()
     (tmp_path / "lessons" / built.name).write_bytes(built.read_bytes())
     assert start("0", tmp_path / "work").name == "00_half.ipynb"
     with pytest.raises(LessonError, match="has no lesson 03; there are: 00"):
         start("3", tmp_path / "work")
-    with pytest.raises(LessonError, match=r"there is no lesson nowhere\.ipynb"):
+    with pytest.raises(LessonError, match=r"there is no notebook nowhere\.ipynb"):
         start("nowhere.ipynb", tmp_path / "work")
 
 
@@ -433,3 +437,188 @@ def hann_window(size):
     assert not same_code(text.replace("(size):", "(size, extra):"), hann_window)
     with pytest.raises(ValueError, match="no function cross_correlation"):
         same_code(text, cross_correlation)
+
+
+# ---- files that are no lessons ----
+
+SECRET = "root:x:0:0"
+
+
+def start_in(folder):
+    return lambda path: start(path, folder / "work")
+
+
+COMMANDS = {
+    "start": start_in,
+    "student": lambda folder: lambda path: student(path, folder / "student.ipynb"),
+    "build": lambda folder: lambda path: build(path),
+    "check": lambda folder: lambda path: check(path),
+}
+
+
+def changed(change):
+    """A lesson's JSON after a change, as a file has it."""
+    content = json.loads(nbformat.writes(lesson()))
+    change(content, content["cells"])
+    return json.dumps(content).encode()
+
+
+def nested(levels):
+    return b'{"cells": [], "nbformat": 4, "nbformat_minor": 5, "metadata": {"x": %s}}' % (
+        b"[" * levels + b"]" * levels
+    )
+
+
+NO_LESSONS = {
+    "text": (f"{SECRET}\n".encode(), "not a Jupyter notebook"),
+    "bytes": (bytes(range(256)), "not a Jupyter notebook"),
+    "nothing": (b"", "not a Jupyter notebook"),
+    "other JSON": (f'{{"{SECRET}": 1}}'.encode(), "not a Jupyter notebook"),
+    "a list": (f'["{SECRET}"]'.encode(), "not a Jupyter notebook"),
+    "half of it": (changed(lambda nb, cells: None)[:-50], "not a Jupyter notebook"),
+    "a number of 5000 digits": (b'{"cells": ' + b"1" * 5000 + b"}", "not a Jupyter notebook"),
+    "endless nesting": (b"[" * 200_000, "not a Jupyter notebook"),
+    "deep nesting": (nested(500), "more than 100 levels"),
+    "format 3": (changed(lambda nb, cells: nb.update(nbformat=3)), "not of notebook format 4"),
+    "format null": (changed(lambda nb, cells: nb.update(nbformat=None)), "notebook format 4"),
+    "minor null": (changed(lambda nb, cells: nb.update(nbformat_minor=None)), "nbformat_minor"),
+    "cells null": (changed(lambda nb, cells: nb.update(cells=None)), "at cells"),
+    "a cell null": (changed(lambda nb, cells: cells.append(None)), "at cells 7"),
+    "a cell of text": (changed(lambda nb, cells: cells.append(SECRET)), "at cells 7"),
+    "metadata null": (changed(lambda nb, cells: nb.update(metadata=None)), "at metadata"),
+    "metadata missing": (changed(lambda nb, cells: nb.pop("metadata")), "at its top"),
+    "cell metadata null": (changed(lambda nb, cells: cells[1].update(metadata=None)), "cells 2"),
+    "cell type 7": (changed(lambda nb, cells: cells[1].update(cell_type=7)), "at cells 2"),
+    "source of numbers": (changed(lambda nb, cells: cells[1].update(source=[1])), "at cells 2"),
+    "source missing": (changed(lambda nb, cells: cells[0].pop("source")), "at cells 1"),
+    "outputs null": (changed(lambda nb, cells: cells[1].update(outputs=None)), "at cells 2"),
+    "odd output": (changed(lambda nb, cells: cells[1].update(outputs=[{"a": 1}])), "cells 2"),
+    "id a list": (changed(lambda nb, cells: cells[1].update(id=[])), "at cells 2 id"),
+    "nbgrader null": (
+        changed(lambda nb, cells: cells[3]["metadata"].update(nbgrader=None)),
+        "at cells 4 metadata nbgrader",
+    ),
+    "grade_id a list": (
+        changed(lambda nb, cells: cells[3]["metadata"]["nbgrader"].update(grade_id=[SECRET])),
+        "at cells 4 metadata nbgrader",
+    ),
+    "half a surrogate": (
+        changed(lambda nb, cells: cells[0].update(source="\ud800")),
+        "half of a surrogate pair",
+    ),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("kind", NO_LESSONS)
+def test_a_file_that_is_no_lesson_is_named_in_one_line_without_its_content(kind, command, tmp_path):
+    data, says = NO_LESSONS[kind]
+    path = tmp_path / "odd.ipynb"
+    path.write_bytes(data)
+    with pytest.raises(LessonError, match=says) as caught:
+        COMMANDS[command](tmp_path)(path)
+    text = str(caught.value)
+    assert str(path) in text and "\n" not in text and SECRET not in text
+    assert path.read_bytes() == data and os.listdir(tmp_path) == ["odd.ipynb"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_paths_that_are_no_files_are_named(command, tmp_path, monkeypatch):
+    run = COMMANDS[command](tmp_path / "out")
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "nowhere", tmp_path / "pipe", tmp_path / ("x" * 300)):
+        with pytest.raises(LessonError, match=rf"there is no notebook {path}"):
+            run(path)
+    (tmp_path / "closed.ipynb").write_text("{}")
+    monkeypatch.setattr("builtins.open", denied)
+    with pytest.raises(LessonError, match=r"closed.ipynb cannot be read: Permission denied"):
+        run(tmp_path / "closed.ipynb")
+
+
+def denied(*args, **options):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
+    with open(tmp_path / "large.ipynb", "wb") as file:
+        file.truncate(10**9)
+    with pytest.raises(LessonError, match=r"large.ipynb: more than 50 MB"):
+        check(tmp_path / "large.ipynb")
+
+
+def test_the_command_prints_one_line_for_a_file_of_the_system(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in (["start"], ["build"], ["check"]):
+        assert main(["lessons", *words, "/etc/passwd"]) == 1
+        error = capsys.readouterr().err
+        assert error == "trackkit lessons: /etc/passwd: not a Jupyter notebook (.ipynb)\n"
+    assert os.listdir() == []
+
+
+def test_an_older_notebook_without_ids_is_handed_out(tmp_path):
+    content = json.loads(nbformat.writes(lesson()))
+    content["nbformat_minor"] = 2
+    for cell in content["cells"]:
+        del cell["id"]
+    (tmp_path / "old.ipynb").write_text(json.dumps(content))
+    assert any("ids are missing" in finding.message for finding in lint(tmp_path / "old.ipynb"))
+    made = read(student(tmp_path / "old.ipynb", tmp_path / "made.ipynb"))
+    assert made.nbformat_minor == 5 and made.cells[0].id == "cell-1"
+
+
+@pytest.mark.parametrize("number", ["7", "007", "9" * 5000])
+def test_numbers_of_no_lesson_name_those_there_are(number, tmp_path):
+    with pytest.raises(LessonError, match="there are: 00, 01"):
+        start(number, tmp_path)
+    with pytest.raises(LessonError, match="there is no notebook ²"):
+        start("²", tmp_path)
+
+
+def test_output_places_that_are_in_the_way_are_named(built, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    for out in ("file/x.ipynb", "folder"):
+        with pytest.raises(TrackkitError, match=rf"cannot write .*{out}"):
+            student(built, tmp_path / out)
+    with pytest.raises(TrackkitError, match=r"file is a file where a folder is needed"):
+        start(built, tmp_path / "file")
+    (tmp_path / built.name).symlink_to("nowhere")
+    with pytest.raises(LessonError, match="already there"):
+        start(built, tmp_path)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_student_version_never_replaces_the_lesson(built, tmp_path):
+    path = tmp_path / "a.ipynb"
+    path.write_bytes(built.read_bytes())
+    (tmp_path / "b.ipynb").symlink_to(path)
+    for out in (path, tmp_path / "b.ipynb"):
+        with pytest.raises(LessonError, match="is the lesson itself"):
+            student(path, out)
+    assert path.read_bytes() == built.read_bytes()
+
+
+def test_odd_but_valid_metadata_is_a_finding_and_no_traceback(built, tmp_path):
+    for about in (None, 3, {"alt": None}, {"alt": ["white"]}):
+        notebook = copy.deepcopy(read(built))
+        code_cell(notebook, 0).outputs = [
+            new_output("display_data", {"image/png": "iVBO"}, metadata={"image/png": about})
+        ]
+        (tmp_path / "odd.ipynb").write_text(nbformat.v4.writes(notebook))
+        with pytest.raises(LessonError, match="a picture without alt text"):
+            check(tmp_path / "odd.ipynb")
+    for text in ("x = '\0'", "(" * 500, "-" * 100_000 + "1"):
+        notebook = copy.deepcopy(read(built))
+        code_cell(notebook, 0).source = text
+        (tmp_path / "odd.ipynb").write_text(nbformat.v4.writes(notebook))
+        with pytest.raises(LessonError, match="not plain Python"):
+            check(tmp_path / "odd.ipynb")
+
+
+def test_a_kernel_that_dies_and_a_timeout_are_named(tmp_path):
+    path = tmp_path / "dies.ipynb"
+    nbformat.write(new_notebook(cells=[new_code_cell("import os\nos._exit(1)")]), path)
+    with pytest.raises(LessonError, match=r"dies.ipynb: the kernel died"):
+        build(path)
+    with pytest.raises(LessonError, match="--timeout 0"):
+        build(path, timeout=0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -21,6 +22,7 @@ import tyro
 
 from trackkit import __version__
 from trackkit.errors import Range, Stopped, TrackkitError, nearest
+from trackkit.paths import command
 
 Config = TypeVar("Config")
 
@@ -401,10 +403,8 @@ def _synth(
         )
         worlds.write_dataset(out, split, worlds.SynthDataset(config, seed=seed, length=count))
     shown = "val" if samples else split
-    print(
-        f"{out}: written"
-        + (f"; try `trackkit evaluate ncc --data {out} --split {shown}`" if shown != "test" else "")
-    )
+    again = f"; try `trackkit evaluate ncc --data {out} --split {shown}`" if shown != "test" else ""
+    print(_typeable(f"{out}: written{again}"))
 
 
 def import_(argv: list[str]) -> None:
@@ -428,7 +428,8 @@ def _import(file: tyro.conf.Positional[Path], tracker: str, out: Path | None = N
     weights.save(official.load(tracker, entries), out, source=file.name)
     if dropped := official.left_out(tracker, entries):
         print(f"left out, as the tracker does not use it: {', '.join(dropped)}")
-    print(f"{out}: {tracker} with the weights of {file.name}; try `trackkit evaluate {out}`")
+    made = f"{out}: {tracker} with the weights of {file.name}; try `trackkit evaluate {out}`"
+    print(_typeable(made))
 
 
 def profile(argv: list[str]) -> None:
@@ -560,6 +561,13 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
 }
 
 
+def _typeable(text: str) -> str:
+    """A message, and what to type for the commands in it if `trackkit` is not on the PATH."""
+    here = command("trackkit")
+    named = re.search(rf"\btrackkit ({'|'.join(COMMANDS)})\b", text)
+    return f"{text} (`trackkit` is {here} here)" if named and here != "trackkit" else text
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status. Errors that the user can mend are one line, not a
     traceback.
@@ -570,6 +578,7 @@ def main(argv: list[str] | None = None) -> int:
         print(
             f"usage: trackkit COMMAND ...\n\n{rows}\n\n`trackkit COMMAND --help` explains a "
             f"command; `trackkit --version` prints {__version__}."
+            + ("" if (here := command("trackkit")) == "trackkit" else f"\nHere it is {here}.")
         )
         return 0
     if argv[0] == "--version":
@@ -587,11 +596,11 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
     except TrackkitError as error:
-        print(f"trackkit {argv[0]}: {error}", file=sys.stderr)
+        print(f"trackkit {argv[0]}: {_typeable(str(error))}", file=sys.stderr)
         return 1
     except Stopped as stopped:
-        command = shlex.join(["trackkit", *argv])
-        print(f"\ntrackkit train: {stopped}. It goes on with: {command}", file=sys.stderr)
+        again = f"{command('trackkit')} {shlex.join(argv)}"
+        print(f"\ntrackkit train: {stopped}. It goes on with: {again}", file=sys.stderr)
         return 128 + stopped.signal
     except KeyboardInterrupt:
         print(

@@ -8,16 +8,19 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
+import sys
+from pathlib import Path
 
 from trackkit.errors import TrackkitError
-from trackkit.paths import data_root, home, writable
+from trackkit.paths import command, data_root, home, writable
 
 
 def report() -> str:
     """A few lines of plain text; a line that starts with "!" names a problem and the command that
     mends it.
     """
-    return "\n".join([*_versions(), *_devices(), *_paths()])
+    return "\n".join([*_versions(), *_command(), *_devices(), *_paths()])
 
 
 def _versions() -> list[str]:
@@ -43,6 +46,14 @@ def _versions() -> list[str]:
             else f"  {name} {version}"
         )
     return lines
+
+
+def _command() -> list[str]:
+    here, activate = command("trackkit"), Path(sys.executable).with_name("activate")
+    if here == "trackkit":
+        return []
+    way = f"; to type trackkit alone: source {shlex.quote(str(activate))}"
+    return [f"trackkit: not on the PATH, here it is {here}{way if activate.is_file() else ''}"]
 
 
 def _numbers(version: str) -> tuple[int, ...]:

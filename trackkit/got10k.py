@@ -25,7 +25,7 @@ from torch import Tensor
 
 from trackkit.errors import DataError
 from trackkit.images import encode_jpeg
-from trackkit.labels import WRONG_FRAMES, Index, Labels, read_labels, read_text
+from trackkit.labels import WRONG_FRAMES, Index, Labels, groundtruth, read_labels, read_text
 from trackkit.paths import cannot_write, data_root, writable
 from trackkit.sequences import FolderSequence, list_images
 
@@ -140,7 +140,7 @@ def _split_folder(root: Path, split: str) -> Path:
             f"{root} is the {root.resolve().name} split, but {split} was asked for; "
             f"give the folder above it: {root.resolve().parent}"
         )
-    if (root / "groundtruth.txt").is_file():
+    if groundtruth(root).is_file():
         raise DataError(
             f"{root} is one sequence; give the folder above it, or use open_sequence({str(root)!r})"
         )
@@ -157,7 +157,7 @@ def _split_folder(root: Path, split: str) -> Path:
 def _sequence_folders(folder: Path) -> Iterator[str]:
     """Names of the folders in `folder` that hold groundtruth.txt or frames."""
     for name in _folders(folder):
-        if (folder / name / "groundtruth.txt").is_file() or list_images(folder / name):
+        if groundtruth(folder / name).is_file() or list_images(folder / name):
             yield name
 
 

@@ -30,6 +30,8 @@ FORMAT = 1  # of the index file; raise it when the content changes
 # sequences; smaller sets are read in a moment and leave nothing in the user's home
 CACHED_FROM = 100
 BELOW = ("img", "imgs", "color", "frames", "images")  # where OTB, LaSOT, VOT, ... keep the frames
+# the boxes: of GOT-10k, LaSOT and VOT, of OTB
+TRUTH = ("groundtruth.txt", "groundtruth_rect.txt")
 
 # Foreign frames inside a sequence, as numbers of the files, both ends included: got-10k/toolkit
 # issue 29.
@@ -105,7 +107,7 @@ def _state(folder: Path, names: list[str]) -> bytes:
     for name in names:
         for file in (
             *folders,
-            "groundtruth.txt",
+            *TRUTH,
             "meta_info.ini",
             *(f"{label}.label" for label in LABELS),
         ):
@@ -160,12 +162,12 @@ def read_labels(folder: Path, one_box: bool) -> Labels:
             f"{folder.name}: listed in list.txt, but there is no such folder in {folder.parent}"
         )
     files, count, gaps = _frame_files(folder)
-    boxes = _table(folder / "groundtruth.txt", 4)
+    truth = groundtruth(folder)
+    boxes = _table(truth, 4)
     single = one_box and len(boxes) == 1
     if len(boxes) != count and not single:
         raise DataError(
-            gaps
-            or f"{folder}: groundtruth.txt has {len(boxes)} lines, but there are {count} frames"
+            gaps or f"{folder}: {truth.name} has {len(boxes)} lines, but there are {count} frames"
         )
     if single and gaps and count > 1:
         raise DataError(gaps)
@@ -235,6 +237,11 @@ def _frame_files(folder: Path) -> tuple[list[str] | None, int, str]:
     return numbered or images, len(numbered or images), gaps
 
 
+def groundtruth(folder: Path) -> Path:
+    """The file with the boxes of a sequence; where there is none, the one that is missing."""
+    return next((folder / n for n in TRUTH if os.path.isfile(folder / n)), folder / TRUTH[0])
+
+
 def frames_below(folder: Path) -> Path | None:
     """The folder below one without images that has the frames, by its usual names (`BELOW`)."""
     return next(
@@ -257,7 +264,7 @@ def _outside(folder: Path, files: list[str] | None, boxes: np.ndarray, count: in
     if huge.any():
         line = int(huge.argmax())
         raise DataError(
-            f"{folder / 'groundtruth.txt'}, line {line + 1}: a box of {w[line]:g} x {h[line]:g} "
+            f"{groundtruth(folder)}, line {line + 1}: a box of {w[line]:g} x {h[line]:g} "
             f"pixels in a frame of {width} x {height}; correct the line"
         )
     suspect = (w > 0) & (h > 0) & ~((x < width) & (y < height) & (x + w > 0) & (y + h > 0))
@@ -294,7 +301,10 @@ def _table(path: Path, columns: int) -> np.ndarray:
         except ValueError:
             pass  # reported like any other line that is not as expected
         expected = "left,top,width,height in pixels" if columns == 4 else "one number"
-        raise DataError(f"{path}, line {number}: expected {expected}, found {lines[number - 1]!r}")
+        if len(row) == 8 and columns == 4:
+            expected += " (this is a polygon, as VOT has; to track it give the first box: --box)"
+        found = lines[number - 1][:80]
+        raise DataError(f"{path}, line {number}: expected {expected}, found {found!r}")
     raise DataError(f"{path} is empty")
 
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shlex
+import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,8 +22,11 @@ import filelock
 
 from trackkit.errors import DataError, TrackkitError
 
-# beside the package in a checkout
-SAMPLES = Path(__file__).resolve().parent.parent / "data_samples"
+# an installed wheel has the course inside the package (setup.py), a checkout beside it
+_PACKAGE = Path(__file__).resolve().parent
+_COURSE = _PACKAGE / "_data" if (_PACKAGE / "_data").is_dir() else _PACKAGE.parent
+SAMPLES = _COURSE / "data_samples"
+LESSONS = _COURSE / "lessons"
 
 
 def home() -> Path:
@@ -67,9 +73,20 @@ def alone(folder: str | os.PathLike, what: str) -> Iterator[None]:
         lock.release()
 
 
+def command(name: str) -> str:
+    """How the command `name` of this environment can be typed here: as it is where it is on the
+    PATH, else with its folder, else as a module.
+    """
+    if shutil.which(name):
+        return name
+    script = Path(sys.executable).with_name(name)
+    words = [str(script)] if script.is_file() else [sys.executable, "-m", name]
+    return shlex.join(words)
+
+
 def data_root(argument: str | os.PathLike | None = None) -> Path:
-    """Root of the data set: the argument, else `TRACKKIT_GOT10K`, else the samples that come with a
-    checkout.
+    """Root of the data set: the argument, else `TRACKKIT_GOT10K`, else the samples that come with
+    trackkit.
 
     The first of the three that is given is used; when it does not exist the others are not tried,
     since a misspelt path must not silently train on other data.
@@ -82,7 +99,7 @@ def data_root(argument: str | os.PathLike | None = None) -> Path:
     elif variable:
         root, source = expanded(variable), "the environment variable TRACKKIT_GOT10K"
     else:
-        root, source = SAMPLES, "the samples beside the installed package (nothing else was given)"
+        root, source = SAMPLES, "the samples that come with trackkit (nothing else was given)"
     if os.path.isdir(root) and (root != SAMPLES or any(root.iterdir())):
         return root
     state = (

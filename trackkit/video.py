@@ -21,8 +21,15 @@ from trackkit.boxes import check_boxes
 from trackkit.errors import DataError
 from trackkit.got10k import read_sequence
 from trackkit.images import SUFFIXES
+from trackkit.labels import frames_below, groundtruth
 from trackkit.paths import atomic_write
-from trackkit.sequences import FolderSequence, Sequence, block_mean, file_state
+from trackkit.sequences import (
+    FolderSequence,
+    Sequence,
+    block_mean,
+    file_state,
+    list_images,
+)
 
 log = logging.getLogger("trackkit")
 
@@ -415,6 +422,7 @@ def open_sequence(
     path: str | os.PathLike, first_box_xywh: Tensor | list[float] | None = None
 ) -> Sequence:
     """Open what a user has: a folder in the GOT-10k layout, a folder of images, or a video file.
+    The frames may lie one folder below, where OTB (img), VOT (color) and LaSOT (img) have them.
 
     With `first_box_xywh` (left, top, width, height in pixels of the first frame) the sequence has
     this box only, even if the folder has labels. Without it the labels are read; images and videos
@@ -434,11 +442,31 @@ def open_sequence(
             f"{path} does not exist; expected a video file, a folder of images or a GOT-10k "
             "sequence"
         )
-    elif first_box_xywh is None and (path / "groundtruth.txt").is_file():
+    elif first_box_xywh is None and groundtruth(path).is_file():
         return read_sequence(path)
     else:
-        sequence = FolderSequence(path)
+        sequence = FolderSequence(path, files=_frames(path))
     if first_box_xywh is not None:
         box = torch.as_tensor(first_box_xywh, dtype=torch.float64).reshape(1, -1)
         sequence.boxes_xywh = check_boxes(box, f"first box of {path}", sequence.frame_size(0))
     return sequence
+
+
+def _frames(folder: Path) -> list[str]:
+    """The images of a folder, or those below, by their paths in it. Raises DataError that says
+    where the nearest are if there are none.
+    """
+    if images := list_images(folder):
+        return images
+    if below := frames_below(folder):
+        return [f"{below.name}/{name}" for name in list_images(below)]
+    parts = (part for part in sorted(folder.iterdir()) if os.path.isdir(part))
+    near = next((part for part in parts if list_images(part) or frames_below(part)), None)
+    raise DataError(
+        f"{folder}: no frames in this folder; "
+        + (
+            f"there are some in {near}"
+            if near
+            else f"expected images ({', '.join(sorted(SUFFIXES))})"
+        )
+    )

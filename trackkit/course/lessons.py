@@ -13,13 +13,14 @@ import re
 from datetime import datetime
 from pathlib import Path
 
-import nbformat
 import tyro
 from nbformat import NotebookNode
 
 from trackkit.course.assignments import (
     LessonError,
     clear,
+    number,
+    read,
     same_code,
     solution_cells,
     start,
@@ -62,6 +63,8 @@ def build(*paths: tyro.conf.Positional[Path], timeout: int = 120) -> None:
         paths: notebooks.
         timeout: seconds that a cell may take.
     """
+    if timeout < 1:
+        raise LessonError(f"--timeout {timeout}: give at least 1 second")
     for path in _named(paths):
         seconds = _build(path, timeout)
         print(f"{path}: built in {seconds:.0f} s, {path.stat().st_size // 1000} kB")
@@ -85,17 +88,14 @@ def check(*paths: tyro.conf.Positional[Path]) -> None:
 def _named(paths: tuple[Path, ...]) -> list[Path]:
     if not paths:
         raise LessonError("name at least one notebook, for example lessons/*.ipynb")
-    for path in paths:
-        if not Path(path).is_file():
-            raise LessonError(f"there is no notebook {path}")
     return list(map(Path, paths))
 
 
 def _build(path: Path, timeout: int) -> float:
     from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError, CellTimeoutError
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-    notebook = nbformat.read(path, as_version=4)
+    notebook = read(path)
     clear(notebook)
     client = NotebookClient(
         notebook,
@@ -106,7 +106,7 @@ def _build(path: Path, timeout: int) -> float:
     )
     try:
         client.execute(env={**os.environ, **ENVIRONMENT})
-    except CellExecutionError:
+    except (CellExecutionError, DeadKernelError):
         raise LessonError(_failure(path, notebook)) from None
     except CellTimeoutError as error:
         raise LessonError(f"{path}: a cell took more than {timeout} s") from error
@@ -129,9 +129,8 @@ def normalise(notebook: NotebookNode) -> None:
         kernelspec={"display_name": "Python 3", "language": "python", "name": "python3"},
         language_info={"name": "python"},
     )
-    notebook.nbformat, notebook.nbformat_minor = 4, 5
-    for index, cell in enumerate(notebook.cells, start=1):
-        cell.id = f"cell-{index}"
+    number(notebook)
+    for cell in notebook.cells:
         cell.metadata = NotebookNode(
             {k: v for k, v in cell.metadata.items() if k in ("tags", "nbgrader", "jupyter")}
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import io
+import os
 import re
 import tokenize
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-from trackkit.course.assignments import student_source
+from trackkit.course.assignments import read, student_source
 
 MAX_BYTES = 310_000
 TAGS = {"nbval-ignore-output"}
@@ -47,10 +48,9 @@ class Finding:
 
 def lint(path: str | Path) -> list[Finding]:
     """All findings in a built lesson, in the order of its cells; empty for one that may be
-    committed.
+    committed. Raises LessonError for a file that is no notebook.
     """
-    # nbformat.read would mend what is to be found
-    return findings(nbformat.v4.reads(Path(path).read_text(encoding="utf-8")), Path(path))
+    return findings(read(path), Path(path))
 
 
 def findings(notebook: NotebookNode, path: Path) -> list[Finding]:
@@ -125,7 +125,7 @@ def _count(cell: NotebookNode, expected: int) -> Iterator[str]:
 def _tree(source: str) -> ast.Module | None:
     try:
         return ast.parse(source)
-    except SyntaxError:
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # NUL; nested too deep
         return None
 
 
@@ -172,14 +172,17 @@ def _outputs(cell: NotebookNode) -> Iterator[str]:
         if output.output_type == "error":
             yield f"an error output ({output.ename})"
         if output.output_type == "stream" and output.name == "stderr":
-            yield f"output on stderr: {output.text.strip().splitlines()[0][:80]!r}"
+            first = output.text.strip().partition("\n")[0]
+            yield f"output on stderr: {first[:80]!r}"
         data = output.get("data", {})
         texts = [output.get("text", ""), *(v for k, v in data.items() if k.startswith("text/"))]
         if any(_ABSOLUTE.search(text) for text in texts):
             yield "an absolute path in the output"
         for kind in data:
             if kind == "image/png":
-                if not output.get("metadata", {}).get("image/png", {}).get("alt", "").strip():
+                about = output.get("metadata", {}).get("image/png")
+                alt = about.get("alt") if isinstance(about, dict) else None
+                if not isinstance(alt, str) or not alt.strip():
                     yield "a picture without alt text; use show(), animation() or a panel"
             elif kind.startswith("image/") or kind == "application/vnd.jupyter.widget-view+json":
                 yield f"an output of type {kind}; pictures are PNG, and build drops widget views"
@@ -195,7 +198,9 @@ def _markdown(cell: NotebookNode, folder: Path) -> Iterator[str]:
             yield f"the image {target} has no alt text"
         if re.match(r"(https?:)?//", target):
             yield f"the image {target} is remote; lessons work offline"
-        elif not target.startswith(("attachment:", "data:")) and not (folder / target).exists():
+        elif not target.startswith(("attachment:", "data:")) and not os.path.exists(
+            folder / target
+        ):
             yield f"the image {target} does not exist"
 
 
