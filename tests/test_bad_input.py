@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import random
+import struct
+import zlib
+
 import pytest
 import torch
 from PIL import Image
@@ -9,9 +14,11 @@ from PIL import Image
 from trackkit.boxes import xywh_to_cxcywh
 from trackkit.crops import Windows
 from trackkit.errors import DataError, TrackkitError
+from trackkit.evaluation import evaluate
 from trackkit.got10k import GOT10k, read_sequence, write_sequence
-from trackkit.images import encode_jpeg
+from trackkit.images import encode_jpeg, image_size, read_image
 from trackkit.sequences import FolderSequence
+from trackkit.trackers.references import StayTracker
 from trackkit.video import VideoSequence, open_sequence, write_video
 
 
@@ -68,6 +75,41 @@ def test_a_png_that_is_cut_short_and_a_text_file(tmp_path):
             FolderSequence(tmp_path).frame(index)
     with fails("2.jpg: it is not an image"):
         FolderSequence(tmp_path).frame_size(1)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "webp", "tif", "ppm"])
+def test_damaged_images_of_all_formats_are_named(tmp_path, suffix):
+    """Flipped bits give another picture or an error that names the file; nothing else."""
+    draw, file = random.Random(suffix), tmp_path / f"swan.{suffix}"
+    options = {"compression": "tiff_lzw"} if suffix == "tif" else {}
+    Image.fromarray(picture().permute(1, 2, 0).contiguous().numpy()).save(file, **options)
+    data = file.read_bytes()
+    for _ in range(60):
+        damaged = bytearray(data)
+        for _ in range(draw.randint(1, 4)):  # mostly where the header is
+            place = draw.randrange(draw.choice([40, 200, len(data)])) % len(data)
+            damaged[place] ^= 1 << draw.randrange(8)
+        file.write_bytes(damaged[: draw.choice([len(data), draw.randrange(len(data))])])
+        for attempt in (read_image, image_size, lambda f: read_image(f, 4)):
+            try:
+                attempt(file)
+            except DataError as error:
+                assert f"cannot read frame {file}" in str(error)
+
+
+@pytest.mark.parametrize("size", [(20_000, 5_000), (60_000, 60_000)])
+@pytest.mark.filterwarnings("error")
+def test_decompression_bombs_are_refused(tmp_path, size):
+    """A few bytes that would become gigabytes; Pillow refuses the larger one by itself."""
+    header = struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
+    chunks = (b"IHDR" + header, b"IDAT" + zlib.compress(bytes(1000)), b"IEND")
+    file = tmp_path / "1.png"
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks
+    ))  # fmt: skip
+    for attempt in (read_image, image_size):
+        with fails(r"cannot read frame .*1.png: .*pixels"):
+            attempt(file)
 
 
 def test_a_frame_that_vanishes_after_opening(root):
@@ -137,6 +179,14 @@ def test_the_first_frame_is_looked_at_when_the_set_is_opened(root):
         ("cut_by_image.label", "0\n-1\n0\n", "line 2: -1 is not one of"),
         ("cut_by_image.label", "0\nno\n0\n", "line 2: expected one number, found 'no'"),
         ("cut_by_image.label", "", "cut_by_image.label is empty"),
+        ("groundtruth.txt", "1,2,3,4\n1,2,nan,4\n1,2,3,4\n", "line 2: expected left,top"),
+        (
+            "groundtruth.txt",
+            "1,2,3,4\n1,2,1e6,4\n1,2,3,4\n",
+            r"groundtruth.txt, line 2: a box of 1e\+06 x 4 pixels in a frame of 64 x 48",
+        ),
+        ("groundtruth.txt", "1,2,3,4\n" * 2 + "1,2,3,1e10\n", "line 3: a box of 3 x 1e"),
+        ("cover.label", "8\n1e300\n8\n", "line 2: 1e.300 is not one of"),
     ],
 )
 def test_label_files(root, file, text, says):
@@ -171,6 +221,46 @@ def test_all_broken_sequences_are_listed_at_once(root):
         GOT10k(root)
 
 
+def test_text_in_utf_16_is_read(root):
+    folder = root / "train"
+    for file in (folder / "list.txt", *(folder / "swan").glob("*.[tli]*")):
+        file.write_text(file.read_text(), "utf-16")
+    swan = GOT10k(root)[1]
+    assert (
+        swan.boxes_xywh.tolist() == [[10, 10, 8, 6]] * 3 and swan.meta["resolution"] == "(64, 48)"
+    )
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "\ud800"])
+def test_a_listed_name_that_no_file_system_has(root, name):
+    with (root / "train" / "list.txt").open("a", encoding="utf-8", errors="surrogatepass") as file:
+        file.write(name)
+    with fails("there is no such folder"):
+        GOT10k(root)
+    with fails("does not exist|no such folder"):
+        GOT10k(root / ("x" * 300))
+
+
+def test_links_that_lead_nowhere_or_to_themselves(root, tmp_path):
+    folder = root / "train"
+    (folder / "list.txt").unlink()
+    for name, target in (("self", "self"), ("dead", "nowhere"), ("up", ".."), ("here", ".")):
+        os.symlink(target, folder / name)
+    assert GOT10k(root).names == ["camel", "swan"]
+    (folder / "swan" / "00000002.jpg").unlink()
+    os.symlink("nowhere.jpg", folder / "swan" / "00000002.jpg")
+    swan = GOT10k(root)[1]
+    for attempt in (lambda: swan.frame(1), swan.fingerprint):
+        with fails("cannot read .*00000002.jpg"):
+            attempt()
+    with fails("00000002.jpg"):
+        evaluate(StayTracker(), GOT10k(root), tmp_path / "results", "stay")
+    (folder / "swan" / "00000001.jpg").unlink()
+    os.symlink("00000001.jpg", folder / "swan" / "00000001.jpg")
+    with fails("00000001.jpg"):
+        GOT10k(root)
+
+
 def test_a_long_list_of_broken_sequences_is_cut(root):
     (root / "train" / "list.txt").write_text("".join(f"ghost{i}\n" for i in range(50)))
     with fails(r"(?s)50 of 50 sequences.*ghost19.*and 30 more"):
@@ -178,7 +268,17 @@ def test_a_long_list_of_broken_sequences_is_cut(root):
 
 
 @pytest.mark.parametrize(
-    "text, says", [("", "is empty"), ("swan\ncamel\nswan\n", "swan is listed twice")]
+    "text, says",
+    [
+        ("", "is empty"),
+        ("swan\ncamel\nswan\n", "swan is listed twice"),
+        ("swan\n./camel\nswan/\n", "swan is listed twice"),
+        ("swan\n../train/swan\n", "'../train/swan' leads out of"),
+        ("swan\ncamel/../swan\n", "'camel/../swan' leads out of"),
+        ("swan\n/tmp\n", "'/tmp' leads out of"),
+        (".\n", "'.' leads out of"),
+        ("swan\0\n", "leads out of"),
+    ],
 )
 def test_list_txt(root, text, says):
     (root / "train" / "list.txt").write_text(text)
@@ -198,6 +298,8 @@ def test_negative_and_empty_boxes_are_read_and_never_visible(root):
 @pytest.mark.parametrize("box, says", [
     ([0, 0, float("nan"), 5], "not finite"), ([5, 5, 0, 5], "no area"), ([5, 5, -2, 5], "no area"),
     ([64, 0, 5, 5], "outside its 64x48 frame"), ([1, 2, 3], "shape"),
+    ([1, 2, 1e6, 5], "more than 10 times as large as its 64x48 frame"),
+    ([1, 2, 5, 1e10], "more than 10 times"),
 ])  # fmt: skip
 def test_a_first_box_that_no_tracker_can_start_from(root, box, says):
     with fails(says):

@@ -254,6 +254,7 @@ def test_help(command, capsys):
 EXPLAINED = [
     "siamfc-tiny",
     "siamfc-ca",
+    "stark-ca",
     "stark-tiny",
     "sbt-tiny",
     "ostrack-tiny",

@@ -252,7 +252,7 @@ def tracking(tracker: OSTrack, expected: dict, first: int = 0, last: int = 4) ->
     ):
         if replaced:
             state = replace(
-                state, dynamic=tracker.remember([frames[index]], truth[index : index + 1])
+                state, dynamic=tracker.make_template([frames[index]], truth[index : index + 1])
             )
     for index in range(first + 1, last + 1):
         state, prediction = tracker.step(state, [frames[index]])
@@ -403,7 +403,9 @@ def first_pruning(tracker: ProContEXT) -> int:
 
 
 def mutant_softmax(tracker, patch):
-    patch.setattr(tracker, "share", lambda logits, known: logits[..., known:].softmax(-1))
+    patch.setattr(
+        tracker, "attention_to_search", lambda logits, known: logits[..., known:].softmax(-1)
+    )
     return tracker
 
 
@@ -432,9 +434,11 @@ def test_pruning_certificate_can_fail(mutate, monkeypatch):
 
 def test_pruning_certificate_can_fail_for_templates(monkeypatch):
     tracker = loaded("procontext-384")
-    asking = tracker.asking
+    of_all = tracker.deciding_tokens
     # static ones alone
-    monkeypatch.setattr(tracker, "asking", lambda template: (asking(template)[0][:2], None))
+    monkeypatch.setattr(
+        tracker, "deciding_tokens", lambda template: (of_all(template)[0][:2], None)
+    )
     assert first_pruning(tracker) > 0
 
 

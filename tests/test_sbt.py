@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -340,6 +341,23 @@ def test_positive_tokens():
     official_ones = positive_tokens(boxes, 8, wrapped=True).unflatten(1, (8, 8))
     assert official_ones.sum((1, 2)).tolist() == [8, 0, 4, 16, 0]
     assert official_ones[3, 4:, 4:].all()
+
+
+def test_positive_tokens_of_edges_on_a_corner_are_the_authors():
+    """Their cell edges are Python's numbers, float64, made of float32 boxes, whatever ours are."""
+    drawn = torch.randint(5, 95, (500, 4), generator=torch.Generator().manual_seed(0)) / 100
+    boxes = torch.cat([torch.tensor([[0.31, 0.7, 0.12, 0.4], [0.55, 0.52, 0.4, 0.1]]), drawn])
+    expected = []
+    for cx, cy, w, h in boxes.tolist():
+        edges = cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2
+        left, top, right, bottom = (min(max(math.ceil(32 * edge), 0), 32) for edge in edges)
+        grid = torch.zeros(32, 32, dtype=torch.bool)
+        grid[top:bottom, left:right] = True
+        expected.append(grid.flatten())
+    assert [int(grid.sum()) for grid in expected[:2]] == [39, 39]
+    assert torch.equal(positive_tokens(boxes, 32), torch.stack(expected))
+    rounded = (boxes.double() * 100).round() / 100  # as a user types them
+    assert torch.equal(positive_tokens(rounded, 32), torch.stack(expected))
 
 
 def test_training_crops_are_those_of_tracking():

@@ -121,6 +121,36 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, mode, reduce):
     assert off(frame, block_mean(expected, reduce)) < 3
 
 
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [
+        ("RGBA", "png"),
+        ("LA", "png"),
+        ("PA", "png"),
+        ("RGBA", "webp"),
+        ("RGBA", "tif"),
+        ("LA", "tif"),
+    ],
+)
+@pytest.mark.parametrize("reduce", [1, 2, 4, 8])
+def test_colours_are_those_without_alpha(tmp_path, mode, suffix, reduce):
+    picture = Image.fromarray(array(scene()))
+    if mode == "LA":
+        picture = picture.convert("L")
+    elif mode == "PA":
+        picture = picture.quantize(64)
+    plain = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    alpha = Image.new("L", (90, 60))  # one half is transparent
+    alpha.paste(255, (0, 0, 45, 60))
+    if mode == "PA":  # a palette with an entry for what is transparent
+        picture.info["transparency"] = bytes(255 * (i % 2) for i in range(256))
+    else:
+        picture.putalpha(alpha)
+    file, exact = tmp_path / f"a.{suffix}", {"exact": True, "lossless": True}
+    picture.save(file, **(exact if suffix == "webp" else {}))
+    assert off(read_image(file, reduce), block_mean(plain, reduce)) < 0.51
+
+
 def test_grey_jpeg_becomes_rgb(tmp_path):
     Image.fromarray(array(scene())).convert("L").save(tmp_path / "a.jpg")
     frame = read_image(tmp_path / "a.jpg")
@@ -149,6 +179,16 @@ def test_a_folder_is_read_in_natural_order(tmp_path):
     for index in (3, -1):
         with pytest.raises(IndexError, match="0 to 2"):
             sequence.frame(index)
+
+
+def test_digits_that_are_not_decimal_are_letters(tmp_path):
+    for name in ("²1.png", "²10.png", "²2.png", "①.png", "٣.png", "03.png", "3.png"):
+        Image.fromarray(array(scene())).save(tmp_path / name)
+    files = FolderSequence(tmp_path).files
+    assert files[:2] == ["03.png", "3.png"] and set(files[2:]) == {
+        "²1.png", "²2.png", "²10.png", "①.png", "٣.png",
+    }  # fmt: skip
+    assert [n for n in files if n[0] == "²"] == ["²1.png", "²2.png", "²10.png"]
 
 
 def test_natural_key():

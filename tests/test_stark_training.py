@@ -34,7 +34,7 @@ from trackkit.trackers.stark_variants import (
 )
 from trackkit.tracking import track, track_many
 from trackkit.training import train
-from trackkit.weights import CLASSES, create
+from trackkit.weights import create, known_classes
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_the_localisation_stage_leaves_the_score_head(tmp_path):
 
 TABLES_OF_STARK = [table for table in TABLES.values() if table.tracker == "stark-tiny"]
 ROWS = {
-    f"{table.name}: {row.label}": {"cls": CLASSES[row.variant or "STARK"], **row.changes}
+    f"{table.name}: {row.label}": {"cls": known_classes()[row.variant or "STARK"], **row.changes}
     for table in TABLES_OF_STARK
     for row in table.rows
 }

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -91,17 +92,18 @@ def test_the_ablation_has_its_rows_and_claims_nothing_of_a_paper(folder, own):
     assert all(math.isfinite(run["loss"]) for run in stored.runs) and len(stored.runs) == 6
 
 
-def test_another_code_is_another_run(folder, own, monkeypatch):
+def test_another_code_is_another_run(folder, own, monkeypatch, tmp_path):
     monkeypatch.chdir(folder)
+    mine = Path(shutil.copytree(folder / "ablations", tmp_path / "ablations"))
     monkeypatch.setenv("TRACKKIT_GOT10K", str(folder / "GOT-10k"))
-    options = {"seeds": 1, "steps": 3, "out": "ablations", "rows": ("base",), "progress": False}
-    before = set((folder / "ablations/runs").iterdir())
+    options = {"seeds": 1, "steps": 3, "out": mine, "rows": ("base",), "progress": False}
+    before = set((mine / "runs").iterdir())
     ablations.run(own["table"], **options)
-    assert set((folder / "ablations/runs").iterdir()) == before
+    assert set((mine / "runs").iterdir()) == before
     with (folder / "mine.py").open("a") as file:
         file.write("# another line\n")
     ablations.run(own["table"], **options)
-    assert len(set((folder / "ablations/runs").iterdir()) - before) == 1
+    assert len(set((mine / "runs").iterdir()) - before) == 1
 
 
 def test_one_line_registers_it(folder, own, monkeypatch, capsys):
@@ -118,7 +120,7 @@ def test_one_line_registers_it(folder, own, monkeypatch, capsys):
 
 
 def test_a_class_without_a_file_cannot_be_ablated(tmp_path):
-    loose = dataclasses.make_dataclass("Loose", [], frozen=True)
+    loose = dataclasses.make_dataclass("Loose", [], bases=(MyTracker.Config,), frozen=True)
     tracker = type("Typed", (MyTracker,), {"__module__": "builtins", "Config": loose})
     with pytest.raises(TrackkitError, match="in no file"):
         ablations.run(Table("t", "", "", tracker, (Row("base", {}),)), out=tmp_path)

@@ -32,25 +32,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from trackkit import __version__
 from trackkit.errors import DataError, TrackkitError
 from trackkit.evaluation import evaluate
 from trackkit.got10k import GOT10k
 from trackkit.paths import SAMPLES, atomic_write, home, writable
+from trackkit.progress import bar
 from trackkit.sampling import training_set
 from trackkit.stages import Stage, shortened
 from trackkit.synth import SynthDataset
 from trackkit.trackers.base import Tracker
+from trackkit.tracking import device_called
 from trackkit.training import train
-from trackkit.weights import CLASSES, create, describe
+from trackkit.weights import create, describe, known_classes
 
 
 @dataclass(frozen=True)
 class Row:
     """One line of a table: what is changed in the tracker's config, and the paper's figure if there
-    is one; `variant` is the class that takes the place of the tracker's, one of `weights.CLASSES`.
+    is one; `variant` is the class that takes the place of the tracker's (`weights.known_classes`).
     """
 
     label: str
@@ -94,9 +95,10 @@ class Table:
         chosen = create(self.tracker) if isinstance(self.tracker, str) else self.tracker()
         cls = type(chosen)
         if row.variant:
-            if not issubclass(CLASSES[name], cls):
+            variant = known_classes().get(name)
+            if variant is None or not issubclass(variant, cls):
                 raise TrackkitError(f"{self.name}, {row.label}: {name} is no {self.tracker_name}")
-            cls = CLASSES[name]
+            cls = variant
         fields = [f.name for f in dataclasses.fields(cls.Config)]
         if odd := [key for key in row.changes if key not in fields]:
             raise TrackkitError(
@@ -107,7 +109,9 @@ class Table:
         tracker = cls(cls.Config(**{**vars(chosen.config), **row.changes}))
         stages = tracker.recipe(scale)
         stages = stages if steps is None else shortened(stages, steps)
-        return tracker, [dataclasses.replace(stage, batch=batch or stage.batch) for stage in stages]
+        if batch is not None:
+            stages = [dataclasses.replace(stage, batch=batch) for stage in stages]
+        return tracker, stages
 
 
 _TABLE6 = (
@@ -292,6 +296,7 @@ def run(
         )
     if min(seeds, jobs) < 1:
         raise TrackkitError(f"seeds and jobs must be at least 1, got {seeds} and {jobs}")
+    device_called(device)
     out, test, wanted = (
         writable(out or home() / "ablations"),
         GOT10k(data, "val"),
@@ -340,9 +345,9 @@ def run(
             plan.append((row, seed, folder))
             if row.label in wanted and not (folder / "result.json").exists():
                 waiting[folder] = (folder, table, row, seed, scale, steps, batch, data, device)
-    with tqdm(total=len(waiting), desc=table.name, unit="run", disable=not progress) as bar:
+    with bar(total=len(waiting), desc=table.name, unit="run", shown=progress) as shown:
         for _ in _measured(list(waiting.values()), jobs, progress):
-            bar.update()
+            shown.update()
             _write(table, about, plan, out)
     return _write(table, about, plan, out)
 
@@ -394,7 +399,7 @@ def _measure(
 ) -> None:
     """Train and evaluate, or go on with it; what comes out is folder/result.json."""
     tracker, stages = table.build(row, scale, steps, batch, seed)
-    tracker.to("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    tracker.to(device_called(device))
     try:
         log = train(
             tracker,

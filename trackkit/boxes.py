@@ -13,8 +13,7 @@ from torch import Tensor
 
 from trackkit.errors import DataError
 
-# sides of a box in units of the frame's longer side; windows around larger ones would take
-# gigabytes
+# sides of a box in units of the frame's longer side: windows around larger ones take gigabytes
 LARGEST = 10
 
 

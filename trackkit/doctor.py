@@ -94,5 +94,5 @@ def _paths() -> list[str]:
     try:
         lines.append(f"runs, results, caches: {writable(home())}")
     except TrackkitError as error:
-        lines.append(f"! home: {error}; export TRACKKIT_HOME={Path.home() / 'trackkit'}")
+        lines.append(f"! home: {error}; export TRACKKIT_HOME=/a/folder/of/yours")
     return lines

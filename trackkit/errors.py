@@ -5,7 +5,10 @@ do.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,23 +49,41 @@ class Range:
             return False
         low = self.low < value if self.above else self.low <= value
         high = value < self.high if self.below else value <= self.high
-        return math.isfinite(value) and low and high
+        return low and high and abs(value) <= sys.float_info.max  # so neither NaN nor infinite
 
     def __str__(self) -> str:
-        low = f"{'above' if self.above else 'at least'} {self.low:g}"
-        high = f"{'below' if self.below else 'at most'} {self.high:g}"
+        low = f"{'above' if self.above else 'at least'} {_digits(self.low)}"
+        high = f"{'below' if self.below else 'at most'} {_digits(self.high)}"
         if math.isinf(self.high):
             return low
         return high if math.isinf(self.low) else f"{low} and {high}"
 
 
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if 1e6 <= abs(value) < math.inf else f"{value:g}"
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """ " (did you mean X?)" if one of the names is like this one, else nothing; for messages."""
+    found = difflib.get_close_matches(str(name), list(names), 1)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
 def check_fields(config: Any, **rules: Range | tuple) -> None:
     """Check fields of a config: each rule is a `Range` or a tuple of choices.
 
-    Of a field that is a tuple each entry is checked; fields declared int take whole numbers only.
-    Raises ValueError with the field, what it must be, and what it is.
+    Of a field that is a tuple each entry is checked; fields declared int take whole numbers only,
+    those declared bool, named or not, are True or False. Raises ValueError with the field, what it
+    must be, and what it is.
     """
     types = {field.name: str(field.type) for field in dataclasses.fields(config)}
+    for name, kind in types.items():
+        value = getattr(config, name)
+        if kind == "bool" and not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False; got {value!r}")
+        if kind.startswith("tuple") != isinstance(value, (tuple, list)):
+            kind = "a list" if kind.startswith("tuple") else "a single value"
+            raise ValueError(f"{name} must be {kind}; got {value!r}")
     for name, rule in rules.items():
         value = getattr(config, name)
         for entry in _entries(value):

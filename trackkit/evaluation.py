@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Subset
-from tqdm.auto import tqdm
 
 from trackkit import __version__
 from trackkit.errors import DataError
-from trackkit.paths import alone
+from trackkit.paths import alone, remove_partials
+from trackkit.progress import bar
 from trackkit.results import claim, has_results, read_results, write_results
 from trackkit.sequences import Sequence
 from trackkit.trackers.base import Tracker
@@ -319,10 +319,11 @@ def evaluate(
     identity = fingerprint(tracker)
     with alone(results_dir, "writes results"):
         folder = claim(results_dir, name, identity)
+        remove_partials(folder.rglob(".*"))
         waiting = [i for i in range(len(dataset)) if not _done(folder, dataset[i])]
         done = len(dataset) - len(waiting)
-        with tqdm(
-            total=len(dataset), initial=done, desc=name, unit="sequence", disable=None
+        with bar(
+            total=len(dataset), initial=done, desc=name, unit="sequence", shown=None
         ) as progress:
             for index, track in track_many(tracker, Subset(dataset, waiting), batch):
                 sequence = dataset[waiting[index]]

@@ -26,7 +26,7 @@ from torch import Tensor
 from trackkit.errors import DataError
 from trackkit.images import encode_jpeg
 from trackkit.labels import WRONG_FRAMES, Index, Labels, groundtruth, read_labels, read_text
-from trackkit.paths import data_root, writable
+from trackkit.paths import cannot_write, data_root, writable
 from trackkit.sequences import FolderSequence, list_images
 
 __all__ = ["BROKEN", "SPLITS", "WRONG_FRAMES", "GOT10k", "read_sequence", "write_sequence"]
@@ -133,7 +133,7 @@ def _sequence(folder: Path, labels: Labels, name: str | None = None) -> FolderSe
 
 
 def _split_folder(root: Path, split: str) -> Path:
-    if (root / split).is_dir():
+    if os.path.isdir(root / split):
         return root / split
     if root.resolve().name in SPLITS and root.resolve().name != split:
         raise DataError(
@@ -182,33 +182,43 @@ def _places(folder: Path) -> dict[str, str]:
         if names or folder.name not in SPLITS:
             return {name: name for name in names}
         return _deeper(folder)
-    names = [line.strip() for line in read_text(listed).splitlines() if line.strip()]
+    lines = [line.strip() for line in read_text(listed).splitlines() if line.strip()]
+    # clip/ and ./clip are clip: one sequence has one name
+    names = [os.path.normpath(line) for line in lines]
     if not names:
         raise DataError(
             f"{listed} is empty; write one sequence name per line, or remove it to use all folders "
             "here"
         )
+    for name, line in zip(names, lines, strict=True):
+        if name == "." or Path(name).is_absolute() or ".." in Path(line).parts or "\0" in name:
+            raise DataError(
+                f"{listed}: {line!r} leads out of {folder}; list the names of folders in it"
+            )
     if len(set(names)) < len(names):
         twice = next(name for i, name in enumerate(names) if name in names[:i])
         raise DataError(f"{listed}: {twice} is listed twice; keep one of the lines")
-    for name in names:
-        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
-            raise DataError(
-                f"{listed}: {name!r} leads out of {folder}; list the names of folders in it"
-            )
-    if all((folder / name).is_dir() for name in names):
-        return {name: name for name in names}
-    deeper = _deeper(folder)
-    return {name: name if (folder / name).is_dir() else deeper.get(name, name) for name in names}
+    places = {name: name for name in names}
+    if lost := [name for name in names if not os.path.isdir(folder / name)]:
+        deeper = _deeper(folder)
+        places |= {name: deeper[name] for name in lost if name in deeper}
+    return places
 
 
 def _deeper(folder: Path) -> dict[str, str]:
-    """Sequences one folder further down than they should be, by name."""
-    return {
-        name: f"{part}/{name}"
-        for part in _folders(folder)
-        for name in _sequence_folders(folder / part)
-    }
+    """Sequences one folder further down than they should be, by name. Raises DataError where two
+    have the same.
+    """
+    found: dict[str, str] = {}
+    for part in _folders(folder):
+        for name in _sequence_folders(folder / part):
+            if name in found:
+                raise DataError(
+                    f"{folder}: {found[name]} and {part}/{name} have the same name; list the paths "
+                    "to use in list.txt, one a line"
+                )
+            found[name] = f"{part}/{name}"
+    return found
 
 
 def write_sequence(
@@ -232,10 +242,10 @@ def write_sequence(
     Raises DataError when the folder exists and is not empty, or labels and frames do not fit.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder} exists already; remove it or choose another folder")
     boxes = torch.as_tensor(boxes_xywh, dtype=torch.float64).reshape(-1, 4)
-    work = writable(folder.parent) / f".{folder.name}.{os.getpid()}.partial"
+    work = writable(folder.parent) / f".{folder.name[:50]}.{os.getpid()}.partial"
     try:
         work.mkdir()
         count, size = 0, (0, 0)
@@ -259,8 +269,10 @@ def write_sequence(
         if folder.exists():
             folder.rmdir()
         os.replace(work, folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise cannot_write(folder, error) from error
         raise
     return folder
 

@@ -23,6 +23,9 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff",
 REDUCTIONS = (1, 2, 4, 8)
 MAX_PIXELS = 89_478_485  # of a frame; from here on Pillow warns of a decompression bomb
 
+# once, not around each frame: that would make Python forget which warnings it has shown
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
 
 def read_image(
     path: str | os.PathLike, reduce: int = 1, part: tuple[int, int, int, int] | None = None
@@ -60,8 +63,7 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
 
 
 def _opened(path: str | os.PathLike) -> Image.Image:
-    with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
-        image = Image.open(path)
+    image = Image.open(path)
     if image.width * image.height > MAX_PIXELS:
         image.close()
         raise ValueError(f"it has more than {MAX_PIXELS:,} pixels; make it smaller")
@@ -96,6 +98,7 @@ def _reduced(image: Image.Image, reduce: int) -> Image.Image:
         image = _upper_bits(image)
     elif image.mode not in ("L", "RGB", "CMYK", "F"):
         # palette numbers must not be averaged, nor colours weighted by the alpha that is dropped
+        image.info.pop("transparency", None)  # of a palette; Pillow would advise to keep it
         image = image.convert("RGB")
     return image if done == reduce else image.reduce(reduce // done)
 
@@ -119,10 +122,9 @@ def _to_frame(image: Image.Image) -> Tensor:
 
 def _unreadable(path: str | os.PathLike, error: Exception) -> DataError:
     path = Path(path)
-    if not path.exists():
-        state = (
-            "there is no such file" if path.parent.is_dir() else f"there is no folder {path.parent}"
-        )
+    if not os.path.exists(path):
+        missing = "such file" if os.path.isdir(path.parent) else f"folder {path.parent}"
+        state = f"there is no {missing}"
     elif path.is_file() and path.stat().st_size == 0:
         state = "the file is empty"
     elif isinstance(error, UnidentifiedImageError):

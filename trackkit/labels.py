@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from trackkit.boxes import LARGEST, area, clip_xywh
 from trackkit.errors import DataError
 from trackkit.images import image_size
 from trackkit.paths import atomic_write, home
+from trackkit.progress import bar
 from trackkit.sequences import list_images
 
 LABELS = {"absence": 1, "cover": 8, "cut_by_image": 1}  # label files and their largest value
@@ -102,17 +102,20 @@ def _state(folder: Path, names: list[str]) -> bytes:
     """Changes when a file comes or goes in a sequence, or a label file is edited; a few
     microseconds a file.
     """
+    folders = ("", *BELOW)
     digest = hashlib.sha256(str(FORMAT).encode())
     for name in names:
         for file in (
-            "",
+            *folders,
             *TRUTH,
             "meta_info.ini",
             *(f"{label}.label" for label in LABELS),
         ):
             try:
                 stat = os.stat(f"{folder}/{name}/{file}")
-                digest.update(b"%d %d;" % (stat.st_mtime_ns, 0 if file == "" else stat.st_size))
+                digest.update(
+                    b"%d %d;" % (stat.st_mtime_ns, 0 if file in folders else stat.st_size)
+                )
             except OSError:
                 digest.update(b"-;")
     return digest.digest()
@@ -120,16 +123,13 @@ def _state(folder: Path, names: list[str]) -> bytes:
 
 def _read_all(folder: Path, names: list[str], one_box: bool) -> list[Labels]:
     labels, problems = [], []
-    for name in tqdm(
-        names,
-        desc=f"reading labels of {folder.name}",
-        unit="sequence",
-        disable=len(names) < CACHED_FROM,
-    ):
-        try:
-            labels.append(read_labels(folder / name, one_box))
-        except DataError as error:
-            problems.append(f"  {error}")
+    title, many = f"reading labels of {folder.name}", len(names) >= CACHED_FROM
+    with bar(names, desc=title, unit="sequence", shown=many) as shown:
+        for name in shown:
+            try:
+                labels.append(read_labels(folder / name, one_box))
+            except DataError as error:
+                problems.append(f"  {error}")
     if problems:
         shown = problems[:20] + [f"  and {len(problems) - 20} more"] * (len(problems) > 20)
         raise DataError(
@@ -157,7 +157,7 @@ def _pack(labels: list[Labels]) -> dict[str, np.ndarray]:
 
 def read_labels(folder: Path, one_box: bool) -> Labels:
     """Read and check the labels of one sequence. Raises DataError with the file and line."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DataError(
             f"{folder.name}: listed in list.txt, but there is no such folder in {folder.parent}"
         )
@@ -191,6 +191,7 @@ def read_labels(folder: Path, one_box: bool) -> Labels:
     boxes[unknown] = 0
     absent = values["absence"].astype(bool) | _outside(folder, files, boxes, count)
     absent[: len(boxes)] |= unknown
+    values["cover"][: len(boxes)][unknown] = 0
     if folder.name in WRONG_FRAMES:
         first, last = WRONG_FRAMES[folder.name]
         absent[first - 1 : last] = True
@@ -276,7 +277,7 @@ def _outside(folder: Path, files: list[str] | None, boxes: np.ndarray, count: in
 
 def _table(path: Path, columns: int) -> np.ndarray:
     """Numbers of a text file, float64 (N, columns); separated by commas (or blanks, as other tools
-    write them). Boxes (4 columns) may be NaN.
+    write them). A box (4 columns) may be NaN as a whole.
     """
     if not path.is_file():
         raise DataError(f"{path} is missing")
@@ -284,7 +285,8 @@ def _table(path: Path, columns: int) -> np.ndarray:
     rows = [line.replace(",", " ").split() for line in lines]
 
     def fine(numbers: np.ndarray) -> bool:
-        return bool((np.isfinite(numbers) | (np.isnan(numbers) & (columns == 4))).all())
+        nothing = np.isnan(numbers).all(-1) & (columns == 4)
+        return bool((np.isfinite(numbers).all(-1) | nothing).all())
 
     try:
         table = np.array(rows, np.float64).reshape(len(rows), columns)
@@ -316,6 +318,9 @@ def _read_meta(path: Path) -> dict[str, str]:
 
 def read_text(path: Path) -> str:
     """A text file as editors of all systems write it: UTF-8, or UTF-16 with its mark."""
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); mend or remove it") from error
     utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
     return data.decode("utf-16" if utf16 else "utf-8-sig", errors="replace")

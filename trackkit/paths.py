@@ -8,12 +8,13 @@ Nothing is remembered in a settings file. A path is an argument, else an environ
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -34,11 +35,19 @@ def home() -> Path:
     """
     given = os.environ.get("TRACKKIT_HOME")
     try:
-        return Path(given).expanduser() if given else Path.home() / ".cache" / "trackkit"
+        return expanded(given) if given else Path.home() / ".cache" / "trackkit"
     except RuntimeError as error:
         raise DataError(
             "there is no home folder here for runs and results; say where they go: TRACKKIT_HOME"
         ) from error
+
+
+def expanded(path: str | os.PathLike) -> Path:
+    """The path with a leading ~ resolved, or as it is if there is no such user, as a shell does."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 @contextmanager
@@ -48,14 +57,20 @@ def alone(folder: str | os.PathLike, what: str) -> Iterator[None]:
 
     Raises DataError if another process holds it.
     """
-    lock = filelock.FileLock(writable(folder) / ".lock", timeout=0)
+    path = writable(folder) / ".lock"
+    lock = filelock.FileLock(path, timeout=0)
     try:
-        with lock:
-            yield
+        lock.acquire()
     except filelock.Timeout as error:
         raise DataError(
             f"{folder}: another process {what} here now; wait for it, or choose another folder"
         ) from error
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def command(name: str) -> str:
@@ -80,18 +95,18 @@ def data_root(argument: str | os.PathLike | None = None) -> Path:
     """
     variable = os.environ.get("TRACKKIT_GOT10K")
     if argument is not None:
-        root, source = Path(argument).expanduser(), "the path that was given"
+        root, source = expanded(argument), "the path that was given"
     elif variable:
-        root, source = Path(variable).expanduser(), "the environment variable TRACKKIT_GOT10K"
+        root, source = expanded(variable), "the environment variable TRACKKIT_GOT10K"
     else:
         root, source = SAMPLES, "the samples that come with trackkit (nothing else was given)"
-    if root.is_dir() and (root != SAMPLES or any(root.iterdir())):
+    if os.path.isdir(root) and (root != SAMPLES or any(root.iterdir())):
         return root
     state = (
         "is empty"
-        if root.is_dir()
+        if os.path.isdir(root)
         else "is a file, not a folder"
-        if root.exists()
+        if os.path.exists(root)
         else "does not exist"
     )
     raise DataError(
@@ -108,13 +123,13 @@ def writable(path: str | os.PathLike) -> Path:
     Raises DataError that names the folder and the reason: no permission, a file in the way, a full
     or read-only disk.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
-    except OSError as error:
-        raise _cannot_write(path, error) from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        raise cannot_write(path, error) from error
     return path
 
 
@@ -133,10 +148,11 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
     Raises DataError when the place cannot be written.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     # not tempfile: its files are private to the user, this one gets the permissions of any other
-    # file
-    partial = path.parent / f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}{path.suffix}"
+    # file. Of a long name a part, or this one would be too long
+    ending = f"{os.getpid()}-{secrets.token_hex(4)}{path.suffix}"
+    partial = path.parent / f".{path.stem[:50]}.{ending}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.touch(exist_ok=False)
@@ -150,13 +166,24 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         # not what the block could not read elsewhere
         places = {None, *map(str, (partial, path, *path.parents))}
         if isinstance(error, OSError) and (error.filename and str(error.filename)) in places:
-            raise _cannot_write(path, error) from error
+            raise cannot_write(path, error) from error
         raise
 
 
-def _cannot_write(path: Path, error: OSError) -> TrackkitError:
-    reason = error.strerror or str(error)
-    blocker = next((p for p in (path, *path.parents) if p.is_file()), None)
+def remove_partials(files: Iterable[Path]) -> None:
+    """Remove those of the files that `atomic_write` of a killed process left; nobody else may be
+    writing there.
+    """
+    for file in files:
+        if re.fullmatch(r"\..*\.\d+-[0-9a-f]{8}(\..+)?", file.name):
+            with suppress(OSError):
+                file.unlink()
+
+
+def cannot_write(path: Path, error: Exception) -> TrackkitError:
+    """The error to raise instead of one that came while `path` was written."""
+    reason = getattr(error, "strerror", None) or str(error)
+    blocker = next((p for p in (path, *path.parents) if os.path.isfile(p)), None)
     if blocker is not None and blocker != path:
         reason = f"{blocker} is a file where a folder is needed"
     return DataError(

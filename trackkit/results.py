@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from trackkit.errors import DataError
-from trackkit.paths import atomic_write
+from trackkit.labels import read_text
+from trackkit.paths import atomic_write, expanded
 
 MARKER = ".trackkit.json"
 
@@ -37,11 +38,11 @@ def claim(folder: str | os.PathLike, tracker: str, identity: str) -> Path:
 
     Raises DataError when the folder belongs to another tracker or holds files of unknown origin.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     mine = {"tracker": tracker, "identity": identity}
     marker = folder / MARKER
-    if not marker.is_file():
-        if folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
+    if not os.path.isfile(marker):
+        if os.path.isdir(folder) and any(not p.name.startswith(".") for p in folder.iterdir()):
             raise DataError(
                 f"{folder} has files but no {MARKER}, so their tracker is unknown; choose another "
                 "folder"
@@ -49,8 +50,6 @@ def claim(folder: str | os.PathLike, tracker: str, identity: str) -> Path:
         with atomic_write(marker) as partial:
             partial.write_text(json.dumps(mine, indent=1) + "\n", "utf-8")
         return folder
-    for partial in folder.rglob(".*-????????.*"):  # of a run that was killed while it wrote
-        partial.unlink(missing_ok=True)
     found = _owner(folder)
     if found != mine:
         raise DataError(
@@ -112,16 +111,16 @@ def has_results(folder: str | os.PathLike, sequence: str, data: str = "") -> boo
     `data` is what they must have been computed on, see `write_results`; where it has changed, or
     the files have, a warning says that the sequence is tracked again.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     seal = folder / sequence / MARKER
-    if not all(file.is_file() for file in (*_files(folder, sequence), seal)):
+    if not all(os.path.isfile(file) for file in (*_files(folder, sequence), seal)):
         return False
     try:
         found = json.loads(seal.read_text("utf-8"))
         changed = "the data have" if found["data"] != data else "the result files have"
         if found["data"] == data and found["digest"] == _digest(folder, sequence):
             return True
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         changed = f"{seal} has"
     text = f"{sequence}: {changed} changed since it was tracked; it is tracked again"
     warnings.warn(text, stacklevel=2)
@@ -136,7 +135,7 @@ def read_results(
     Reads what `write_results` or the toolkit wrote. Raises DataError, with file and line, for a
     missing or damaged file, or when there are not `frames` rows.
     """
-    boxes_file, times_file = _files(Path(folder).expanduser(), sequence)
+    boxes_file, times_file = _files(expanded(folder), sequence)
     boxes, seconds = _rows(boxes_file, 4), _rows(times_file, 1)
     frames = len(boxes) if frames is None else frames
     for file, rows in ((boxes_file, boxes), (times_file, seconds)):
@@ -155,11 +154,12 @@ def submission_zip(folder: str | os.PathLike, dataset, out: str | os.PathLike) -
 
     Raises DataError that lists what is wrong, before anything is written.
     """
-    folder, out = Path(folder).expanduser(), Path(out)
+    folder, out = expanded(folder), expanded(out)
     problems, files = [], []
     for sequence in dataset:
         try:
             read_results(folder, sequence.name, len(sequence))
+            _check_seal(folder, sequence.name)
             files += _files(folder, sequence.name)
         except DataError as error:
             problems.append(f"  {error}")
@@ -186,6 +186,21 @@ def _files(folder: Path, sequence: str) -> tuple[Path, Path]:
     return folder / sequence / f"{name}_001.txt", folder / sequence / f"{name}_time.txt"
 
 
+def _check_seal(folder: Path, sequence: str) -> None:
+    """Raise DataError if the files of a sequence are not as `write_results` left them; those of
+    other tools have no seal.
+    """
+    seal = folder / sequence / MARKER
+    try:
+        same = json.loads(seal.read_text("utf-8"))["digest"] == _digest(folder, sequence)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        same = False
+    if not same:
+        raise DataError(f"{seal.parent}: changed since it was tracked; run the tracker again")
+
+
 def _digest(folder: Path, sequence: str) -> str:
     """Of the two files of a sequence."""
     digest = hashlib.sha256()
@@ -198,17 +213,17 @@ def _owner(folder: Path) -> dict[str, str]:
     try:
         found = json.loads((folder / MARKER).read_text("utf-8"))
         return {"tracker": found["tracker"], "identity": found["identity"]}
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{folder / MARKER} is damaged; remove it together with the results beside it"
         ) from error
 
 
 def _rows(path: Path, columns: int) -> Tensor:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"{path} is missing; run the tracker on this sequence")
     rows = []
-    for number, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         try:
             row = [float(value) for value in line.split(",")]
         except ValueError:

@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -340,13 +341,29 @@ def batches(
         num_workers=workers,
         pin_memory=pinned,
         collate_fn=_collate,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_ignore_signals,
     )
-    try:
-        for ready in loader:
+    with worker_errors():
+        try:
+            iterator = iter(loader)
+        except OSError as error:
+            raise TrackkitError(
+                f"{workers} loader workers cannot be started ({error.strerror}); use fewer "
+                "(--workers)"
+            ) from error
+        for ready in iterator:
             if isinstance(ready, Exception):
                 raise ready
             yield ready
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Where torch may tell that a loader worker has died: it does so by a signal's handler, hence
+    anywhere while workers run. Raises TrackkitError that says what to do.
+    """
+    try:
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -369,7 +386,10 @@ class _Told(Dataset):
             return self.samples[index]
         except TrackkitError as error:
             return error
-        except MemoryError:
+        except (MemoryError, RuntimeError) as error:
+            # torch has no error of its own for this
+            if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+                raise
             return TrackkitError("there is no memory left for a sample; use smaller batches")
 
 
@@ -377,8 +397,9 @@ def _collate(samples: list) -> dict[str, Tensor] | Exception:
     return next((s for s in samples if isinstance(s, Exception)), None) or default_collate(samples)
 
 
-def _ignore_interrupts(_: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; the training process saves and ends the
-    others.
+def _ignore_signals(_: int) -> None:
+    """Ctrl-C reaches all processes of a terminal, and SIGTERM all of a job; the training process
+    saves and ends the others, which end by themselves when it has gone.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

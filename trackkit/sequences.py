@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -139,14 +140,18 @@ class Sequence:
 
     def fingerprint(self) -> str:
         """Changes when a frame or a label does: what results are results of."""
-        digest = hashlib.sha256(repr(self._source()).encode())
+        digest = hashlib.sha256()
+        for part in self._source():
+            digest.update(part)
         for values in (self.boxes_xywh, self.absent, self.cover):
             digest.update(values.numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def _source(self) -> object:
-        """What tells this sequence's frames from others, by its `repr`."""
-        return [self.frame(i).numpy().tobytes() for i in range(len(self))]
+    def _source(self) -> Iterator[bytes]:
+        """What tells this sequence's frames from others."""
+        for frame in map(self.frame, range(len(self))):
+            yield repr(tuple(frame.shape)).encode()
+            yield frame.numpy().tobytes()
 
     def _check_index(self, index: int) -> int:
         if not 0 <= index < len(self):
@@ -208,32 +213,56 @@ class FolderSequence(Sequence):
     def frame_size(self, index: int) -> tuple[int, int]:
         return image_size(self.path(index))
 
-    def _source(self) -> object:
-        stats = (os.stat(self.folder / file) for file in self.files)
-        return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+    def _source(self) -> Iterator[bytes]:
+        for index in range(len(self)):
+            yield file_state(self.path(index))
 
     def path(self, index: int) -> Path:
         """File of frame `index`."""
         return self.folder / self.files[self._check_index(index)]
 
 
+def file_state(path: Path) -> bytes:
+    """Size and time of a file. Raises DataError if it has gone."""
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; extract it again") from error
+    return b"%d %d;" % (stat.st_size, stat.st_mtime_ns)
+
+
+def identity(sequences) -> str:
+    """What a training on a data set is a training on: the sequences and their labels, wherever
+    they lie. A data set may know it (`identity`); of any other it is that of its sequences.
+    """
+    known = getattr(sequences, "identity", None)
+    if known is not None:
+        return known
+    digest = hashlib.sha256()
+    for sequence in (sequences[i] for i in range(len(sequences))):
+        digest.update(repr((sequence.name, len(sequence))).encode())
+        for values in (sequence.boxes_xywh, sequence.absent, sequence.cover, sequence.cut):
+            digest.update(values.numpy().tobytes())
+    return f"{len(sequences)} sequences, {digest.hexdigest()[:16]}"
+
+
 def list_images(folder: Path) -> list[str]:
     """Names of the images in a folder in natural order. Raises DataError when there is no such
     folder.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DataError(f"{folder}: no such folder of frames")
     names = (
         n
         for n in os.listdir(folder)
         if os.path.splitext(n)[1].lower() in SUFFIXES and not n.startswith(".")
     )
-    return sorted(names, key=natural_key)
+    return sorted(sorted(names), key=natural_key)  # 1.jpg before 01.jpg, however they are listed
 
 
 def natural_key(name: str) -> list:
     """Sort key that compares the digits in a name as numbers."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def block_mean(image: Tensor, reduce: int) -> Tensor:

@@ -10,10 +10,10 @@ from itertools import islice
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from trackkit.boxes import check_boxes
 from trackkit.errors import DataError, TrackkitError
+from trackkit.progress import bar
 from trackkit.sequences import Sequence
 from trackkit.trackers.base import Prediction, Tracker, join, take
 
@@ -49,11 +49,15 @@ def track_many(
     """
     if batch < 1:
         raise TrackkitError(f"batch must be at least 1, got {batch}")
-    bar = tqdm(total=sum(len(s) for s in sequences), desc="frames", disable=not progress)
+    frames = sum(len(s) for s in sequences) if progress else 0
+    with bar(total=frames, desc="frames", unit="frame", shown=progress) as shown:
+        yield from _track_many(tracker, sequences, batch, shown)
+
+
+def _track_many(tracker: Tracker, sequences, batch: int, shown) -> Iterator[tuple[int, Track]]:
     waiting = iter(range(len(sequences)))
     slots: list[_Slot] = []
     state = None
-    tracker.eval()
     while True:
         fresh = [_Slot(i, sequences[i]) for i in islice(waiting, batch - len(slots))]
         if fresh:
@@ -68,7 +72,7 @@ def track_many(
                 slot.add(box, torch.tensor(1.0), share)
             state = started if state is None else join(state, started)
             slots += fresh
-            bar.update(len(fresh))
+            shown.update(len(fresh))
         ended = [slot for slot in slots if slot.done]
         if ended:
             keep = [k for k, slot in enumerate(slots) if not slot.done]
@@ -78,7 +82,6 @@ def track_many(
                 yield slot.index, slot.track()
             continue
         if not slots:
-            bar.close()
             return
         try:
             frames = [slot.sequence.frame(len(slot.boxes)) for slot in slots]
@@ -92,7 +95,7 @@ def track_many(
         share = (now(tracker.device) - began) / len(slots)
         for slot, box, score in zip(slots, prediction.box, prediction.score, strict=True):
             slot.add(box, score, share)
-        bar.update(len(slots))
+        shown.update(len(slots))
 
 
 class _Slot:
@@ -121,6 +124,21 @@ class _Slot:
         )
 
 
+def device_called(name: str) -> torch.device:
+    """The device for "auto" (a GPU if there is one), "cpu" or "cuda"; TrackkitError if there is
+    none.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise TrackkitError(f'device must be "auto", "cpu" or "cuda", got {name!r}')
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise TrackkitError(
+            "device cuda: torch sees no GPU here; `trackkit doctor` says what it sees"
+        )
+    # "auto" means CUDA or the CPU: geometry is kept in float64, which Apple's GPUs do not have
+    return torch.device("cuda" if there and name != "cpu" else "cpu")
+
+
 def now(device: torch.device) -> float:
     """Seconds on a clock that is read when the device has finished its work."""
     if device.type in ("cuda", "mps", "xpu"):
@@ -136,19 +154,23 @@ class Online:
         box = online.update(next_image)
 
     Images are uint8, (3, H, W) tensors or (H, W, 3) arrays, RGB. Boxes are left, top, width, height
-    in pixels.
+    in pixels. Raises DataError for any other image or box.
     """
 
     def __init__(self, tracker: Tracker):
-        self.tracker = tracker.eval()
+        self.tracker = tracker
         self.state = None
         self.prediction: Prediction | None = None
 
     def init(self, image, box) -> None:
         """Start at this box in this image."""
-        self.state = self.tracker.start(
-            [_as_frame(image)], torch.as_tensor(box, dtype=torch.float64).reshape(1, -1)
-        )
+        try:
+            box = torch.as_tensor(box, dtype=torch.float64, device="cpu").reshape(1, -1)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise DataError(
+                f"a box must be four numbers, left, top, width, height in pixels; got {box!r:.60}"
+            ) from error
+        self.state = self.tracker.start([_as_frame(image)], box)
 
     def update(self, image, maps: bool = False) -> tuple[float, float, float, float]:
         """The target's box in the next image; `prediction` keeps the score and, if asked, the
@@ -162,8 +184,15 @@ class Online:
 
 def _as_frame(image) -> Tensor:
     if not isinstance(image, Tensor):
-        # image[..., ::-1] makes RGB of OpenCV's BGR
-        image = torch.from_numpy(np.ascontiguousarray(image))
+        array = np.asarray(image)
+        if array.dtype.kind not in "biuf":  # None, text, objects, lists of unequal length
+            raise DataError(
+                "an image must be a uint8 tensor (3, H, W) or array (H, W, 3), RGB; got "
+                f"a {type(image).__name__} {array.dtype} {array.shape}"
+            )
+        # a copy of what torch cannot share: image[..., ::-1], which makes RGB of OpenCV's BGR, and
+        # what must not be written to
+        image = torch.from_numpy(np.require(array, requirements="CW"))
     return (
         image.permute(2, 0, 1)
         if image.ndim == 3 and image.shape[-1] == 3 and image.shape[0] != 3

@@ -18,20 +18,22 @@ import signal
 import threading
 import time
 import warnings
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from trackkit import checkpoints
 from trackkit.errors import CheckpointError, Stopped, TrackkitError
-from trackkit.paths import alone, atomic_write, writable
-from trackkit.sampling import Samples, batches
+from trackkit.paths import alone, atomic_write, remove_partials, writable
+from trackkit.progress import bar
+from trackkit.sampling import Samples, batches, worker_errors
+from trackkit.sequences import identity
 from trackkit.stages import Stage
 from trackkit.trackers.base import Tracker
+from trackkit.tracking import device_called
 from trackkit.weights import describe, save
 
 if TYPE_CHECKING:
@@ -133,16 +135,18 @@ class _Run:
             out / name for name in ("state.safetensors", "tracker.safetensors", "log.jsonl")
         )
         self.log: list[dict] = []
-        identity = {
+        mine = {
             **describe(tracker),
             "stages": [dataclasses.asdict(stage) for stage in stages],
             "seed": seed,
             "precision": precision,
-            "data": getattr(sequences, "identity", None) or repr(sequences),
+            "data": identity(sequences),
         }
         # as it comes back from a file: lists for tuples
-        self.identity = json.loads(json.dumps(identity))
-        self._loaded: dict[str, Tensor] = {}  # of a state
+        self.identity = json.loads(json.dumps(mine))
+        # of a state: all its tensors, and how many of them are the optimizer's
+        self._loaded: dict[str, Tensor] = {}
+        self._entries = 0
         # losses since the last line of the log
         self.sums: dict[str, Tensor] = {}
         self.count = 0
@@ -158,8 +162,6 @@ class _Run:
         """All stages that are left; see the function `train`."""
         tracker, accelerator = self.tracker, self.accelerator
         position = self.restore()
-        if position == self.steps and not self.state_path.exists():
-            return self.log  # finished, and somebody has removed the state
         threads = torch.get_num_threads()
         # threads that wait for a core which a worker has make all of them wait
         if accelerator.device.type == "cpu":
@@ -168,12 +170,14 @@ class _Run:
         quiet = not (progress and accelerator.is_main_process)
         name = type(tracker).__name__
         try:
-            with tqdm(total=self.steps, initial=position, desc=name, disable=quiet) as bar:
+            with bar(
+                total=self.steps, initial=position, desc=name, unit="step", shown=not quiet
+            ) as shown:
                 first = 0  # step at which the stage begins, counted over all stages
                 for stage in self.stages:
                     if position < first + stage.steps:
                         self._stage(
-                            stage, first, position, workers, save_seconds, log_steps, bar, stop
+                            stage, first, position, workers, save_seconds, log_steps, shown, stop
                         )
                         position = first + stage.steps
                     first += stage.steps
@@ -185,7 +189,7 @@ class _Run:
         accelerator.wait_for_everyone()
         return self.log
 
-    def _stage(self, stage, first, position, workers, save_seconds, log_steps, bar, stop) -> None:
+    def _stage(self, stage, first, position, workers, save_seconds, log_steps, shown, stop) -> None:
         tracker, accelerator = self.tracker, self.accelerator
         world, rank = accelerator.num_processes, accelerator.process_index
         if stage.batch % world:
@@ -208,7 +212,7 @@ class _Run:
         )
         since = saved = time.perf_counter()
         resumed = self.count  # steps of the first line that another process did
-        with closing(source) as loader:
+        with worker_errors(), closing(source) as loader:
             for step, batch in enumerate(loader, start=position):
                 torch.manual_seed((self.seed * 1_000_003 + step) * world + rank)
                 rate = stage.rate(step - first)
@@ -227,7 +231,7 @@ class _Run:
                 for key, value in losses.items():
                     self.sums[key] = self.sums.get(key, 0) + value.detach()
                 self.count += 1
-                bar.update()
+                shown.update()
                 last = step + 1 == first + stage.steps
                 line = (step + 1) % log_steps == 0 or last
                 if line:
@@ -242,7 +246,7 @@ class _Run:
                     done = (self.count - resumed) * stage.batch
                     record["samples_per_second"] = round(done / (now - since), 1)
                     self.log.append(record)
-                    bar.set_postfix(loss=f"{record['loss']:.3f}")
+                    shown.set_postfix(loss=f"{record['loss']:.3f}")
                     self.sums, self.count, resumed, since = {}, 0, 0, now
                 stopped = self._stopped(stop, line)
                 if last or stopped or time.perf_counter() - saved >= save_seconds:
@@ -275,11 +279,13 @@ class _Run:
     def restore(self) -> int:
         """Load the state if there is one; returns the number of steps done."""
         for path in (self.state_path, self.final_path, self.log_path):
-            # of a run that was killed while it wrote
-            for partial in path.parent.glob(f".{path.stem}.*"):
-                partial.unlink(missing_ok=True)
+            remove_partials(self.out.glob(f".{path.stem}.*"))
+        finished = self._finished_before()
         if not self.state_path.exists():
-            return self._finished_before()
+            if finished:  # and somebody has removed the state
+                checkpoints.load_strictly(self.tracker, finished, str(self.final_path))
+                self.log = read_log(self.out)
+            return self.steps if finished else 0
         tensors, about = checkpoints.read(self.state_path)
         self._must_be_mine(about)
         step, count = about.get("step"), about.get("count", 0)
@@ -295,20 +301,22 @@ class _Run:
         # of several processes those of the first stand for all
         device = self.accelerator.device
         self.sums, self.count = {k: v.to(device) for k, v in state["sums"].items()}, count
-        self._loaded = tensors
+        self._loaded, self._entries = tensors, about.get("optimizer")
         self.log = [record for record in read_log(self.out) if record["step"] <= step]
         return step
 
-    def _finished_before(self) -> int:
-        """All steps if the folder has the weights of this run, 0 if it has none or damaged ones."""
+    def _finished_before(self) -> dict[str, Tensor] | None:
+        """The weights that this run ended with if the folder has them; None if there are none, or
+        damaged ones. Raises CheckpointError for a file of something else, which is left alone.
+        """
+        if not os.path.exists(self.final_path):
+            return None
         try:
             tensors, about = checkpoints.read(self.final_path)
-        except CheckpointError:
-            return 0
-        self._must_be_mine(about.get("trained", {}))
-        checkpoints.load_strictly(self.tracker, tensors, str(self.final_path))
-        self.log = read_log(self.out)
-        return self.steps
+        except checkpoints.Damaged:
+            return None
+        self._must_be_mine(about.get("trained") or {})
+        return tensors
 
     def _must_be_mine(self, about: dict) -> None:
         odd = [key for key, value in self.identity.items() if about.get(key) != value]
@@ -331,10 +339,10 @@ class _Run:
             sizes = {tuple(value.shape) for value in entry.values() if value.ndim}
             if sizes - {tuple(shapes.get(index, ()))}:
                 raise CheckpointError(f"{self.state_path}: its optimizer is of other parameters")
-        if not entries:
+        if sum(map(len, entries.values())) != self._entries:
             raise CheckpointError(
-                f"{self.state_path}: the optimizer's state is missing; delete the folder to start "
-                "anew"
+                f"{self.state_path}: entries of the optimizer are missing; delete the folder to "
+                "start anew"
             )
         optimizer.load_state_dict({"state": entries, "param_groups": state["param_groups"]})
 
@@ -359,6 +367,7 @@ class _Run:
             tensors |= {
                 f"optimizer.{index}.{k}": v for k, v in entry.items() if isinstance(v, Tensor)
             }
+        entries = sum(key.startswith("optimizer.") for key in tensors)
         tensors |= {f"sums.{k}": v for k, v in self.sums.items()}
         scaler = self.accelerator.scaler
         scaler = None if scaler is None else scaler.state_dict()
@@ -366,20 +375,16 @@ class _Run:
         # made up
         with atomic_write(self.log_path) as partial:
             partial.write_text("".join(json.dumps(record) + "\n" for record in self.log))
-        about = {**self.identity, "step": step, "count": self.count, "scaler": scaler}
-        checkpoints.write(self.state_path, tensors, about)
+        about = {"step": step, "count": self.count, "optimizer": entries, "scaler": scaler}
+        checkpoints.write(self.state_path, tensors, self.identity | about)
 
     def finish(self) -> None:
         """Write the weights, unless they are there already."""
-        with suppress(CheckpointError):
-            tensors, about = checkpoints.read(self.final_path)
-            mine = self.tracker.state_dict()
-            same = tensors.keys() == mine.keys() and all(
-                torch.equal(tensors[key], value.cpu()) for key, value in mine.items()
-            )
-            if same and about.get("trained") == self.identity:
-                return
-        save(self.tracker, self.final_path, trained=self.identity)
+        there, mine = self._finished_before() or {}, self.tracker.state_dict()
+        if there.keys() != mine.keys() or not all(
+            torch.equal(there[key], value.cpu()) for key, value in mine.items()
+        ):
+            save(self.tracker, self.final_path, trained=self.identity)
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -410,17 +415,26 @@ def read_log(run: str | Path) -> list[dict]:
     A line that is damaged, as after a full disk, is left out with a warning: the log is for people,
     and must not keep a run whose state is whole from going on.
     """
-    path, lines = Path(run) / "log.jsonl", []
-    if not path.exists():
+    path, lines, damaged = Path(run) / "log.jsonl", [], []
+    if not os.path.exists(path):
         return lines
-    for number, text in enumerate(path.read_text("utf-8", errors="replace").splitlines(), 1):
+    try:
+        texts = path.read_text("utf-8", errors="replace").splitlines()
+    except OSError as error:
+        warnings.warn(f"{path}: cannot be read ({error.strerror}); left out", stacklevel=2)
+        return lines
+    kinds = {"stage": str, "step": int, "loss": float}
+    for number, text in enumerate(texts, 1):
         try:
             line = json.loads(text)
-            if not (isinstance(line["step"], int) and isinstance(line["loss"], float)):
-                raise ValueError("no step or no loss")
+            if not all(isinstance(line[key], kind) for key, kind in kinds.items()):
+                raise ValueError("no line of a log")
             lines.append(line)
-        except (ValueError, TypeError, KeyError, RecursionError):
-            warnings.warn(f"{path}, line {number}: damaged, and left out", stacklevel=2)
+        except (ValueError, TypeError, LookupError, RecursionError):
+            damaged.append(number)
+    if damaged:
+        more = f" and {len(damaged) - 1} more" if damaged[1:] else ""
+        warnings.warn(f"{path}, line {damaged[0]}{more}: damaged, and left out", stacklevel=2)
     return lines
 
 
@@ -469,14 +483,7 @@ def _accelerator(device: str, precision: str) -> Accelerator:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    if device not in ("auto", "cpu", "cuda"):
-        raise TrackkitError(f'device must be "auto", "cpu" or "cuda", got {device!r}')
-    if device == "cuda" and not torch.cuda.is_available():
-        raise TrackkitError(
-            "device cuda: torch sees no GPU here; `trackkit doctor` says what it sees"
-        )
-    # "auto" means CUDA or the CPU: geometry is kept in float64, which Apple's GPUs do not have
-    cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    cpu = device_called(device).type == "cpu"
     # accelerate keeps the first call's choices for the whole process
     if "WORLD_SIZE" not in os.environ:
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -23,7 +23,13 @@ from trackkit.got10k import read_sequence
 from trackkit.images import SUFFIXES
 from trackkit.labels import frames_below, groundtruth
 from trackkit.paths import atomic_write
-from trackkit.sequences import FolderSequence, Sequence, block_mean, list_images
+from trackkit.sequences import (
+    FolderSequence,
+    Sequence,
+    block_mean,
+    file_state,
+    list_images,
+)
 
 log = logging.getLogger("trackkit")
 
@@ -110,9 +116,8 @@ class VideoSequence(Sequence):
                 raise self._broken(error, index) from error
         return block_mean(self._picture, reduce)
 
-    def _source(self) -> object:
-        stat = os.stat(self.path)
-        return stat.st_size, stat.st_mtime_ns
+    def _source(self) -> Iterator[bytes]:
+        yield file_state(self.path)
 
     def frame_size(self, index: int) -> tuple[int, int]:
         self._check_index(index)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from trackkit import checkpoints
-from trackkit.errors import CheckpointError, TrackkitError
+import torch
+
+from trackkit import checkpoints, paths
+from trackkit.errors import CheckpointError, TrackkitError, nearest
 from trackkit.trackers.base import Tracker
 from trackkit.trackers.dastm import DASTM, DASTMConfig
 from trackkit.trackers.mixvit import MixViT, MixViTConfig
@@ -24,7 +27,7 @@ from trackkit.trackers.stark_variants import VARIANTS
 from trackkit.trackers.stmtrack import STMTrack, STMTrackConfig
 from trackkit.trackers.ustam import USTAM, USTAMConfig
 
-# the one table: what a name means on the command line, in `create` and in `official.load`
+# the one table: what a name means on the command line, in `create`, `load` and `official.load`
 TRACKERS: dict[str, tuple[type[Tracker], Any]] = {
     "stay": (StayTracker, StayConfig()),
     "ncc": (NccTracker, NccConfig()),
@@ -61,8 +64,13 @@ TRACKERS: dict[str, tuple[type[Tracker], Any]] = {
     "ustam-tiny": (USTAM, USTAMConfig.tiny()),
 }
 
-# the classes that files may be of; some only stand in ablation tables and have no name above
-CLASSES = {cls.__name__: cls for cls in (*(cls for cls, _ in TRACKERS.values()), *VARIANTS)}
+# these have nothing to learn
+UNTRAINED = StayTracker, NccTracker
+
+
+def known_classes() -> dict[str, type[Tracker]]:
+    """The classes that files may be of; some only stand in ablation tables and have no name."""
+    return {cls.__name__: cls for cls in (*(cls for cls, _ in TRACKERS.values()), *VARIANTS)}
 
 
 def create(name: str) -> Tracker:
@@ -70,9 +78,22 @@ def create(name: str) -> Tracker:
     is none.
     """
     if name not in TRACKERS:
-        raise TrackkitError(f"no tracker is called {name!r}; there are {', '.join(TRACKERS)}")
+        raise TrackkitError(_unknown(name))
     cls, config = TRACKERS[name]
     return cls(config).eval()
+
+
+def _unknown(name: str) -> str:
+    near = nearest(name, TRACKERS)
+    return f"no tracker is called {name!r}{near}; there are {', '.join(TRACKERS)}"
+
+
+def shipped(name: str) -> Path | None:
+    """The file of weights that comes with trackkit for the tracker called `name`, if there is
+    one.
+    """
+    path = paths.SAMPLES / "weights" / f"{name}.safetensors"
+    return path if name in TRACKERS and path.is_file() else None
 
 
 def save(tracker: Tracker, path: str | Path, **about) -> None:
@@ -88,34 +109,83 @@ def describe(tracker: Tracker) -> dict:
 
 
 def load(source: str | Path, classes: Iterable[type[Tracker]] = ()) -> Tracker:
-    """A tracker from its name (`TRACKERS`) or from a file that `save` or `trackkit train` wrote.
+    """A trained tracker, from a file that `save` or `trackkit train` wrote or by its name: then
+    with the weights that come with trackkit (`shipped`), or one that needs none, ncc or stay. With
+    float32 weights on the CPU, whatever torch's defaults are.
 
     `classes` are tracker classes of your own that the file may be of.
 
-    Raises CheckpointError for a file that is damaged, a pickle, or of another tracker or config.
+    Raises CheckpointError for a file that is damaged, a pickle, or of another tracker or config,
+    and for a name without weights: `create` makes trackers with random ones.
     """
     if str(source) in TRACKERS:
-        return create(str(source))
+        name = str(source)
+        if TRACKERS[name][0] in UNTRAINED:
+            return create(name)
+        source = shipped(name)
+        if source is None:
+            raise CheckpointError(
+                f"no trained weights of {name} come with trackkit: `trackkit train {name}` makes "
+                f"some, `trackkit import FILE --tracker {name}` reads its authors'; give the file "
+                "that they write (weights.create makes a tracker with random weights)"
+            )
+    elif not (os.sep in str(source) or Path(source).suffix or Path(source).exists()):
+        raise CheckpointError(f"{_unknown(str(source))}; or give a file, tracker.safetensors")
     tensors, about = checkpoints.read(source)
-    known = CLASSES | {cls.__name__: cls for cls in classes}
-    if about.get("tracker") not in known:
+    weights = {
+        k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")
+    }
+    tracker = _fitting(weights or tensors, about, str(source), classes)
+    checkpoints.load_strictly(tracker, weights or tensors, str(source))
+    return tracker.eval()
+
+
+def _fitting(tensors: dict, about: dict, source: str, classes: Iterable[type[Tracker]]) -> Tracker:
+    """A tracker of the class and config that a file says, whose weights have the file's names and
+    sizes; its values are still random.
+    """
+    known = known_classes() | {cls.__name__: cls for cls in classes}
+    name, config = about.get("tracker"), about.get("config")
+    if not isinstance(name, str) or name not in known:
         raise CheckpointError(
-            f"{source}: made for the tracker {about.get('tracker')!r}; this trackkit has "
+            f"{source}: made for the tracker {_short(name)}; this trackkit has "
             f"{', '.join(known)}. If the class is your own: weights.load(path, classes=(Mine,))"
         )
-    cls = known[about["tracker"]]
+    cls = known[name]
     fields = {field.name for field in dataclasses.fields(cls.Config)}
-    config = about.get("config", {})
+    if not isinstance(config, dict):
+        raise CheckpointError(
+            f"{source}: its config must be fields and values, not {_short(config)}"
+        )
     if set(config) != fields:
-        odd = ", ".join(sorted(set(config) ^ fields))
+        odd = ", ".join(_short(key, 40) for key in sorted(set(config) ^ fields)[:5])
         raise CheckpointError(
             f"{source}: its config and this version's differ in {odd}; train again or use the "
             "version that made it"
         )
     config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-    tracker = cls(cls.Config(**config))
-    weights = {
-        k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")
-    }
-    checkpoints.load_strictly(tracker, weights or tensors, str(source))
-    return tracker.eval()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float32)
+        if cls in known_classes().values():
+            # without values first: a config of somebody else's may ask for any number of gigabytes
+            with torch.device("meta"):
+                wanted = cls(cls.Config(**config)).state_dict()
+            checkpoints.check_fit(name, {k: v.shape for k, v in wanted.items()}, tensors, source)
+        with torch.device("cpu"):
+            return cls(cls.Config(**config))
+    except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError) as e:
+        if isinstance(e, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{source}: no {name} can be made with its config ({_short(e, 200, str)}); train again "
+            "or copy it anew"
+        ) from e
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _short(value: Any, most: int = 60, text=repr) -> str:
+    """For a message about something that a file says, which may be of any length."""
+    shown = text(value).replace("\n", " ")
+    return shown if len(shown) <= most else f"{shown[:most]}..."

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from trackkit.crops import Windows
 from trackkit.errors import DataError
 from trackkit.got10k import write_sequence
-from trackkit.paths import writable
+from trackkit.paths import atomic_write, writable
 from trackkit.sequences import Sequence
 from trackkit.synth.scenes import Scene
 from trackkit.synth.textures import Draw
@@ -175,8 +175,8 @@ class SynthSequence(Sequence):
     def frame_size(self, index: int) -> tuple[int, int]:
         return self.scene.size
 
-    def _source(self) -> object:
-        return self._key
+    def _source(self) -> Iterator[bytes]:
+        yield repr(self._key).encode()
 
     def crop(self, index: int, window: Windows, fill: Tensor | None = None) -> Tensor:
         """The pixels of a window, drawn directly at the resolution of the crop: uint8 (3, size,
@@ -297,7 +297,8 @@ def write_dataset(
             folder / sequence.name, frames, meta=sequence.meta, quality=quality, **labels
         )
         names.append(sequence.name)
-    (folder / "list.txt").write_text("\n".join(names) + "\n", "utf-8", newline="\n")
+    with atomic_write(folder / "list.txt") as partial:
+        partial.write_text("\n".join(names) + "\n", "utf-8", newline="\n")
     return folder
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from trackkit.boxes import check_boxes
+from trackkit.crops import CropSpec
 from trackkit.errors import DataError, TrackkitError
 
 State = TypeVar("State")
@@ -43,8 +44,10 @@ class Tracker(nn.Module):
     """Base class. A subclass has a `Config` dataclass and gives `start`, `step`, `loss` and
     `recipe`.
 
-    `start` and `step` run without gradients, and what goes in and comes out is checked: see
-    `_checked`. `trackkit.trackers.template` is an example to copy.
+    `start` and `step` run without gradients and in evaluation mode, whatever was called before, and
+    what goes in and comes out is checked: see `_tracking` and `_checked`. The weights are float32:
+    after `.half()`, `.double()` or `.to(dtype)` they raise TrackkitError; `torch.autocast` is the
+    way to a lower precision. `trackkit.trackers.template` is an example to copy.
     """
 
     Config: ClassVar[type]
@@ -54,9 +57,9 @@ class Tracker(nn.Module):
     def __init_subclass__(cls, **rest: Any):
         super().__init_subclass__(**rest)
         if "start" in vars(cls):
-            cls.start = torch.no_grad()(cls.start)
+            cls.start = _tracking(cls.start)
         if "step" in vars(cls):
-            cls.step = torch.no_grad()(_checked(cls.step))
+            cls.step = _tracking(_checked(cls.step))
 
     def __init__(self, config: Any = None):
         super().__init__()
@@ -66,6 +69,20 @@ class Tracker(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are; frames are moved there."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    @property
+    def template_crop(self) -> CropSpec:
+        """How the template is cropped, in tracking and in training. This is the rule of STARK and
+        its heirs, for configs with their fields; other trackers state their own.
+        """
+        cfg = self.config
+        return CropSpec(cfg.template_size, cfg.template_factor, fill=0, exact=cfg.exact)
+
+    @property
+    def search_crop(self) -> CropSpec:
+        """How the search region is cropped, see `template_crop`."""
+        cfg = self.config
+        return CropSpec(cfg.search_size, cfg.search_factor, fill=0, exact=cfg.exact)
 
     def start(self, frames: list[Tensor], boxes_xywh: Tensor) -> Any:
         """State after the first frame of B sequences: frames uint8 (3, H, W), boxes (B, 4) in
@@ -166,6 +183,33 @@ def _remedy(frame: Any) -> str:
     if frame.ndim == 2 or (frame.ndim == 3 and frame.shape[0] == 1):
         return "; repeat a grey image for the three colours: frame.expand(3, -1, -1)"
     return ""
+
+
+def _tracking(call: Callable) -> Callable:
+    """`start` or `step` without gradients and in evaluation mode, so that no statistics of a batch
+    norm change. Parts that were in training mode are so again afterwards: a training loop may track
+    in between. TrackkitError for weights that are not float32.
+    """
+
+    @functools.wraps(call)
+    def tracking_call(self: Tracker, *given: Any, **named: Any) -> Any:
+        odd = next((p.dtype for p in self.parameters() if p.dtype != torch.float32), None)
+        if odd is not None:
+            raise TrackkitError(
+                f"{type(self).__name__} has weights of {odd}, and tracks with torch.float32: "
+                "tracker.float(); for a lower precision track under torch.autocast"
+            )
+        learning = [module for module in self.modules() if module.training]
+        try:
+            for module in learning:
+                module.training = False
+            with torch.no_grad():
+                return call(self, *given, **named)
+        finally:
+            for module in learning:
+                module.training = True
+
+    return tracking_call
 
 
 def _checked(step: Callable) -> Callable:

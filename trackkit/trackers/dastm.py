@@ -42,26 +42,30 @@ class DASTMConfig(STMTrackConfig):
     does not say how. Here the target is as large as in memory frames, so a smaller query shows
     less.)"""
     trim: int = 6  # cells that are cut off on each side of the trunk's output for crops of `size`
-    query_trim: int = 6  # the same for queries of another size; if `query_size` is `size`, `trim`
+    query_trim: int = 6  # the same for queries; it must equal `trim` if the sizes are equal
     epoch_steps: int = 30_000
     """Steps of each of 20 epochs, at the scales that have epochs; the paper's are six times
     STMTrack's."""
     attention: tuple[str, ...] = tuple(MODULES)
-    """Modules for the memory, out of "se", "ca" and "cbam"; with none it is STMTrack."""
+    """Modules for the memory, out of "se", "ca" and "cbam". Table 1: subsets without a gate, as
+    sastm(attention=("se", "ca")); with none it is STMTrack."""
     gate: str = "hard"
     """"none" (all modules, as `static` says), "hard" (one module or none, learned straight through
     a Gumbel softmax), "soft" (a weighted sum, as Eq. 2 is written), "random" (Table 3)."""
-    test_gate: str = ""  # another gate for tracking: "hard", "soft" or "random"; "" for the same
+    test_gate: str = ""
+    """Another gate for tracking: "hard", "soft" or "random" (Table 3); "" for the same."""
     seed: int = 0  # of a random gate's decisions in tracking; no effect with other gates
     static: str = "mean"
-    """"mean" or "sum" of the modules' outputs, without a gate. A sum triples the read-out's
-    logits."""
-    tau: float = 1.0  # temperature of the gate (Eq. 2), above 0; no effect without a gate
+    """"mean" or "sum" of the modules' outputs, without a gate. The sum of n makes
+    the read-out's logits n times as large; Table 1's "cumulative" may mean it."""
+    tau: float = 1.0
+    """Temperature (Eq. 2), above 0: of a soft gate's weights, of the expected cost, and of a hard
+    gate's gradient. Which branch a hard gate takes does not depend on it. Only with a gate."""
     tau_end: float = 0.0
     """What the temperature falls to, geometrically, in the stage in which all learns; 0 leaves it
     at `tau`."""
     gate_reduction: int = 4  # d, the gate's hidden layer has width / d units; 1 to `width`
-    gate_bias: tuple[float, float] = (0.0, 0.0)  # the gate's first biases: of none, of each module
+    gate_bias: tuple[float, float] = (0.0, 0.0)  # initial, of none and of each module
     granularity: str = "frame"
     """"frame", a decision for each memory frame when it is stored; "memory", one for all the frames
     that are looked at, made anew at each look."""
@@ -74,9 +78,11 @@ class DASTMConfig(STMTrackConfig):
         super().__post_init__()
         check_fields(
             self, trunk_stage=(2, 3), query_size=Range(1, 4096), query_trim=Range(0, 4096),
-            attention=tuple(MODULES), gate=("none", "hard", "soft", "random"), tau_end=Range(0),
+            attention=tuple(MODULES), gate=("none", "hard", "soft", "random"), tau_end=Range(0,
+            1000),
             test_gate=("", "hard", "soft", "random"), seed=Range(0, 2**32), static=("mean", "sum"),
-            tau=Range(0, above=True), gate_reduction=Range(1, self.width), cost_weight=Range(0),
+            tau=Range(0, 1000, above=True), gate_reduction=Range(1, self.width),
+            cost_weight=Range(0, 1000),
             gate_bias=Range(-1000, 1000), granularity=("frame", "memory"), cost_share=Range(0, 1),
         )  # fmt: skip
         if len(set(self.attention)) < len(self.attention):
@@ -179,7 +185,7 @@ class MemoryAttention(nn.Module):
         if self.kind == "soft":
             return Choices(probability, probability)
         if self.kind == "hard" and self.training:
-            # one-hot, drawn by these probabilities, with the gradient of a softmax
+            # one-hot, drawn by softmax(logits) whatever tau is: tau shapes the gradient alone
             return Choices(probability, F.gumbel_softmax(logits, tau, hard=True))
         if self.kind == "hard":
             draws = logits.argmax(-1)

@@ -24,7 +24,7 @@ from trackkit import vit
 from trackkit.backbones import normalise
 from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, xyxy_to_cxcywh
 from trackkit.checkpoints import load_strictly
-from trackkit.crops import CropSpec, Windows, frame_sizes
+from trackkit.crops import Windows, frame_sizes
 from trackkit.errors import Range, TrackkitError, check_fields
 from trackkit.frames import FrameRule, SampleSpec
 from trackkit.heads import CornerHead, PyramidCornerHead, soft_argmax
@@ -166,7 +166,7 @@ class MixViT(Tracker):
     """The network and the way it tracks.
 
     A descendant changes what the search tokens gather (`mix`) and what one search tells the next,
-    in tracking (`look`) and in training (`told`).
+    in tracking (`answer_and_carry`) and in training (`for_next_search`).
     """
 
     Config = MixViTConfig
@@ -278,16 +278,6 @@ class MixViT(Tracker):
 
     # ---- tracking ----
 
-    @property
-    def template_crop(self) -> CropSpec:
-        cfg = self.config
-        return CropSpec(cfg.template_size, cfg.template_factor, fill=0, exact=cfg.exact)
-
-    @property
-    def search_crop(self) -> CropSpec:
-        cfg = self.config
-        return CropSpec(cfg.search_size, cfg.search_factor, fill=0, exact=cfg.exact)
-
     def start(self, frames: list[Tensor], boxes_xywh: Tensor) -> MixViTState:
         cfg = self.config
         frames, boxes = self.checked(frames, boxes_xywh)
@@ -304,7 +294,7 @@ class MixViT(Tracker):
         # 1. where is it, around its last box
         crops, windows = self.search_crop.around(frames, state.box)
         search = self.tokens(normalise(crops), self.position_s)
-        answer, state = self.look(state, search, windows, maps)
+        answer, state = self.answer_and_carry(state, search, windows, maps)
         box = self.search_crop.to_frame(answer.boxes.double().cpu(), windows, state.box)
         box = clip_with_margin(box, frame_sizes(frames), cfg.margin)
 
@@ -326,7 +316,7 @@ class MixViT(Tracker):
             seen |= {"crop": crops, "window": windows.rows, "updated": due}
         return state, Prediction(box, score, seen)
 
-    def look(
+    def answer_and_carry(
         self, state: MixViTState, search: Tensor, windows: Windows, maps: bool
     ) -> tuple[Answer, MixViTState]:
         """The network's answer for search tokens (B, n, D) of these windows, and the state after
@@ -362,10 +352,10 @@ class MixViT(Tracker):
             search = self.tokens(normalise(batch["searches"][:, i]), self.position_s)
             answer = self(cache, search, told)
             parts.append(box_losses(answer.boxes, batch["search_boxes"][:, i], kind))
-            told = self.told(answer)
+            told = self.for_next_search(answer)
         return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
 
-    def told(self, answer: Answer) -> dict[str, Tensor]:
+    def for_next_search(self, answer: Answer) -> dict[str, Tensor]:
         """What the next search of the same samples is told of this one's answer."""
         return {}
 

@@ -132,7 +132,7 @@ class Template:
     """The target, as the transformer's first block sees it."""
 
     tokens: Tensor  # (B, n, D): patches with their positions
-    boxes: Tensor  # (B, 1, 4): where the target is in the crop, cxcywh in units of the crop
+    boxes: Tensor  # (B, K, 4), K = 1 in OSTrack: where the target is, cxcywh, units of the crop
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ class OSTrack(Tracker):
         keep = cfg.keep_ratio if keep is None else keep
         x = torch.cat([template.tokens, search], 1)  # [H_z; H_x], (B, n + N, D)
         known = x.shape[1] - cells  # template tokens, which always stay
-        rows, weights = self.asking(template)
+        rows, weights = self.deciding_tokens(template)
         # where each search token came from
         cell = torch.arange(cells, device=x.device).expand(batch, -1)
         kept, focus = [], []
@@ -242,7 +242,7 @@ class OSTrack(Tracker):
 
     # ---- early candidate elimination ----
 
-    def asking(self, template: Template) -> tuple[Tensor, Tensor | None]:
+    def deciding_tokens(self, template: Template) -> tuple[Tensor, Tensor | None]:
         """The template tokens that decide: their indices (R,), and their weights (B, R) or None if
         all count alike.
         """
@@ -264,12 +264,12 @@ class OSTrack(Tracker):
         (B, R) make it a weighted mean. The rows alone are computed: full attention stays fused.
         """
         logits = q[:, :, rows] @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, R, T)
-        share = self.share(logits, known).mean(1)
+        share = self.attention_to_search(logits, known).mean(1)
         if weights is not None:
             share = share * weights[..., None] * len(rows)  # the mean divides by it
         return share.mean(1)
 
-    def share(self, logits: Tensor, known: int) -> Tensor:
+    def attention_to_search(self, logits: Tensor, known: int) -> Tensor:
         """What part of its looks a template token gives to each search token: (B, H, R, T) ->
         (B, H, R, N). They are those of the layer's own attention, shared with template tokens.
         """
@@ -277,21 +277,11 @@ class OSTrack(Tracker):
 
     # ---- tracking ----
 
-    @property
-    def template_crop(self) -> CropSpec:
-        cfg = self.config
-        return CropSpec(cfg.template_size, cfg.template_factor, fill=0, exact=cfg.exact)
-
-    @property
-    def search_crop(self) -> CropSpec:
-        cfg = self.config
-        return CropSpec(cfg.search_size, cfg.search_factor, fill=0, exact=cfg.exact)
-
     def start(self, frames: list[Tensor], boxes_xywh: Tensor) -> OSTrackState:
         frames, boxes = self.checked(frames, boxes_xywh)
-        return OSTrackState(boxes, self.remember(frames, boxes))
+        return OSTrackState(boxes, self.make_template(frames, boxes))
 
-    def remember(self, frames: list[Tensor], boxes: Tensor) -> Template:
+    def make_template(self, frames: list[Tensor], boxes: Tensor) -> Template:
         """The template of each frame: crop, patches and positions are made once, here."""
         return self.cropped(frames, boxes, self.template_crop)
 
@@ -300,7 +290,7 @@ class OSTrack(Tracker):
         place = xywh_to_cxcywh(windows.to_crop(boxes)).float() / windows.size
         return Template(self.tokens(normalise(crops), self.position_z), place[:, None])
 
-    def remembered(self, state: OSTrackState) -> Template:
+    def template_of(self, state: OSTrackState) -> Template:
         """The template that the search region is read with."""
         return state.template
 
@@ -310,7 +300,7 @@ class OSTrack(Tracker):
         cfg, frames = self.config, self.moved(frames)
         crops, windows = self.search_crop.around(frames, state.box)
         search = self.tokens(normalise(crops), self.position_x)
-        answer = self(self.remembered(state), search, maps=maps)
+        answer = self(self.template_of(state), search, maps=maps)
         # the window prefers small motion
         response = answer.score * hann_window(cfg.grid, "open").to(answer.score)
         box = box_at(response, answer).double().cpu()

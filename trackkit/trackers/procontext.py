@@ -2,13 +2,13 @@
 
 Lan, Cheng, He, Li, Luo, Bao, Xiang, Geng, Xie: "ProContEXT: Exploring Progressive Context
 Transformer for Tracking", ICASSP 2023. The patches: templates at several scales; a second, dynamic
-group of them, of the last confident frame; and pruning that asks all of them. Without both it is
-OSTrack, bit for bit and with the same weights:
+group of them, of the last frame that was due for it and confident; and pruning that asks all of
+them. With one scale and no dynamic group it is OSTrack, bit for bit and with the same weights:
 
     ProContEXTConfig(extra_factors=(), dynamic=False)
 
-Eq. 2 to 6 are OSTrack's: `gaussian_target`, `focal_loss`, `box_at`, the sum in `OSTrack.loss`, the
-score in `OSTrack.step`.
+Eq. 1 is in `OSTrack.forward`; Eq. 2 to 6 are OSTrack's too: `gaussian_target`, `focal_loss`,
+`box_at`, the sum in `OSTrack.loss`, the score in `OSTrack.step`.
 
 The checkpoints of the authors' code (jp-lan/ProContEXT) load by `trackkit.official`. Where their
 paper differs, `ProContEXTConfig.paper()` follows the paper. We differ from the code in two places:
@@ -39,8 +39,9 @@ class ProContEXTConfig(OSTrackConfig):
 
     extra_factors: tuple[float, ...] = (4.0,)
     """One more template of the same frame for each: the sides of their windows, in the units of
-    template_factor. With it they are the paper's K (Table 2)."""
-    dynamic: bool = True  # a second group of templates, of the last confident frame (Table 3)
+    template_factor. With template_factor they are the paper's K (Table
+    2)."""
+    dynamic: bool = True  # a second group of templates, see update_interval (Table 3)
     pruning_softmax: str = "all"
     """"all", pruning reads the layer's own attention, shared among template and search tokens (the
     code); or "search", a softmax over the search tokens alone (the paper)."""
@@ -75,16 +76,19 @@ class ProContEXTConfig(OSTrackConfig):
 
     @staticmethod
     def paper(**changes) -> ProContEXTConfig:
-        """ProContEXT-384 by the text of its paper. The templates' jitter has no figures there; this
-        one is ours.
+        """ProContEXT-384 by the text of its paper. Neither jitter has figures there: the search's
+        is that of OSTrack-256, which has this factor; the templates' is ours. What stays the
+        code's: a Hann window weighs the score before Eq. 4, and tokens are pruned inside the 4th,
+        7th and 10th block, behind their attention (the paper: before the block).
         """
         text = {"search_factor": 4.0, "pruning_softmax": "search", "update_interval": 1}
+        text |= {"search_jitter": (3.0, 0.25)}
         training = {"template_jitter": (0.0, 0.1), "learning_rate": 1e-4, "backbone_rate": 1.0}
         return ProContEXTConfig(**{**text, **training, **changes})
 
     @classmethod
     def tiny(cls, **changes) -> ProContEXTConfig:
-        """OSTrack's tiny network, which may update soon enough for short videos."""
+        """OSTrack's tiny network, renewed every 10 frames at most: short videos have no 100th."""
         return super().tiny(**{"update_interval": 10, **changes})
 
     @property
@@ -98,7 +102,7 @@ class ProContEXTState(OSTrackState):
     """What ProContEXT remembers of B sequences; `template` holds the static group, S."""
 
     frame: Tensor  # (B,) int64, frames since the first
-    dynamic: Template | None  # D, of the last confident frame
+    dynamic: Template | None  # D, see `update_interval`
 
 
 class ProContEXT(OSTrack):
@@ -110,21 +114,22 @@ class ProContEXT(OSTrack):
 
     # ---- the network (section 2.1) ----
 
-    def asking(self, template: Template) -> tuple[Tensor, Tensor | None]:
+    def deciding_tokens(self, template: Template) -> tuple[Tensor, Tensor | None]:
         """All templates, static and dynamic, decide: the same tokens of each."""
-        rows, weights = super().asking(template)
+        rows, weights = super().deciding_tokens(template)
         first = torch.arange(template.boxes.shape[1], device=rows.device)
-        first = first * self.config.template_grid**2  # token of each template
-        return (first[:, None] + rows).flatten(), weights
+        start = first * self.config.template_grid**2  # index of each template's first token
+        return (start[:, None] + rows).flatten(), weights
 
-    def share(self, logits: Tensor, known: int) -> Tensor:
-        """omega in "Token Pruning": softmax(Q_s K_x^T / sqrt(d)), Q_d alike, in which the looks of
-        each template token at search tokens sum to 1. Averaged in place of the paper's sum (phi),
-        which ranks alike. In the code's softmax a token that is busy with templates counts less.
+    def attention_to_search(self, logits: Tensor, known: int) -> Tensor:
+        """omega of "Token Pruning". "search": softmax(Q_s K_x^T / sqrt(d)), and Q_d alike, so each
+        row sums to 1 over the search tokens (the paper). "all": the layer's own attention, so a
+        token that looks mostly at templates counts less (the code). phi is then a mean, not a sum:
+        the same ranking.
         """
         if self.config.pruning_softmax == "search":
             return logits[..., known:].softmax(-1)
-        return super().share(logits, known)
+        return super().attention_to_search(logits, known)
 
     # ---- tracking (Algorithm 1) ----
 
@@ -132,16 +137,17 @@ class ProContEXT(OSTrack):
         first = super().start(frames, boxes_xywh)
         count = torch.zeros(len(frames), dtype=torch.long)
         dynamic = first.template if self.config.dynamic else None  # line 5: D = S
-        return ProContEXTState(first.box, first.template, count, dynamic)
+        return ProContEXTState(**vars(first), frame=count, dynamic=dynamic)
 
-    def remember(self, frames: list[Tensor], boxes: Tensor) -> Template:
+    def make_template(self, frames: list[Tensor], boxes: Tensor) -> Template:
         """crop(I, b, K) of lines 5 and 11: the templates of each frame at each scale."""
         specs = [replace(self.template_crop, factor=k) for k in self.config.template_factors]
         return joined([self.cropped(frames, boxes, spec) for spec in specs])
 
-    def remembered(self, state: ProContEXTState) -> Template:
+    def template_of(self, state: ProContEXTState) -> Template:
         """[Z_s; Z_d], which [..; Z_x] follows in Eq. 1."""
-        return joined([state.template, state.dynamic]) if state.dynamic else state.template
+        static, dynamic = state.template, state.dynamic
+        return static if dynamic is None else joined([static, dynamic])
 
     def step(
         self, state: ProContEXTState, frames: list[Tensor], maps: bool = False
@@ -154,7 +160,7 @@ class ProContEXT(OSTrack):
         due = due & (found.score > cfg.update_threshold)  # line 10: score > tau
         if due.any():
             rows = due.nonzero()[:, 0].tolist()
-            new = self.remember(self.moved([frames[i] for i in rows]), found.box[rows])
+            new = self.make_template(self.moved([frames[i] for i in rows]), found.box[rows])
             state = replace(state, dynamic=put(state.dynamic, rows, new))  # line 11
         return state, replace(found, maps=found.maps | {"updated": due}) if maps else found
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trackkit.boxes import cxcywh_to_xywh, xywh_to_cxcywh
 from trackkit.crops import Windows, context_side, cut, frame_sizes, mean_colour
-from trackkit.errors import DataError
+from trackkit.errors import DataError, Range, check_fields
 from trackkit.heads import hann_window
 from trackkit.trackers.base import Prediction, Tracker
 
@@ -144,14 +144,12 @@ class NccConfig:
     window_influence: float = 0.2
 
     def __post_init__(self):
-        if not 2 <= self.template_size < self.search_size:
+        size = Range(2, 4096)
+        check_fields(self, template_size=size, search_size=size, window_influence=Range(0, 1))
+        if self.template_size >= self.search_size:
             raise ValueError(
-                f"need 2 <= template_size < search_size, got {self.template_size} and "
+                f"search_size must be above template_size, {self.template_size}; got "
                 f"{self.search_size}"
-            )
-        if not 0 <= self.window_influence <= 1:
-            raise ValueError(
-                f"window_influence must be between 0 and 1, got {self.window_influence}"
             )
 
 

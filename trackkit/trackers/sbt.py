@@ -10,9 +10,10 @@ say for each of its tokens whether it belongs to the target, and where the targe
 The networks, the training and the tracking are those of the authors' code (phiphiphi31/SBT), whose
 checkpoints load by `trackkit.official`. Our code computes the same with less: the template goes
 through the blocks before the first CA only once, and what nobody reads of it after the last one is
-not computed. We depart from theirs in three places: blocks after the last CA run (theirs are
+not computed. We depart from theirs in four places: blocks after the last CA run (theirs are
 skipped; with the paper's placements there are none), targets that reach outside the crop keep their
-positive tokens (`SBTConfig.positives`), and windows are exact if wished (`SBTConfig.exact`).
+positive tokens (`SBTConfig.positives`), losses are weighted as in the paper (`SBTConfig.weights`),
+and crop windows are exact if wished (`SBTConfig.exact`).
 
 This file follows the paper's sections: 3.1 patch embedding, 3.2 the block, 3.3 position, Fig. 3 the
 single branch, 3.4 heads, 6.1 tracking and training; at its end what the paper compares with (Table
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 from trackkit.attention import DropPath, sine_position
 from trackkit.backbones import normalise, timm_weights
 from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, giou
-from trackkit.crops import CropSpec, frame_sizes
+from trackkit.crops import frame_sizes
 from trackkit.errors import Range, check_fields
 from trackkit.frames import SampleSpec
 from trackkit.heads import MLP, MixHead, hann_window
@@ -109,7 +110,7 @@ class SBTConfig:
     those in its box; or the authors', "wrapped", see `positive_tokens`."""
     weights: tuple[float, float, float] = (12.0, 7.0, 5.0)
     """Of the class, the L1 and the GIoU loss. The paper's; its code has ten times as much, which
-    makes no difference to AdamW with clipped gradients."""
+    hardly matters to AdamW with clipped gradients."""
     background: float = 0.0625
     """Weight of background tokens in the class loss, where the target's have 1."""
 
@@ -122,8 +123,9 @@ class SBTConfig:
     `STARKConfig`."""
 
     correlation: str = "embedded"
-    """Table 7. "embedded": CA in the backbone alone. "depthwise", "cross": also (or only, if all of
-    `cross` is empty) after it, see `Levelwise`."""
+    """Table 7, without its DCF and ResNet rows. "embedded": CA in the backbone alone (row 7, with
+    `cross` ((), (), (6, 8, 10))). "depthwise", "cross": also after it (row 8), or only, if all of
+    `cross` is empty (rows 4, 5); see `Levelwise`."""
     levels: tuple[int, ...] = (6, 8, 10)
     """With correlation after the backbone: behind these blocks of the last stage, from 1."""
     adjust: int = 256  # with correlation after the backbone: channels of the levels' responses
@@ -131,7 +133,7 @@ class SBTConfig:
     def __post_init__(self):
         # from a file they come as lists
         object.__setattr__(self, "cross", tuple(tuple(stage) for stage in self.cross))
-        size, count = Range(1, 4096), Range(1)
+        size, count, weight = Range(1, 4096), Range(1, 64), Range(0, 4096)
         check_fields(
             self,
             attention=("srg", "vg", "vl", "sl"),
@@ -145,8 +147,9 @@ class SBTConfig:
             **dict.fromkeys(
                 ("heads", "blocks", "strides", "ratios", "reductions", "levels"), count
             ),
-            **dict.fromkeys(("template_factor", "search_factor"), Range(0, above=True)),
-            **dict.fromkeys(("weights", "background", "margin"), Range(0)),
+            cross=count,
+            **dict.fromkeys(("template_factor", "search_factor"), Range(0, 100, above=True)),
+            **dict.fromkeys(("weights", "background", "margin"), weight),
             drop_path=Range(0, 1, below=True),
             window_influence=Range(0, 1),
         )
@@ -592,16 +595,6 @@ class SBT(Tracker):
 
     # ---- tracking (section 6.1, "Testing") ----
 
-    @property
-    def template_crop(self) -> CropSpec:
-        cfg = self.config
-        return CropSpec(cfg.template_size, cfg.template_factor, fill=0, exact=cfg.exact)
-
-    @property
-    def search_crop(self) -> CropSpec:
-        cfg = self.config
-        return CropSpec(cfg.search_size, cfg.search_factor, fill=0, exact=cfg.exact)
-
     def start(self, frames: list[Tensor], boxes_xywh: Tensor) -> SBTState:
         frames, boxes = self.checked(frames, boxes_xywh)
         crops, _ = self.template_crop.around(frames, boxes)
@@ -708,7 +701,9 @@ def positive_tokens(boxes: Tensor, side: int, wrapped: bool = False) -> Tensor:
     begins outside counts its first column from the right border, as Python counts -3: mostly it has
     no token at all then, and a box larger than the crop has those in the lower right corner.
     """
-    x1, y1, x2, y2 = (cxcywh_to_xyxy(boxes) * side).ceil().long().unbind(-1)
+    # float32 numbers, computed with in float64, as the authors do: an edge that falls on a corner
+    # would else land on its other side
+    x1, y1, x2, y2 = (cxcywh_to_xyxy(boxes.float().double()) * side).ceil().long().unbind(-1)
     index, inside = torch.arange(side, device=boxes.device), []
     for first, end in ((y1, y2), (x1, x2)):
         end = torch.where(end == first, first + 1, end)

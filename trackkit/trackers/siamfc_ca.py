@@ -21,25 +21,27 @@ from trackkit.trackers.siamfc import SiamFC, SiamFCConfig, cross_correlation
 
 @dataclass(frozen=True)
 class SiamFCCAConfig(SiamFCConfig):
-    """SiamFC's numbers with another backbone; `channels`, `kernels`, `groups` and `pools` do not
-    count here.
-    """
+    """SiamFC's numbers with another backbone."""
 
     exemplar_size: int = 128
     """side of the exemplar, the crop of the target in the first frame; a multiple of the stride"""
     search_size: int = 256  # side of the search crop in tracking; a multiple of the stride
     train_search_size: int = 240  # in training; a multiple of the stride
+    channels: tuple[int, ...] = SiamFCConfig.channels  # no effect, see `sbt`
+    kernels: tuple[int, ...] = SiamFCConfig.kernels  # no effect, see `sbt`
+    groups: tuple[int, ...] = SiamFCConfig.groups  # no effect, see `sbt`
+    pools: int = SiamFCConfig.pools  # no effect, see `sbt`
     sbt: str = "small"  # "light", "small", "base" or "tiny", whose backbone it is
     adjust: int = 256  # channels of the features that are compared
 
     def __post_init__(self):
         check_fields(self, sbt=("light", "small", "base", "tiny"), adjust=Range(1, 4096))
+        super().__post_init__()
         for size in (self.exemplar_size, self.search_size, self.train_search_size):
             if size % self.stride:
                 raise ValueError(
                     f"crop sizes must be multiples of the stride, {self.stride}; got {size}"
                 )
-        super().__post_init__()
 
     @classmethod
     def tiny(cls) -> SiamFCCAConfig:

@@ -50,7 +50,7 @@ class STARKConfig:
     decoder_layers: int = 6  # 0 leaves it out, and the query itself is the answer (Table 6)
     dropout: float = 0.1  # probability of it in the transformer
     pre_norm: bool = False  # normalise before each step of a layer instead of after it
-    position: str = "sine"  # "sine", "learned" or "none" (Table 6)
+    position: str = "sine"  # "sine", "none" (Table 6) or "learned"
     head: str = "corner"  # "corner", or "mlp" straight from the decoder (Table 6)
     head_channels: int = 256  # of the corner head's first convolution; no effect with head "mlp"
     dynamic: bool = True  # a second template (STARK-ST), or not (STARK-S)
@@ -204,7 +204,9 @@ class STARK(Tracker):
     # ---- the network (paper, sections 3.1 and 3.2) ----
 
     def encode(self, images: Tensor, mask: Tensor) -> Tokens:
-        """Normalised images (B, 3, S, S) and their mask (B, S, S) bool, True outside the frame."""
+        """Backbone, bottleneck and positions (not the encoder) of normalised images (B, 3, S, S)
+        with their mask (B, S, S) bool, True outside the frame.
+        """
         features = self.features(images).flatten(2).transpose(1, 2)  # (B, N, D)
         stride = self.backbone.stride
         cells = mask[:, ::stride, ::stride]  # (B, s, s): the value at each cell's first pixel
@@ -227,13 +229,13 @@ class STARK(Tracker):
         seen = {} if maps else None
         templates, search = self.marked(templates, search)
         tokens = concat([*templates, search])  # templates first, the search crop last
-        memory = self.look_around(tokens, seen)
+        memory = self.run_encoder(tokens, seen)
         if query is None:
             query = self.query.weight.repeat(len(memory), 1, 1)
-        decoded = self.look_up(torch.zeros_like(query), query, memory, tokens, seen)
+        decoded = self.run_decoder(torch.zeros_like(query), query, memory, tokens, seen)
         return self.answer(memory, search, decoded, seen)
 
-    def look_around(self, tokens: Tokens, seen: dict | None, name: str = "encoder") -> Tensor:
+    def run_encoder(self, tokens: Tokens, seen: dict | None, name: str = "encoder") -> Tensor:
         """The encoder, where every token looks at every token -> (B, T, D)."""
         x, ignore = tokens.features, _needed(tokens.ignore, tokens.features)
         for index, layer in enumerate(self.encoder.layers):
@@ -242,7 +244,7 @@ class STARK(Tracker):
                 seen[f"{name}_{index}"] = share
         return self.encoder.norm(x)
 
-    def look_up(
+    def run_decoder(
         self, x: Tensor, query: Tensor, memory: Tensor, tokens: Tokens, seen: dict | None
     ) -> Tensor:
         """The decoder: queries, content x, gather from the memory of `tokens` -> (B, Q, D)."""
@@ -306,16 +308,6 @@ class STARK(Tracker):
         return marked, replace(search, position=search.position + marks[1])
 
     # ---- tracking (section 3.2, "Inference") ----
-
-    @property
-    def template_crop(self) -> CropSpec:
-        cfg = self.config
-        return CropSpec(cfg.template_size, cfg.template_factor, fill=0, exact=cfg.exact)
-
-    @property
-    def search_crop(self) -> CropSpec:
-        cfg = self.config
-        return CropSpec(cfg.search_size, cfg.search_factor, fill=0, exact=cfg.exact)
 
     def start(self, frames: list[Tensor], boxes_xywh: Tensor) -> STARKState:
         frames, boxes = self.checked(frames, boxes_xywh)
@@ -414,7 +406,7 @@ class STARK(Tracker):
 
     def losses(self, answer: Answer, truth: Tensor, labels: Tensor, kind: str) -> dict[str, Tensor]:
         """`truth` (B, 4) cxcywh; `labels` (B,) are 1 where the target is in the crop, else 0."""
-        if kind == "score":  # Eq. 3
+        if kind == "score":  # Eq. 3, whose minus the paper leaves out
             wanted = labels[:, None].expand_as(answer.logits)
             return {"loss": F.binary_cross_entropy_with_logits(answer.logits, wanted)}
         boxes, corners = answer.boxes, answer.corners

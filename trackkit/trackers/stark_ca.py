@@ -1,7 +1,7 @@
 """STARK-CA: STARK-S whose search and template features know of one another before they are tokens.
 
 Xie et al.: "Correlation-Aware Deep Tracking", CVPR 2022, section 5.3, replace STARK's backbone by
-SBT's. Its strides are those of the backbone that it replaces, all else is STARK's.
+SBT's. Its total stride, 16, is that of the backbone that it replaces, all else is STARK's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from trackkit.trackers.stark import STARK, Answer, STARKConfig, Tokens
 class STARKCAConfig(STARKConfig):
     """STARK's numbers with another backbone."""
 
-    backbone: str = "sbt-small"  # "sbt-small" (stride 16), or "sbt-tiny" (stride 8)
+    backbone: str = "sbt-small"
+    """"sbt-small" (stride 16), or "sbt-tiny" (stride 8)"""
     dynamic: bool = False  # must be: the search crop is joined with one template
     score: bool = False  # the score head
 

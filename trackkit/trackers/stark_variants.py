@@ -1,7 +1,9 @@
 """What STARK's authors tried and dropped (Table 7): four trackers, each STARK with one change.
 
 The paper describes each in a sentence or two of section 4.4; where that leaves a choice, ours is
-said. They differ from STARK-ST by nothing else, so their loss against it is what the change costs.
+said. Two change more than their name says: the updated query stands in place of the dynamic
+template (the paper extends STARK-S50: dynamic=False) and learns from clips; Hungarian matching
+needs scores from the start, so it is learned in one stage.
 """
 
 from __future__ import annotations
@@ -40,10 +42,10 @@ class STARKTemplateQuery(STARK):
     ) -> Answer:
         seen = {} if maps else None
         templates, search = self.marked(templates, search)
-        template = concat(templates)
-        asked = self.look_around(template, seen, "encoder_template")  # (B, Z, D)
-        memory = self.look_around(search, seen)  # (B, X, D)
-        decoded = self.look_up(asked, template.position.to(asked), memory, search, seen)
+        asked = self.run_encoder(concat(templates), seen, "encoder_template")  # (B, Z, D)
+        memory = self.run_encoder(search, seen)  # (B, X, D)
+        query = concat(templates).position.to(asked)
+        decoded = self.run_decoder(asked, query, memory, search, seen)
         # the head needs one vector; the paper does not say which
         return self.answer(memory, search, decoded.mean(1, keepdim=True), seen)
 

@@ -61,10 +61,10 @@ class STMTrackConfig:
     def __post_init__(self):
         check_fields(
             self, trunk=self.trunks, memory=("bounded", "unbounded"), size=Range(1, 4096),
-            factor=Range(0, above=True), trim=Range(0, 4096), width=Range(16, 4096),
-            head_width=Range(1, 4096), head_layers=Range(1, 4096), capacity=Range(1),
+            factor=Range(0, 100, above=True), trim=Range(0, 4096), width=Range(16, 4096),
+            head_width=Range(1, 4096), head_layers=Range(1, 100), capacity=Range(1),
             segments=Range(1, 4096), confidence=Range(0, 1), train_frames=Range(1, 4096),
-            epoch_steps=Range(1), rate=Range(0, 1), window=Range(0, 1), penalty=Range(0),
+            epoch_steps=Range(1), rate=Range(0, 1), window=Range(0, 1), penalty=Range(0, 1000),
             min_size=Range(0, 4096, above=True),
         )  # fmt: skip
         least = self.segments + 2

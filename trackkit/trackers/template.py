@@ -45,11 +45,14 @@ class MyTrackerState:
 
 class MyTracker(Tracker):
     Config = MyTrackerConfig
+    template_crop = CropSpec(48, factor=2.0)  # twice the target, as 48 x 48 pixels
+
+    @property
+    def search_crop(self) -> CropSpec:
+        return CropSpec(96, self.config.search_factor)
 
     def __init__(self, config: MyTrackerConfig = MyTrackerConfig()):
         super().__init__(config)
-        self.template_crop = CropSpec(48, factor=2.0)
-        self.search_crop = CropSpec(96, config.search_factor)
         self.embed = vit.patch_embedding("conv", config.width)  # a token for 8 x 8 pixels
         self.template_position = vit.learned_position(48 // 8, config.width)
         self.search_position = vit.learned_position(96 // 8, config.width)

@@ -1,9 +1,11 @@
 """USTAM: what the last frame's attention found tells this frame's where to look.
 
 Anonymous authors: "USTAM: Unified Spatio-Temporal Attention MixFormer for Visual Object Tracking"
-(under review). It is MixViT with two patches, both in `USTAM.mix`: the attention map of the last
-block is sharpened (spatial attention), and that of the next frame's first block is multiplied by it
-(temporal attention). Without both it is MixViT, bit for bit.
+(under review). It is MixViT with two patches: the attention map of the last block is sharpened
+(spatial attention), and that of the next frame's first block is multiplied by it (temporal
+attention). What they do to attention is in `USTAM.mix`; `start`, `answer_and_carry` and
+`for_next_search` carry the map from frame to frame. With `spatial` and `temporal` off and the same
+numbers it is MixViT, bit for bit.
 
 There is no code of the authors. Where the paper leaves something open, this is one definition of
 it, and the alternatives are fields of the config.
@@ -28,28 +30,30 @@ from trackkit.trackers.mixvit import Answer, MixViT, MixViTConfig, MixViTState, 
 class USTAMConfig(MixViTConfig):
     """MixViT's numbers and the patches; Table 4's rows are `spatial` and `temporal`.
 
-    The paper says "twice the width and height" of the search window too, but `search_factor` is
-    4.5: 288 / 128 = 4.5 / 2 shows target and template at the same scale, and in a window of 2 a
-    target that moves by half its size is lost.
+    The paper says that the search window is "twice the width and height" of the box. Here it is
+    MixViT's 4.5, with which target and template of Base-288 have one scale: from a window of 2 a
+    target is gone as soon as it moves by more than half its size.
     """
 
     update_interval: int = 0
-    """As MixViT's; 0: never, as the paper mentions no update."""
+    """As MixViT's; 0: never, as the paper mentions no update. There are two templates all the same,
+    both of the first frame: the MACs of Table 4 are counted with two."""
     spatial: bool = True  # the last block's attention map is sharpened (Eq. 5, 6)
     temporal: bool = True  # the first block's is multiplied by the last frame's (Eq. 3, 4)
     residual: str = "map"
-    """What the spatial layer's output is added to: the attention `map`, or Eq. 6's `relative` map,
-    which takes one number from all of it. The text names the input of the module, which is the
-    map."""
+    """What the spatial layer's output is added to. The text has "residual connection to map G_sp",
+    which is Eq. 6's map: `relative`. The default, `map`, is the attention map itself: with a layer
+    of zeros the network is then exactly MixViT."""
     mean: str = "column"
     """Eq. 6's means are over each `column` (its formula) or `row` (its text). No effect with
     `residual` map and `carried` enhanced: softmax does not see what is subtracted everywhere."""
     carried: str = "enhanced"
-    """The map that goes to the next frame: `enhanced`, the one that the last block uses, or
-    `relative` (Eq. 6)."""
+    """What Eq. 4 multiplies by in the next frame. Its symbol, G_sp, is Eq. 6's map: `relative`. Its
+    words, the last block's map, may also mean the one that block uses: `enhanced`."""
     align: str = "none"
-    """`none`: cell i of the last search crop counts as cell i of this one (nothing in the paper
-    says otherwise), or `warp`: in tracking the map is moved to where this crop's cells were."""
+    """In tracking. `none`: cell i of the last search crop counts as cell i of this one (nothing in
+    the paper says otherwise), or `warp`: the map is moved to where this crop's cells were, as in
+    training, whose two searches share a window."""
     forget: float = 0.3
     """In training, how often the second frame of a clip sees no last map, as a first frame does."""
 
@@ -63,7 +67,7 @@ class USTAMConfig(MixViTConfig):
 
     @classmethod
     def b384(cls, **changes) -> Self:
-        """Base, another search size (Tables 3, 5); Table 1 gives all of Base one template size."""
+        """Base with a search crop of 384 (Tables 3, 5) and Base's template of 128 (Table 1)."""
         return cls(**{"search_size": 384, **changes})
 
     @classmethod
@@ -76,7 +80,7 @@ class USTAMConfig(MixViTConfig):
 class USTAMState(MixViTState):
     """What USTAM remembers of B sequences."""
 
-    carried: Tensor | None  # (B, H, n, n), G_sp of the last frame; 0 before the first tracked one
+    carried: Tensor | None  # (B, H, n, n), the last frame's, for Eq. 4; 0 before it
     window: Tensor | None  # (B, 3) int64, left, top and side of the crop which that map is of
 
 
@@ -90,9 +94,9 @@ class SpatialAttention(nn.Module):
     """What is added to the search part of the last block's map (section 3.2): (B, H, n, n) -> (B,
     H, n, n).
 
-    One layer n -> n, shared by the heads, reads each row (the parameters and MACs of Table 4 fit
-    nothing else). It starts at zero, so that with `residual` "map" training starts from a working
-    MixViT. It ties the network to one search size.
+    One layer n -> n, shared by the heads (Table 4: n^2 parameters, H n^3 MACs). That it and the
+    softmax run along rows is our reading. It starts at zero, so that with `residual` "map" training
+    starts from a working MixViT. It ties the network to one search size.
     """
 
     def __init__(self, tokens: int, residual: str, mean: str):
@@ -121,19 +125,21 @@ class USTAM(MixViT):
         self, block: int, q: Tensor, k: Tensor, v: Tensor, own: Tensor, notes: dict[str, Tensor]
     ) -> Tensor:
         """What the search tokens gather: Eq. 2, and in the first and last block what the patches
-        add to it, so that a last map or a spatial layer of zeros changes no bit.
+        add to it, so that a last map or (with `residual` "map") a spatial layer of zeros changes no
+        bit.
 
         The notes have the last frame's map "carried", if there is one, and get the map of the first
         block, "temporal", and that of the last for the next frame, "enhanced": (B, H, n, n).
         """
-        cfg, n, mixed = self.config, q.shape[2], super().mix(block, q, k, v, own, notes)
+        cfg, n = self.config, q.shape[2]
+        mixed = super().mix(block, q, k, v, own, notes)  # Eq. 2
         if block == 0 and "carried" in notes:
             share = attention_map(q, k)[..., -n:]  # Eq. 3: G, its search tokens' part
             more = share * notes["carried"]  # Eq. 4: (G G_sp + G) V
             notes["temporal"] = share + more
             mixed = mixed + more @ own
         if block == cfg.depth - 1 and (cfg.spatial or cfg.temporal):
-            share = kept = attention_map(q, k)[..., -n:]  # Eq. 5
+            share = kept = attention_map(q, k)[..., -n:]  # Eq. 5: G_f, its search tokens' part
             if cfg.spatial:
                 more = self.spatial_attention(share)  # Eq. 6 and what follows it
                 kept = share + more
@@ -149,21 +155,21 @@ class USTAM(MixViT):
         if cfg.temporal:
             carried = torch.zeros(batch, cfg.heads, n, n, device=self.device)
         if cfg.temporal and cfg.align == "warp":
-            window = torch.tensor([[0, 0, 1]]).repeat(batch, 1)
+            window = torch.tensor([[0, 0, 1]]).repeat(batch, 1)  # any: the first map is 0
         return USTAMState(**vars(state), carried=carried, window=window)
 
-    def look(
+    def answer_and_carry(
         self, state: USTAMState, search: Tensor, windows: Windows, maps: bool
     ) -> tuple[Answer, USTAMState]:
         carried, window = state.carried, state.window
         if carried is None:
-            return super().look(state, search, windows, maps)
+            return super().answer_and_carry(state, search, windows, maps)
         if window is not None:
             carried, window = realigned(carried, window, windows.rows), windows.rows
         answer = self(state.cache, search, {"carried": carried}, maps)
         return answer, replace(state, carried=answer.notes["enhanced"], window=window)
 
-    def told(self, answer: Answer) -> dict[str, Tensor]:
+    def for_next_search(self, answer: Answer) -> dict[str, Tensor]:
         """The map, which gets no gradient from the next search and is sometimes forgotten."""
         if not self.config.temporal:
             return {}
@@ -190,7 +196,8 @@ class USTAM(MixViT):
 
     def recipe(self, scale: str, preset: str = "") -> list[Stage]:
         """MixViT's, by default with `preset` "paper": USTAM's Table 1 has the same rates, its Eq. 7
-        the same losses (1 and 0.4 are in the ratio of 5 and 2); its batch is not given.
+        the same losses (1 and 0.4 are in the ratio of 5 and 2). Its batch and the number of epochs
+        are not given; 500 are MixViT's. (Eq. 8 divides by an intersection where GIoU has a union.)
         """
         patched = self.config.spatial or self.config.temporal
         return super().recipe(scale, preset or ("paper" if patched else "code"))
@@ -210,7 +217,7 @@ def realigned(maps: Tensor, before: Tensor, now: Tensor) -> Tensor:
     parts = []
     for axis in (1, 0):  # rows, then columns
         middle = now[:, axis, None] + (cell + 0.5) * now[:, 2:] / grid  # (B, g), frame pixels
-        # in cells of `before`
+        # each middle in cells of `before`
         place = (middle - before[:, axis, None]) / before[:, 2:] * grid - 0.5
         parts.append((1 - (place[..., None] - cell).abs()).clamp(min=0).to(maps))  # (B, g, g)
     # (B, H, row, column, row, column)
