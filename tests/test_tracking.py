@@ -7,12 +7,13 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers import pixels
 
 from trackkit.boxes import iou
-from trackkit.errors import DataError
+from trackkit.errors import DataError, TrackkitError
 from trackkit.paths import SAMPLES
 from trackkit.synth import SynthConfig, SynthDataset
 from trackkit.trackers.base import join, take
@@ -403,3 +404,62 @@ def test_a_gpu_finds_the_same_boxes(videos):
     )
     for index in expected:
         assert (expected[index].boxes_xywh - found[index].boxes_xywh).abs().max() < 0.1
+
+
+# ---- whatever was called before ----
+
+
+@pytest.mark.parametrize("any_tracker", ["siamfc-tiny", "stark-tiny", "dastm-tiny"], indirect=True)
+def test_tracking_is_in_evaluation_mode_whatever_was_called(any_tracker, endings):
+    """Boxes are the same, statistics of batch norms stay, and who trained trains on."""
+    video = endings[0]
+    wanted = track(any_tracker, video).boxes_xywh
+    before = {key: value.clone() for key, value in any_tracker.state_dict().items()}
+    any_tracker.train()
+    online = Online(any_tracker)
+    any_tracker.train()
+    online.init(video.frame(0), video.boxes_xywh[0])
+    found = [online.update(video.frame(i)) for i in range(1, len(video))]
+    assert torch.equal(torch.tensor(found, dtype=torch.float64), wanted[1:])
+    assert any_tracker.training and all(m.training for m in any_tracker.modules())
+    assert all(torch.equal(value, before[key]) for key, value in any_tracker.state_dict().items())
+    any_tracker.eval()
+
+
+@pytest.mark.parametrize(
+    "image",
+    [None, "frame.jpg", np.array([[None]]), [[1, 2], [3]], np.zeros((4, 4, 3), "complex64")],
+    ids=["none", "text", "objects", "ragged", "complex"],
+)
+def test_images_that_are_none_are_refused(image):
+    online = Online(create("stay"))
+    with pytest.raises(DataError, match=r"an image must be|a frame must be"):
+        online.init(image, (1, 1, 4, 4))
+
+
+@pytest.mark.parametrize("box", [None, "1,2,3,4", (1, 2, "x", 4), [object()] * 4, (1, 2, 3)])
+def test_boxes_that_are_none_are_refused(box):
+    online = Online(create("stay"))
+    with pytest.raises(DataError, match="box"):
+        online.init(np.zeros((20, 20, 3), "uint8"), box)
+
+
+def test_arrays_that_must_not_be_written_to_are_fine():
+    image = np.zeros((20, 20, 3), "uint8")
+    image.flags.writeable = False
+    online = Online(create("stay"))
+    online.init(image[::-1], (1, 1, 4, 4))
+    assert online.update(image[..., ::-1]) == (1, 1, 4, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_of_the_weights_are_refused(any_tracker, dtype):
+    if not list(any_tracker.parameters()):
+        return
+    image, box = torch.zeros(3, 40, 40, dtype=torch.uint8), torch.tensor([[9.0, 9, 20, 20]])
+    odd = copy.deepcopy(any_tracker).to(dtype)
+    with pytest.raises(TrackkitError, match=rf"weights of {dtype}.*tracker.float\(\)"):
+        odd.start([image], box)
+    with torch.autocast("cpu", torch.bfloat16):
+        state = any_tracker.start([image], box)
+        assert any_tracker.step(state, [image])[1].box.dtype == torch.float64

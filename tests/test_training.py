@@ -525,3 +525,52 @@ def test_trains_on_a_gpu(tmp_path, precision):
     assert tracker.device.type == "cuda" and all(
         torch.isfinite(p).all() for p in tracker.parameters()
     )
+
+
+# ---- descriptions that somebody else wrote ----
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"config": []},
+        {"config": None},
+        {"config": "tiny"},
+        {"config": {"channels": 1e6}},
+        {"tracker": None},
+        {"tracker": ["SiamFC"]},
+        {"tracker": "x" * 10_000},
+        {"config_change": {"channels": [1_000_000] * 5}},
+        {"config_change": {"channels": [8, 8]}},
+        {"config_change": {"scales": "3"}},
+        {"config_change": {"exemplar_size": None}},
+        {"config_change": {"exemplar_size": 10**9}},
+        {"config_change": {"scale_step": [[[[1]]]]}},
+    ],
+    ids=str,
+)
+def test_odd_descriptions_are_one_line(tmp_path, about):
+    """And take no memory: a config may ask for any number of gigabytes."""
+    tracker, path = SiamFC(SiamFCConfig.tiny()), tmp_path / "odd.safetensors"
+    described = weights.describe(tracker)
+    change = about.get("config_change")
+    if change is not None:
+        about = {"config": {**described["config"], **change}}
+    checkpoints.write(path, tracker.state_dict(), {**described, **about})
+    with pytest.raises(CheckpointError, match=r"odd\.safetensors") as error:
+        weights.load(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 2000
+
+
+def test_weights_are_float32_on_the_cpu_whatever_the_defaults_are(tmp_path):
+    path = tmp_path / "tracker.safetensors"
+    weights.save(SiamFC(SiamFCConfig.tiny()), path)
+    wanted = weights.load(path).state_dict()
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        found = weights.load(path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert all(torch.equal(found.state_dict()[key], value) for key, value in wanted.items())

@@ -184,8 +184,11 @@ class Online:
 
 def _as_frame(image) -> Tensor:
     if not isinstance(image, Tensor):
-        array = np.asarray(image)
-        if array.dtype.kind not in "biuf":  # None, text, objects, lists of unequal length
+        try:
+            array = np.asarray(image)
+        except ValueError:  # lists of unequal length
+            array = np.asarray(image, dtype=object)
+        if array.dtype.kind not in "biuf":  # None, text, objects
             raise DataError(
                 "an image must be a uint8 tensor (3, H, W) or array (H, W, 3), RGB; got "
                 f"a {type(image).__name__} {array.dtype} {array.shape}"
