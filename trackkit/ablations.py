@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from trackkit import __version__
-from trackkit.errors import DataError, TrackkitError
+from trackkit.errors import DataError, TrackkitError, nearest
 from trackkit.evaluation import evaluate
 from trackkit.got10k import GOT10k
 from trackkit.paths import SAMPLES, atomic_write, home, writable
@@ -292,7 +292,8 @@ def run(
     labels = [row.label for row in table.rows]
     if odd := [label for label in rows if label not in labels]:
         raise TrackkitError(
-            f"{table.name} has no row {', '.join(map(repr, odd))}; it has {', '.join(labels)}"
+            f"{table.name} has no row {', '.join(map(repr, odd))}{nearest(odd[0], labels)}; it has "
+            f"{', '.join(labels)}"
         )
     if min(seeds, jobs) < 1:
         raise TrackkitError(f"seeds and jobs must be at least 1, got {seeds} and {jobs}")

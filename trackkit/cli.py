@@ -7,8 +7,12 @@ complete. Imports happen inside the commands: `trackkit` alone must not wait for
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import io
 import json
+import math
 import os
 import re
 import shlex
@@ -67,19 +71,21 @@ def train(argv: list[str]) -> None:
     from trackkit.paths import home
     from trackkit.sampling import training_set
     from trackkit.stages import shortened
+    from trackkit.tracking import device_called
     from trackkit.training import train as run
-    from trackkit.weights import TRACKERS, create
+    from trackkit.weights import TRACKERS
 
     name = _positional(argv, TRACKERS)
     if name is None and not {"-h", "--help"} & set(argv):
         raise TrackkitError(f"name the tracker to train: {', '.join(TRACKERS)}")
-    chosen = create(name or "siamfc-tiny")
-    options_type = TrainOptions[type(chosen.config)]
-    default = options_type(tracker=name or tyro.MISSING, config=chosen.config)
-    options = tyro.cli(options_type, args=argv, prog="trackkit train", default=default)
+    chosen, options = _train_options(argv, name or "siamfc-tiny")
+    if options.tracker != name:  # that was an option's value
+        name = options.tracker
+        chosen, options = _train_options(argv, name)
+    device_called(options.device)
     _in_range(
         steps=(options.steps, COUNT),
-        batch=(options.batch, COUNT),
+        batch=(options.batch, BATCH),
         seed=(options.seed, SEED),
         workers=(options.workers, WORKERS),
     )
@@ -116,6 +122,16 @@ def train(argv: list[str]) -> None:
     print(f"{out / 'tracker.safetensors'}: {stages[-1].name} {course}")
 
 
+def _train_options(argv: list[str], name: str) -> tuple[Any, TrainOptions]:
+    """The tracker called `name`, and what `argv` says with the fields of its config."""
+    from trackkit.weights import create
+
+    chosen = create(name)
+    options_type = TrainOptions[type(chosen.config)]
+    default = options_type(tracker=tyro.MISSING, config=chosen.config)
+    return chosen, _parsed("train", argv, options_type, default=default)
+
+
 def _positional(argv: list[str], names: Collection[str]) -> str | None:
     """The word of `argv` that is no option and no option's value: the tracker's name, wherever it
     stands. A word behind an option is its value, unless there is no other that could be the name.
@@ -131,8 +147,8 @@ def _positional(argv: list[str], names: Collection[str]) -> str | None:
     return next(iter([*known, *words, *values]), None)
 
 
-COUNT, WORKERS, SEED = Range(1, 10**9), Range(0, 1024), Range(0, 2**63 - 1)
-PIXELS = Range(32, 8192)
+COUNT, BATCH, WORKERS = Range(1, 10**9), Range(1, 65_536), Range(0, 1024)
+SEED, PIXELS = Range(0, 2**32 - 1), Range(32, 8192)
 
 
 def _in_range(**given: tuple[int | None, Range]) -> None:
@@ -144,7 +160,7 @@ def _in_range(**given: tuple[int | None, Range]) -> None:
 
 
 def track(argv: list[str]) -> None:
-    tyro.cli(_track, args=argv, prog="trackkit track")
+    _parsed("track", argv, _later(_track))()
 
 
 def _track(
@@ -170,11 +186,11 @@ def _track(
         device: where to run.
     """
     from torch.nn.functional import pad
-    from tqdm.auto import tqdm
 
     from trackkit.drawing import draw_boxes
     from trackkit.evaluation import average_overlap, sequence_overlaps
     from trackkit.paths import atomic_write, writable
+    from trackkit.progress import bar
     from trackkit.tracking import track_many
     from trackkit.video import open_sequence, write_video
 
@@ -185,7 +201,7 @@ def _track(
             "first frame"
         )
     [name] = _labels([tracker])
-    network = _load(tracker, device)
+    network = _load([tracker], device)[0]
     results = writable(out or Path.cwd()) / f"{sequence.name}-{name}"
     _, result = next(track_many(network, [sequence], batch=1, progress=True))
     with atomic_write(f"{results}.txt") as partial:
@@ -194,9 +210,9 @@ def _track(
         )
     scored = sequence.labelled and len(sequence) > 1
 
-    def pictures():
+    def pictures(numbers):
         height, width = sequence.frame(0).shape[1:]
-        for i in tqdm(range(len(sequence)), desc="video", unit="frame"):
+        for i in numbers:
             boxes = {name: result.boxes_xywh[i]}
             if scored and bool(sequence.visible[i]):
                 boxes["truth"] = sequence.boxes_xywh[i]
@@ -206,12 +222,9 @@ def _track(
                 picture = pad(picture, (0, width - picture.shape[2], 0, height - picture.shape[1]))
             yield picture
 
-    write_video(
-        f"{results}.mp4",
-        pictures(),
-        getattr(sequence, "fps", 0) or 10,
-        getattr(sequence, "times", None),
-    )
+    fps, times = getattr(sequence, "fps", 0) or 10, getattr(sequence, "times", None)
+    with bar(range(len(sequence)), desc="video", unit="frame") as shown:
+        write_video(f"{results}.mp4", pictures(shown), fps, times)
     fps = len(sequence) / float(result.seconds.sum())
     print(f"{results}.mp4 and .txt: {len(sequence)} frames, {fps:.0f} frames per second")
     if scored:
@@ -220,7 +233,7 @@ def _track(
 
 
 def evaluate(argv: list[str]) -> None:
-    tyro.cli(_evaluate, args=argv, prog="trackkit evaluate")
+    _parsed("evaluate", argv, _later(_evaluate))()
 
 
 def _evaluate(
@@ -263,7 +276,7 @@ def _evaluate(
 
     if not trackers:
         raise TrackkitError("name at least one tracker: a checkpoint, or ncc, stay")
-    _in_range(batch=(batch, COUNT))
+    _in_range(batch=(batch, BATCH))
     if zip_out and (len(trackers) != 1 or split != "test"):
         raise TrackkitError(
             "--zip packs the results of one tracker on the test split: --split test, and a single "
@@ -271,11 +284,9 @@ def _evaluate(
         )
     dataset = GOT10k(data, split)
     out = out or home() / "results" / dataset.name
-    scores = {}
-    for tracker, name in zip(trackers, _labels(trackers), strict=True):
-        scores[name] = evaluation.evaluate(
-            _load(tracker, device), dataset, out / name, name, batch=batch
-        )
+    scores, names = {}, _labels(trackers)
+    for network, name in zip(_load(trackers, device), names, strict=True):
+        scores[name] = evaluation.evaluate(network, dataset, out / name, name, batch=batch)
         if zip_out:
             submission_zip(out / name, dataset, zip_out)
             print(f"{zip_out}: {len(dataset)} sequences, ready for the server")
@@ -296,7 +307,7 @@ def _evaluate(
 
 
 def ablate(argv: list[str]) -> None:
-    tyro.cli(_ablate, args=argv, prog="trackkit ablate")
+    _parsed("ablate", argv, _later(_ablate))()
 
 
 def _ablate(
@@ -339,7 +350,8 @@ def _ablate(
     from trackkit.paths import home
 
     tables = ablations.TABLES
-    _in_range(seeds=(seeds, COUNT), jobs=(jobs, COUNT), steps=(steps, COUNT), batch=(batch, COUNT))
+    few = Range(1, 1024)
+    _in_range(seeds=(seeds, few), jobs=(jobs, few), steps=(steps, COUNT), batch=(batch, BATCH))
     if not table:
         for one in tables.values():
             print(
@@ -356,7 +368,7 @@ def _ablate(
 
 
 def synth(argv: list[str]) -> None:
-    tyro.cli(_synth, args=argv, prog="trackkit synth")
+    _parsed("synth", argv, _later(_synth))()
 
 
 def _synth(
@@ -408,7 +420,7 @@ def _synth(
 
 
 def import_(argv: list[str]) -> None:
-    tyro.cli(_import, args=argv, prog="trackkit import")
+    _parsed("import", argv, _later(_import))()
 
 
 def _import(file: tyro.conf.Positional[Path], tracker: str, out: Path | None = None) -> None:
@@ -433,7 +445,7 @@ def _import(file: tyro.conf.Positional[Path], tracker: str, out: Path | None = N
 
 
 def profile(argv: list[str]) -> None:
-    tyro.cli(_profile, args=argv, prog="trackkit profile")
+    _parsed("profile", argv, _later(_profile))()
 
 
 def _profile(
@@ -476,7 +488,7 @@ def _profile(
 
 
 def doctor(argv: list[str]) -> None:
-    tyro.cli(_doctor, args=argv, prog="trackkit doctor")
+    _parsed("doctor", argv, _later(_doctor))()
 
 
 def _doctor() -> None:
@@ -495,7 +507,53 @@ def lessons(argv: list[str]) -> None:
         "build": tools.build,
         "check": tools.check,
     }
-    tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="trackkit lessons")
+    later = {name: _later(function) for name, function in commands.items()}
+    _parsed("lessons", argv, later, tyro.extras.subcommand_cli_from_dict)()
+
+
+class Mistyped(TrackkitError):
+    """Options that cannot be understood."""
+
+
+def _parsed(
+    command: str, argv: list[str], what: Any, parse: Callable = tyro.cli, **named: Any
+) -> Any:
+    """`what`, a dataclass or a function, made or called with the options in `argv`. Raises
+    Mistyped, one line, where tyro would print a box.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return parse(what, args=argv, prog=f"trackkit {command}", **named)
+    except SystemExit as ended:
+        if not ended.code:  # --help
+            raise
+        raise Mistyped(f"{_unboxed(said.getvalue())}; --help explains the options") from None
+
+
+def _later(function: Callable) -> Callable:
+    """Its call, with the options bound: errors in the options are not those of the work."""
+
+    @functools.wraps(function)
+    def bound(*given: Any, **named: Any) -> Callable[[], None]:
+        return functools.partial(function, *given, **named)
+
+    return bound
+
+
+def _unboxed(box: str) -> str:
+    """tyro's message in one line, with the nearest name if one was mistyped."""
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    rule = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
+    said = " ".join(lines[:rule] or box.split()).rstrip(".")
+    # tyro suggests options, but neither choices nor subcommands
+    near = [line.split()[0] for line in lines[rule:] if line.startswith("--")]
+    if near and any(line.startswith("Perhaps you meant") for line in lines[rule:]):
+        return f"{said} (did you mean {near[0].rstrip(',')}?)"
+    wrong = re.match(r"invalid choice '(.*?)'|Unrecognized options: (\S+)", said)
+    there = re.search(r"(?:one of|subcommands:)(.*)", " ".join(lines))
+    names = re.findall(r"[\w-]+", there[1]) if there else ()
+    return said + (nearest(wrong[1] or wrong[2], names) if wrong else "")
 
 
 def parse_box(text: str | None) -> tuple[float, ...] | None:
@@ -506,7 +564,7 @@ def parse_box(text: str | None) -> tuple[float, ...] | None:
         numbers = tuple(float(part) for part in text.replace(" ", "").split(","))
     except ValueError:
         numbers = ()
-    if len(numbers) != 4:
+    if len(numbers) != 4 or not all(map(math.isfinite, numbers)):
         raise TrackkitError(
             f"--box {text!r}: give four numbers, left, top, width and height in pixels, as --box "
             "120,80,40,60"
@@ -538,14 +596,16 @@ def _labels(trackers: Sequence[str]) -> list[str]:
         depths = [depth + (names.count(n) > 1) for n, depth in zip(names, depths, strict=True)]
 
 
-def _load(tracker: str, device: str) -> Any:
+def _load(trackers: Sequence[str], device: str) -> list[Any]:
+    """All of them before any of the work."""
     from trackkit.tracking import device_called
     from trackkit.weights import load, shipped
 
     where = device_called(device)
-    if path := shipped(tracker):
-        print(f"{tracker}: with the weights that come with trackkit, {path}")
-    return load(tracker).to(where)
+    for tracker in trackers:
+        if path := shipped(tracker):
+            print(f"{tracker}: with the weights that come with trackkit, {path}")
+    return [load(tracker).to(where) for tracker in trackers]
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
@@ -597,7 +657,7 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + 13
     except TrackkitError as error:
         print(f"trackkit {argv[0]}: {_typeable(str(error))}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, Mistyped) else 1
     except Stopped as stopped:
         again = f"{command('trackkit')} {shlex.join(argv)}"
         print(f"\ntrackkit train: {stopped}. It goes on with: {again}", file=sys.stderr)

@@ -60,7 +60,7 @@ class Range:
 
 
 def _digits(value: float) -> str:
-    return f"{value:,.0f}" if 1e6 <= abs(value) < math.inf else f"{value:g}"
+    return f"{value:,}" if isinstance(value, int) and abs(value) > 10**6 else f"{value:g}"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

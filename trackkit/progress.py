@@ -6,6 +6,7 @@ Always `with bar(...) as shown:`, so that a bar is closed before an error is pri
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -25,6 +26,10 @@ class _Lines(plain):
         self.fp.write(f"{msg or self}\n")
         self.fp.flush()
         return True
+
+    def close(self) -> None:
+        self.delay = math.inf  # else it would write one more line, and an empty one
+        super().close()
 
 
 def bar(steps: Iterable | None = None, *, shown: bool | None = True, **options: Any) -> plain:

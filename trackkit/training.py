@@ -246,7 +246,7 @@ class _Run:
                     done = (self.count - resumed) * stage.batch
                     record["samples_per_second"] = round(done / (now - since), 1)
                     self.log.append(record)
-                    shown.set_postfix(loss=f"{record['loss']:.3f}")
+                    shown.set_postfix(refresh=False, loss=f"{record['loss']:.3f}")
                     self.sums, self.count, resumed, since = {}, 0, 0, now
                 stopped = self._stopped(stop, line)
                 if last or stopped or time.perf_counter() - saved >= save_seconds:

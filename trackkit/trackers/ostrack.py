@@ -77,8 +77,8 @@ class OSTrackConfig:
             drop_path=Range(0, 1, below=True), head_channels=Range(8, 4096),
             keep_ratio=Range(0, 1, above=True), pruning_rows=("point", "square", "all", "box"),
             margin=Range(0, 4096), search_jitter=Range(0, 100), template_jitter=Range(0, 100),
-            epochs=Range(1), keep_start=Range(0), keep_ramp=Range(0),
-            learning_rate=Range(0, above=True), backbone_rate=Range(0, above=True),
+            epochs=Range(1, 100_000), keep_start=Range(0, 100_000), keep_ramp=Range(0, 100_000),
+            learning_rate=Range(0, 10, above=True), backbone_rate=Range(0, 1000, above=True),
         )  # fmt: skip
         check_fields(self, prune_blocks=Range(0, self.depth - 1))
         if self.template_size % self.stride or self.search_size % self.stride:
