@@ -22,6 +22,7 @@ from trackkit.ablations import TABLES, Result, Row, Table, load, run
 from trackkit.errors import DataError, TrackkitError
 from trackkit.paths import SAMPLES
 from trackkit.synth import SynthConfig, SynthDataset, write_dataset
+from trackkit.trackers.siamfc import SiamFC, SiamFCConfig
 from trackkit.training import _groups
 
 ROOT = Path(__file__).parent.parent

@@ -233,9 +233,7 @@ def test_every_variant_is_held_to_a_figure(rows):
     counted = {name for name, row in rows.items() if {"parameters", "macs"} & set(row["paper"])}
     assert counted == set(PRINTED) | {"stark-ca"}  # whose figures cannot be met
     rest = set(rows) - counted - set(UNPRINTED) - set(MEMORY)
-    assert rest == {"stay", "ncc", "siamfc-ca"} | {
-        name for name in rows if name.endswith("-tiny")
-    }
+    assert rest == {"stay", "ncc", "siamfc-ca"} | {name for name in rows if name.endswith("-tiny")}
     assert all(rows[name]["paper"] == {} for name in rest | set(UNPRINTED))
 
 
