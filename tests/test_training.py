@@ -311,9 +311,9 @@ LOGS = {
     "cut": lambda data: data[:-20],
     "blank": lambda data: b"\n\n" + data.replace(b"\n", b"\n\n"),
     "foreign": lambda data: (
-        b'{"step": 1}\n[1]\n3\nnull\nhello\n{"stage": 1, "step": 2, "loss": 0.5}\n' + data
+        b'{"step": 1}\n[1]\nnull\n{"stage": 1, "step": 2, "loss": 0.5}\n' + data
     ),
-    "binary": lambda data: bytes(range(256)) * 20 + data,
+    "binary": lambda data: bytes(range(256)) * 20 + b"\n" + data,
     "deep": lambda data: b"[" * 99999 + b"\n" + data,
     "empty": lambda data: b"",
     "missing": None,
@@ -404,7 +404,7 @@ def test_an_error_in_a_sample_is_one_line(tmp_path, monkeypatch, capsys, workers
             raise DataError("cannot read frame swan.jpg")
         if kind == "memory":
             raise MemoryError
-        return np.empty(1 << 60) if kind[0] == "n" else torch.empty(1 << 50, dtype=torch.uint8)
+        return np.empty(1 << 50) if kind[0] == "n" else torch.empty(1 << 50, dtype=torch.uint8)
 
     monkeypatch.setattr(Samples, "__getitem__", sample)
     command = ["train", "siamfc-tiny", "--steps=2", "--batch=2", f"--workers={workers}"]
@@ -432,7 +432,7 @@ def test_a_killed_worker_is_one_line(tmp_path, monkeypatch, when):
 
     monkeypatch.setattr(Samples, "__getitem__", sample)
     monkeypatch.setattr(SiamFC, "loss", step)
-    with pytest.raises(TrackkitError, match="worker was ended from outside.*--workers"):
+    with pytest.raises(TrackkitError, match=r"worker was ended from outside.*--workers"):
         small_run(tmp_path, workers=1)
 
 
@@ -441,7 +441,7 @@ def test_workers_that_cannot_be_started_are_one_line(tmp_path, monkeypatch):
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     monkeypatch.setattr(multiprocessing.Process, "start", fork)
-    with pytest.raises(TrackkitError, match="3 loader workers cannot be started .*--workers"):
+    with pytest.raises(TrackkitError, match=r"3 loader workers cannot be started .*--workers"):
         small_run(tmp_path, workers=3)
 
 

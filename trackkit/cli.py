@@ -521,7 +521,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except Stopped as stopped:
         command = shlex.join(["trackkit", *argv])
-        print(f"\ntrackkit train: {stopped}. It goes on with: {command}", file=sys.stderr)
+        print(f"\ntrackkit {argv[0]}: {stopped}. It goes on with: {command}", file=sys.stderr)
         return 128 + stopped.signal
     except KeyboardInterrupt:
         print(
