@@ -53,7 +53,8 @@ def test_what_may_be_any_size_is_known():
             except ValueError:
                 pass
     names = {each.partition(".")[2] for each in unlimited}
-    assert names == {"update_interval", "pretrained_blocks", "capacity", "epoch_steps", "seed"}
+    any_size = {"update_interval", "pretrained_blocks", "capacity", "epoch_steps", "seed"}
+    assert names == {*any_size, "response_scale"}
 
 
 def test_switches_are_true_or_false_and_lists_are_lists():

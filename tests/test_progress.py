@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, a line now and then elsewhere, closed before an error is printed."""
+"""A bar on a terminal, a line now and then elsewhere, closed before an error is printed."""
 
 from __future__ import annotations
 

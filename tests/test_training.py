@@ -480,7 +480,7 @@ def test_checkpoint_errors(whole, tmp_path):
         weights.load(bad)
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         weights.load(tmp_path / "none.safetensors")
-    with pytest.raises(CheckpointError, match="no such checkpoint"):
+    with pytest.raises(CheckpointError, match=r"did you mean siamfc-tiny\?"):
         weights.load("siamfc-tny")
 
     tensors, about = checkpoints.read(whole[1] / "tracker.safetensors")

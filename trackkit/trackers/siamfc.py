@@ -66,7 +66,7 @@ class SiamFCConfig:
         check_fields(
             self, exemplar_size=size, search_size=size, train_search_size=size,
             context=Range(0, 100), channels=size, kernels=size, groups=size, pools=Range(0, 5),
-            response_scale=Range(0, 1000, above=True), positive_radius=Range(0, 4096),
+            response_scale=Range(0, above=True), positive_radius=Range(0, 4096),
             train_shift=Range(0, 4096), scales=Range(1, 99), scale_step=Range(0, 10, above=True),
             scale_penalty=share, scale_rate=share, window_influence=share, upsample=Range(1, 64),
         )  # fmt: skip
