@@ -6,12 +6,18 @@ the same random numbers whatever ran before. pytest-randomly shuffles the order 
 from __future__ import annotations
 
 import random
+import signal
 
 import numpy as np
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# a shell without job control starts background jobs deaf to ctrl-C, and their children with them:
+# tests that press it would wait for ever
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config):

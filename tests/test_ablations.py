@@ -349,6 +349,12 @@ def test_a_run_that_fails_is_named(tmp_path, data, jobs):
         small(nan, tmp_path, data, jobs=jobs)
 
 
+def test_a_row_out_of_range_is_named(tmp_path, data):
+    odd = dataclasses.replace(TOY, rows=(TOY.rows[0], Row("odd", {"scales": -1}, 1.0)))
+    with pytest.raises(TrackkitError, match="odd: scales must be at least 1"):
+        small(odd, tmp_path, data)
+
+
 def test_mistakes(tmp_path, data):
     for options, message in (
         ({"rows": ("no encoder",)}, "no row 'no encoder'; it has base, no window"),

@@ -380,6 +380,64 @@ def test_the_positional_argument_says_what_is_trained(arguments):
     assert cli._positional(arguments, weights.TRACKERS) == "siamfc-tiny"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "siamfc-tiny", "--config.search-size", "0"], "search_size must be at least 1"),
+        (["train", "siamfc-tiny", "--config.search-size", "-255"], "search_size must be at least"),
+        (["train", "siamfc-tiny", "--config.search-size", "100000000"], "at most 4096; got 1000"),
+        (["train", "siamfc-tiny", "--config.scale-step", "nan"], "scale_step must be above 0"),
+        (["train", "siamfc-tiny", "--config.serch-size", "9"], "mean --config.search-size?"),
+        (["train", "siamfc-tiny", "--scale", "tinny"], "did you mean tiny?"),
+        (["train", "siamfc-tiny", "--seed", "x"], "--seed: invalid literal"),
+        (["train", "--out", "stark-tiny"], "Missing"),
+        (["evaluate", "ncc", "--split", "vall"], "did you mean val?"),
+        (["evaluate", "ncc", "--bach", "3"], "did you mean --batch?"),
+        (["lessons", "strat"], "did you mean start?"),
+        (["lessons"], "start, student, build, check"),
+        (["track", "x"], "--tracker"),
+    ],
+)
+def test_mistyped_options_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and said.startswith("trackkit ")
+    assert not list(tmp_path.glob("[!.]*"))
+
+
+def test_a_switch_before_the_name_takes_no_value(tmp_path, monkeypatch):
+    """`--config.no-exact` looks like an option with a value, and the folder comes first."""
+    monkeypatch.chdir(tmp_path)
+    short = ("--steps", 1, "--batch", 2)
+    assert run("train", "--out", "siamfc-tiny", *short, "--config.no-exact", "stark-tiny") == 0
+    assert type(load("siamfc-tiny/tracker.safetensors")).__name__ == "STARK"
+
+
+def test_the_largest_seed_trains(tmp_path):
+    short = ("--steps", 1, "--batch", 2, "--out", tmp_path)
+    assert run("train", "siamfc-tiny", "--seed", 2**32 - 1, *short) == 0
+
+
+def test_all_trackers_are_there_before_one_is_evaluated(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("trackkit.evaluation.evaluate", lambda *_, **__: pytest.fail("began"))
+    assert run("evaluate", "ncc", "siamfc-tny", "--out", tmp_path) == 1
+    assert "did you mean siamfc-tiny?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["track", "evaluate", "train"])
+def test_help_says_what_surprises(command, capsys):
+    with pytest.raises(SystemExit):
+        run(*([command, "siamfc-tiny"] if command == "train" else [command]), "--help")
+    shown = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    wanted = {
+        "track": "EXIF data is ignored",
+        "evaluate": 'ExperimentGOT10k(ROOT, result_dir="results").report(NAMES)',
+        "train": "the learning rate stays as it is",
+    }
+    assert wanted[command] in shown
+
+
 def test_a_folder_named_like_a_tracker_is_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run("train", "--out", "stark-tiny", "siamfc-tiny", "--steps", "1", "--batch", "2") == 0
@@ -414,6 +472,10 @@ def test_a_name_means_trained_weights(tmp_path, monkeypatch, capsys):
         (["evaluate", "ncc", "--batch", "-3"], "--batch must be at least 1"),
         (["evaluate", "ncc", "ncc"], "ncc is named twice"),
         (["ablate", "stark-tabel6"], "did you mean stark-table6?"),
+        (["ablate", "stark-table6", "--rows", "no encodr"], "did you mean no encoder?"),
+        (["ablate", "stark-table6", "--seeds", "100000"], "--seeds must be at least 1 and at most"),
+        (["evaluate", "ncc", "--batch", "1000000"], "--batch must be at least 1 and at most 65536"),
+        (["track", "x.mp4", "--tracker", "ncc", "--box", "nan,1,2,3"], "four numbers"),
         (["profile", "siamfc-tny"], "did you mean siamfc-tiny?"),
         (["track", "x.mp4", "--box", "1,1,2,2", "--tracker", "siamfc-tny"], "x.mp4"),
     ],

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from golden import golden
+from safetensors.torch import save_file
 from torch import nn
 
 from trackkit import checkpoints, cli, weights
@@ -774,7 +775,7 @@ def test_checkpoint_errors(whole, tmp_path):
         weights.load(bad)
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         weights.load(tmp_path / "none.safetensors")
-    with pytest.raises(CheckpointError, match="did you mean siamfc-tiny"):
+    with pytest.raises(CheckpointError, match=r"did you mean siamfc-tiny\?"):
         weights.load("siamfc-tny")
 
     tensors, about = checkpoints.read(whole[1] / "tracker.safetensors")
@@ -855,6 +856,15 @@ def test_odd_descriptions_are_one_line(tmp_path, about):
     with pytest.raises(CheckpointError, match=r"odd\.safetensors") as error:
         weights.load(path)
     assert "\n" not in str(error.value) and len(str(error.value)) < 2000
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 10_000, "null", '"text"', "[2]", '{"a":'])
+def test_descriptions_of_other_shapes_are_one_line(tmp_path, text):
+    path = tmp_path / "odd.safetensors"
+    save_file({"a": torch.zeros(1)}, path, {"trackkit": text})
+    with pytest.raises(CheckpointError, match=r"odd\.safetensors: damaged") as error:
+        weights.load(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
 
 
 def test_weights_are_float32_on_the_cpu_whatever_the_defaults_are(tmp_path):

@@ -584,7 +584,7 @@ def test_second_stage_checkpoints_are_understood():
     [
         ({"stem": "linear"}, "stem must be one of patch, conv"),
         ({"head": "mlp"}, "head must be one of"),
-        ({"templates": 3}, "templates must be one of 1, 2"),
+        ({"templates": 3}, "templates must be at least 1 and at most 2"),
         ({"residual": "none"}, "residual"),
         ({"align": "centre"}, "align"),
         ({"search_size": 100}, "multiples of the stem's stride, 8"),

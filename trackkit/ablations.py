@@ -88,8 +88,8 @@ class Table:
         """A row's tracker with the random weights of a seed, and its stages at `scale`, or
         shortened to `steps` and with another `batch`.
 
-        Raises TrackkitError for changes that are no fields of the config, and for a variant of
-        another tracker.
+        Raises TrackkitError for changes that are no fields of the config or out of range, and for
+        a variant of another tracker.
         """
         name = row.variant or self.tracker_name
         chosen = create(self.tracker) if isinstance(self.tracker, str) else self.tracker()
@@ -106,7 +106,10 @@ class Table:
                 f"{', '.join(fields)}"
             )
         torch.manual_seed(seed)  # here, as in `trackkit train`
-        tracker = cls(cls.Config(**{**vars(chosen.config), **row.changes}))
+        try:
+            tracker = cls(cls.Config(**{**vars(chosen.config), **row.changes}))
+        except ValueError as error:
+            raise TrackkitError(f"{self.name}, {row.label}: {error}") from error
         stages = tracker.recipe(scale)
         stages = stages if steps is None else shortened(stages, steps)
         if batch is not None:

@@ -79,9 +79,7 @@ def train(argv: list[str]) -> None:
     if name is None and not {"-h", "--help"} & set(argv):
         raise TrackkitError(f"name the tracker to train: {', '.join(TRACKERS)}")
     chosen, options = _train_options(argv, name or "siamfc-tiny")
-    if options.tracker != name:  # that was an option's value
-        name = options.tracker
-        chosen, options = _train_options(argv, name)
+    name = options.tracker
     device_called(options.device)
     _in_range(
         steps=(options.steps, COUNT),
@@ -123,13 +121,25 @@ def train(argv: list[str]) -> None:
 
 
 def _train_options(argv: list[str], name: str) -> tuple[Any, TrainOptions]:
-    """The tracker called `name`, and what `argv` says with the fields of its config."""
-    from trackkit.weights import create
+    """The tracker that `argv` names, most likely `name`, and its options: with the fields of its
+    config only the parser can tell a name from an option's value.
+    """
+    from trackkit.weights import TRACKERS, create
 
-    chosen = create(name)
-    options_type = TrainOptions[type(chosen.config)]
-    default = options_type(tracker=tyro.MISSING, config=chosen.config)
-    return chosen, _parsed("train", argv, options_type, default=default)
+    mistake = None
+    for word in dict.fromkeys([name, *(word for word in argv if word in TRACKERS)]):
+        chosen = create(word)
+        options_type = TrainOptions[type(chosen.config)]
+        default = options_type(tracker=tyro.MISSING, config=chosen.config)
+        try:
+            options = _parsed("train", argv, options_type, default=default)
+        except Mistyped as error:
+            mistake = mistake or error
+            continue
+        if options.tracker == word:
+            return chosen, options
+        create(options.tracker)  # raises if there is none
+    raise mistake
 
 
 def _positional(argv: list[str], names: Collection[str]) -> str | None:
@@ -543,15 +553,15 @@ def _later(function: Callable) -> Callable:
 
 def _unboxed(box: str) -> str:
     """tyro's message in one line, with the nearest name if one was mistyped."""
-    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    rule = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
-    said = " ".join(lines[:rule] or box.split()).rstrip(".")
+    lines = "\n".join(line.strip("│╭╮╰╯ ") for line in box.splitlines())
+    # a title, the message, perhaps suggestions; the rules are - where there is no UTF-8
+    _, said, *more = [*re.split(r"^─ .+ ─*$|^[─-]+$", lines, flags=re.M), ""]
+    said, more = " ".join(said.split() or lines.split()).rstrip("."), "\n".join(more)
     # tyro suggests options, but neither choices nor subcommands
-    near = [line.split()[0] for line in lines[rule:] if line.startswith("--")]
-    if near and any(line.startswith("Perhaps you meant") for line in lines[rule:]):
-        return f"{said} (did you mean {near[0].rstrip(',')}?)"
+    if near := re.search(r"Perhaps you meant:\s+(--[\w.-]+)", more):
+        return f"{said} (did you mean {near[1]}?)"
     wrong = re.match(r"invalid choice '(.*?)'|Unrecognized options: (\S+)", said)
-    there = re.search(r"(?:one of|subcommands:)(.*)", " ".join(lines))
+    there = re.search(r"(?:one of|subcommands:)(.*)", f"{said} {more}")
     names = re.findall(r"[\w-]+", there[1]) if there else ()
     return said + (nearest(wrong[1] or wrong[2], names) if wrong else "")
 

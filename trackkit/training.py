@@ -112,6 +112,8 @@ class _Stop:
     def __enter__(self) -> _Stop:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is signal.SIG_IGN:  # as under nohup
+                    continue
                 self._before[number] = signal.signal(number, self._note)
         return self
 

@@ -75,7 +75,9 @@ class MixViTConfig:
         check_fields(self, template_size=size, search_size=size, width=size, head_channels=size)
         check_fields(self, template_factor=factor, search_factor=factor, train_factor=factor)
         check_fields(self, depth=Range(1, 100), heads=size, hidden=Range(1, 16_384))
-        check_fields(self, stem=("patch", "conv"), head=("pyramid", "corner"), templates=(1, 2))
+        check_fields(
+            self, stem=("patch", "conv"), head=("pyramid", "corner"), templates=Range(1, 2)
+        )
         check_fields(self, drop_path=Range(0, 1, below=True), margin=Range(0, 4096))
         check_fields(self, update_interval=Range(0), exact=(True, False))
         if self.template_size % self.stride or self.search_size % self.stride:

@@ -62,17 +62,17 @@ class SiamFCConfig:
     """cells of the map in which the peak is sought for one response cell, along each axis"""
 
     def __post_init__(self):
-        if not len(self.channels) == len(self.kernels) == len(self.groups) == 5:
-            each = "channels, kernels and groups must have five entries"
-            raise ValueError(f"{each}, one for each convolution")
         size, share = Range(1, 4096), Range(0, 1)
         check_fields(
             self, exemplar_size=size, search_size=size, train_search_size=size,
             context=Range(0, 100), channels=size, kernels=size, groups=size, pools=Range(0, 5),
-            response_scale=Range(0, 1000, above=True), positive_radius=Range(0, 4096),
+            response_scale=Range(0, above=True), positive_radius=Range(0, 4096),
             train_shift=Range(0, 4096), scales=Range(1, 99), scale_step=Range(0, 10, above=True),
             scale_penalty=share, scale_rate=share, window_influence=share, upsample=Range(1, 64),
         )  # fmt: skip
+        if not len(self.channels) == len(self.kernels) == len(self.groups) == 5:
+            each = "channels, kernels and groups must have five entries"
+            raise ValueError(f"{each}, one for each convolution")
         if self.scales % 2 != 1:
             raise ValueError(
                 f"scales must be odd, so that scale 1 is among them; got {self.scales}"
