@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import instead
 
 from trackkit import ablations, cli, weights
 from trackkit.ablations import TABLES, Result, Row, Table, load, run
@@ -23,7 +24,7 @@ from trackkit.errors import DataError, TrackkitError
 from trackkit.paths import SAMPLES
 from trackkit.synth import SynthConfig, SynthDataset, write_dataset
 from trackkit.trackers.siamfc import SiamFC, SiamFCConfig
-from trackkit.training import _groups
+from trackkit.training import _groups, train
 
 ROOT = Path(__file__).parent.parent
 TOY = Table(
@@ -79,12 +80,13 @@ def figures(result: Result) -> list[tuple]:
 @pytest.fixture
 def trained(monkeypatch):
     """Names of the run folders that were handed to `train`, in order."""
-    names, honest = [], ablations.train
-    monkeypatch.setattr(
-        ablations,
-        "train",
-        lambda t, s, d, folder, **k: (names.append(folder.name), honest(t, s, d, folder, **k))[1],
-    )
+    names, honest = [], train
+
+    def noted(tracker, stages, sequences, folder, **options):
+        names.append(folder.name)
+        return honest(tracker, stages, sequences, folder, **options)
+
+    instead(monkeypatch, train, noted)
     return names
 
 

@@ -7,9 +7,12 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
+import torchvision
 from golden import frames
 from torch import nn
 
@@ -494,8 +497,15 @@ def test_start_from_imagenet(monkeypatch):
         ("inception", inception_v3(init_weights=False)),
     ):
         weights = whole.state_dict()
-        for source in ("timm_weights", "_torchvision_weights"):
-            monkeypatch.setattr(backbones, source, lambda name, weights=weights: weights)
+        published = SimpleNamespace(get_state_dict=lambda progress, weights=weights: weights)
+        monkeypatch.setattr(torchvision.models, "get_weight", lambda name, p=published: p)
+        monkeypatch.setattr(
+            timm,
+            "create_model",
+            lambda name, pretrained=False, whole=whole, **rest: (
+                whole if pretrained else create_model(name, **rest)
+            ),
+        )
         made = DASTM(DASTMConfig(trunk=trunk, **small))
         assert made.load_pretrained()
         for path in (made.memory, made.query):

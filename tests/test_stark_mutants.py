@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden import entry
+from helpers import instead
 from test_stark_parity import (
     S50,
     ST50,
@@ -24,7 +25,7 @@ from test_stark_parity import (
 )
 from torch import Tensor, nn
 
-from trackkit import attention, backbones, crops, official
+from trackkit import attention, backbones, boxes, crops, heads, official
 from trackkit.crops import Windows
 from trackkit.errors import CheckpointError
 from trackkit.trackers import stark
@@ -41,8 +42,8 @@ def failed(tracker: STARK, gold: dict) -> bool:
 
 
 def mutant_half_cell(tracker, monkeypatch):
-    plain = stark.soft_argmax
-    monkeypatch.setattr(stark, "soft_argmax", lambda logits: plain(logits) + 0.5 / logits.shape[-1])
+    plain = heads.soft_argmax
+    instead(monkeypatch, plain, lambda logits: plain(logits) + 0.5 / logits.shape[-1])
 
 
 def mutant_positions_in_values(tracker, monkeypatch):
@@ -52,10 +53,8 @@ def mutant_positions_in_values(tracker, monkeypatch):
 
 
 def _other_positions(monkeypatch, change):
-    plain = stark.sine_position
-    monkeypatch.setattr(
-        stark, "sine_position", lambda outside, width: change(plain(outside, width))
-    )
+    plain = attention.sine_position
+    instead(monkeypatch, plain, lambda outside, width: change(plain(outside, width)))
 
 
 def mutant_x_before_y(tracker, monkeypatch):
@@ -69,14 +68,23 @@ def mutant_sines_before_cosines(tracker, monkeypatch):
 
 
 def mutant_turn_of_one(tracker, monkeypatch):
-    monkeypatch.setattr(attention.math, "pi", 0.5)
+    def to_one(outside, width):
+        """The count along each axis ends at 1, not at 2 pi."""
+        inside, half, parts = (~outside).float(), width // 2, []
+        index = torch.arange(half)
+        for axis in (1, 2):
+            count = inside.cumsum(axis)
+            share = count / (count.narrow(axis, count.shape[axis] - 1, 1) + 1e-6)
+            angle = share[..., None] / 10_000 ** (2 * (index // 2) / half)
+            parts.append(torch.where(index % 2 == 0, angle.sin(), angle.cos()))
+        return torch.cat(parts, -1).flatten(1, 2)
+
+    instead(monkeypatch, attention.sine_position, to_one)
 
 
 def mutant_positions_despite_padding(tracker, monkeypatch):
-    plain = stark.sine_position
-    monkeypatch.setattr(
-        stark, "sine_position", lambda outside, width: plain(torch.zeros_like(outside), width)
-    )
+    plain = attention.sine_position
+    instead(monkeypatch, plain, lambda outside, width: plain(torch.zeros_like(outside), width))
 
 
 def mutant_mask_of_any_pixel(tracker, monkeypatch):
@@ -145,7 +153,8 @@ def mutant_norm_before(tracker, monkeypatch):
 
 
 def mutant_question_as_target(tracker, monkeypatch):
-    monkeypatch.setattr(stark.torch, "zeros_like", lambda like: like.clone())
+    plain = tracker.run_decoder
+    tracker.run_decoder = lambda x, query, *rest: plain(query.clone(), query, *rest)
 
 
 def mutant_similarity_as_share(tracker, monkeypatch):
@@ -171,7 +180,7 @@ def mutant_corners_swapped(tracker, monkeypatch):
 
 
 def mutant_corners_as_centre(tracker, monkeypatch):
-    monkeypatch.setattr(stark, "xyxy_to_cxcywh", lambda boxes: boxes)
+    instead(monkeypatch, boxes.xyxy_to_cxcywh, lambda found: found)
 
 
 def mutant_relu_at_the_end_of_the_bottleneck(tracker, monkeypatch):
@@ -265,7 +274,8 @@ def mutant_rounded_side(tracker, monkeypatch):
 
 
 def mutant_blue_before_red(tracker, monkeypatch):
-    monkeypatch.setattr(stark, "normalise", lambda crops: backbones.normalise(crops.flip(-3)))
+    plain = backbones.normalise
+    instead(monkeypatch, plain, lambda crops: plain(crops.flip(-3)))
 
 
 def mutant_other_deviation(tracker, monkeypatch):
@@ -279,7 +289,7 @@ def mutant_centred_crop(tracker, monkeypatch):
     def shifted(boxes, windows, *rest):
         return plain(boxes - half / windows.size, windows, *rest)
 
-    monkeypatch.setattr(crops, "box_to_frame", shifted)
+    instead(monkeypatch, plain, shifted)
 
 
 def mutant_window_to_the_left(tracker, monkeypatch):
