@@ -22,6 +22,7 @@ from trackkit.ablations import TABLES, Result, Row, Table, load, run
 from trackkit.errors import DataError, TrackkitError
 from trackkit.paths import SAMPLES
 from trackkit.synth import SynthConfig, SynthDataset, write_dataset
+from trackkit.trackers.siamfc import SiamFC, SiamFCConfig
 from trackkit.training import _groups
 
 ROOT = Path(__file__).parent.parent
@@ -329,9 +330,21 @@ def test_side_by_side_gives_the_same_numbers(tmp_path, data, whole):
     assert figures(small(TOY, tmp_path, data, jobs=2, seeds=1)) == figures(whole[0])[:3]
 
 
+class Hopeless(SiamFC):
+    """Does not learn if its window is half of the score."""
+
+    def __init__(self, config: SiamFCConfig = SiamFCConfig.tiny()):
+        super().__init__(config)
+
+    def loss(self, batch, kind=""):
+        bad = self.config.window_influence == 0.5
+        return {key: v * torch.nan if bad else v for key, v in super().loss(batch, kind).items()}
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_run_that_fails_is_named(tmp_path, data, jobs):
-    nan = dataclasses.replace(TOY, rows=(TOY.rows[0], Row("bad", {"response_scale": 3e38}, 1.0)))
+    rows = TOY.rows[0], Row("bad", {"window_influence": 0.5}, 1.0)
+    nan = dataclasses.replace(TOY, tracker=Hopeless, rows=rows)
     with pytest.raises(TrackkitError, match=r"bad, seed 0: the loss is nan.*--rows"):
         small(nan, tmp_path, data, jobs=jobs)
 

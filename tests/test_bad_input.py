@@ -318,7 +318,9 @@ def test_a_target_of_one_pixel_can_be_cropped(root):
 
 def test_paths_that_hold_nothing(tmp_path):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "root" / "val").mkdir(parents=True)
     for attempt, says in (
+        (lambda: GOT10k(tmp_path / "root", "val"), "val: no sequences in this folder"),
         (lambda: open_sequence(tmp_path / "empty"), "no frames in this folder"),
         (
             lambda: open_sequence(tmp_path / "nowhere"),

@@ -244,7 +244,6 @@ def test_every_variant_is_held_to_a_figure(rows):
     counted = {name for name, row in rows.items() if {"parameters", "macs"} & set(row["paper"])}
     assert counted == {*PRINTED, *DIFFERENT}
     rest = set(rows) - counted - set(UNPRINTED) - set(MEMORY)
-    rest -= set(DIFFERENT)
     assert rest == {"stay", "ncc", "siamfc-ca"} | {name for name in rows if name.endswith("-tiny")}
     assert all(rows[name]["paper"] == {} for name in rest | set(UNPRINTED))
 
@@ -262,6 +261,14 @@ def test_counts_are_the_papers(rows, name):
         assert (key in paper) == (allowed is not None)
         if allowed:
             assert allowed[0] <= row[key] - paper[key] <= allowed[1], key
+
+
+def test_stark_ca_is_shown_beside_table_6_with_the_known_difference(rows):
+    """The paper modifies SBT-small for it and does not say how."""
+    row = rows["stark-ca"]
+    assert (row["parameters"], row["macs"]) == (26_932_034, 9_541_457_920)
+    assert (row["paper"]["parameters"], row["paper"]["macs"]) == (23_600_000, 8_700_000_000)
+    assert "does not say how" in row["paper"]["note"]
 
 
 @pytest.mark.parametrize("name", UNPRINTED)

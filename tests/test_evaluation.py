@@ -5,6 +5,7 @@ go on.
 from __future__ import annotations
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -29,7 +30,10 @@ from trackkit.evaluation import (
     success_curve,
     success_rate,
 )
+from trackkit.got10k import GOT10k, write_sequence
+from trackkit.paths import alone
 from trackkit.results import read_results, write_results
+from trackkit.sampling import CropSpec, Samples, SampleSpec
 from trackkit.sequences import ArraySequence
 from trackkit.trackers.references import NccTracker, StayTracker
 from trackkit.trackers.siamfc import SiamFC, SiamFCConfig
@@ -346,6 +350,86 @@ def test_damaged_results_are_computed_again(tmp_path):
     scores = evaluate(tracker, data, tmp_path, "stay")
     assert tracker.seen == 8 + 5
     assert (scores.ao, scores.sequences) == (complete.ao, complete.sequences)
+
+
+@pytest.mark.parametrize("change", ["frame", "time of a frame", "label", "results", "times"])
+def test_what_has_changed_on_disk_is_tracked_again_with_a_word(tmp_path, change):
+    names = ("a", "b")
+    for name in names:
+        write_sequence(
+            tmp_path / "r" / "val" / name,
+            [torch.full((3, 48, 64), 40 * i, dtype=torch.uint8) for i in range(4)],
+            boxes([10, 10, 20, 10]).repeat(4, 1),
+        )
+    data, out = GOT10k(tmp_path / "r", "val"), tmp_path / "out"
+    evaluate(Counting(), data, out, "stay")
+    folder, cut = data.folder / "b", out / "b" / "b_001.txt"
+    if change == "frame":
+        (folder / "00000002.jpg").write_bytes((folder / "00000004.jpg").read_bytes())
+    elif change == "time of a frame":
+        os.utime(folder / "00000002.jpg", ns=(1, 1))
+    elif change == "label":
+        lines = (folder / "groundtruth.txt").read_text().splitlines()
+        (folder / "groundtruth.txt").write_text("\n".join([*lines[:3], "10,10,21,10"]))
+    else:  # cut digits, but as many numbers and lines
+        cut = cut if change == "results" else cut.with_name("b_time.txt")
+        cut.write_text(cut.read_text()[:-3] + "\n")
+    tracker, what = Counting(), "result files" if cut.exists() and change[-1] == "s" else "data"
+    with pytest.warns(UserWarning, match=f"b: the {what} have changed .*tracked again") as caught:
+        evaluate(tracker, GOT10k(tmp_path / "r", "val"), out, "stay")
+    assert tracker.seen == 3 and len(caught) == 1  # only that sequence
+    again = Counting()
+    evaluate(again, GOT10k(tmp_path / "r", "val"), out, "stay")
+    assert again.seen == 0
+
+
+def test_rows_of_nan_are_neither_scored_nor_trained_on(tmp_path):
+    frames = [torch.randint(0, 256, (3, 96, 128), dtype=torch.uint8) for _ in range(6)]
+    truth = boxes([40, 30, 30, 20]).repeat(6, 1)
+    folder = write_sequence(tmp_path / "r" / "clip", frames, truth)
+    rows = (folder / "groundtruth.txt").read_text().splitlines()
+    (folder / "groundtruth.txt").write_text(
+        "\n".join([*rows[:2], *["NaN,NaN,NaN,NaN"] * 3, rows[5]])
+    )
+    data = GOT10k(tmp_path / "r", "val")
+    scores = evaluate(StayTracker(), data, tmp_path / "out", "stay")
+    assert (scores.ao, scores.frames) == (pytest.approx(1), 2)
+    spec = SampleSpec(template=CropSpec(32, 2.0), search=CropSpec(64, 4.0), negatives=0.3)
+    samples = Samples(data, spec, 0, 20)
+    assert all(torch.isfinite(samples[i]["search_boxes"]).all() for i in range(20))
+    (folder / "groundtruth.txt").write_text("\n".join(["nan nan nan nan", *rows[1:]]))
+    with pytest.raises(DataError, match=r"clip, first frame: box 0 .* has no area"):
+        evaluate(StayTracker(), GOT10k(tmp_path / "r", "val"), tmp_path / "other", "stay")
+
+
+def test_listed_paths_with_one_folder_name_are_scored_apart(tmp_path):
+    data = Videos([moving("cam1/clip", 9), moving("cam2/clip", 4), moving("cam2", 3)])
+    scores = evaluate(Counting(), data, tmp_path, "stay")
+    assert set(scores.sequences) == {"cam1/clip", "cam2/clip", "cam2"}
+    assert [len(read_results(tmp_path, s.name)[0]) for s in data] == [9, 4, 3]
+    assert scores == score_results(tmp_path, data, "stay")
+    assert scores.sequences["cam1/clip"].ao < scores.sequences["cam2/clip"].ao
+    rest = Counting()
+    assert evaluate(rest, data, tmp_path, "stay") == scores and rest.seen == 0
+
+
+def test_a_second_evaluation_into_a_folder_is_refused_while_the_first_lives(tmp_path):
+    data = five_videos()
+    with (
+        alone(tmp_path, "writes results"),
+        pytest.raises(DataError, match="another process writes"),
+    ):
+        evaluate(StayTracker(), data, tmp_path, "stay")
+    assert evaluate(StayTracker(), data, tmp_path, "stay").frames == 19
+
+
+def test_partial_files_of_a_killed_evaluation_are_removed(tmp_path):
+    data = five_videos()
+    evaluate(StayTracker(), data, tmp_path, "stay")
+    for partial in (tmp_path / ".x.77-0123abcd.json", tmp_path / "v1" / ".v1_001.77-0123abcd.txt"):
+        partial.write_text("half")
+    evaluate(StayTracker(), data, tmp_path, "stay")
+    assert not list(tmp_path.rglob(".*.77-*"))
 
 
 def test_results_of_another_tracker_or_other_videos_are_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 import zipfile
 
@@ -12,7 +13,9 @@ import torch
 import trackkit.labels as labels
 from trackkit.errors import DataError
 from trackkit.got10k import BROKEN, GOT10k, read_sequence, write_sequence
+from trackkit.paths import remove_partials
 from trackkit.results import claim, has_results, read_results, submission_zip, write_results
+from trackkit.sequences import identity
 
 BOXES = torch.tensor(
     [[10.0, 12, 20, 15], [11.1234, 12, 20, 15], [-1, -1, -1, -1], [50, 30, 20, 15]],
@@ -197,6 +200,98 @@ def test_other_names_of_frames(tmp_path):
     assert s.files == ["0.JPG", "1.JPG", "2.JPG", "3.JPG"] and s.frame(3).shape == (3, 40, 64)
 
 
+@pytest.mark.parametrize("numbers", [range(300, 304), range(5, 25, 5)], ids=["0300 on", "fifths"])
+def test_frames_may_begin_late_or_skip_numbers_if_each_has_a_label(tmp_path, numbers):
+    folder = put(tmp_path / "s")
+    for i, number in enumerate(numbers, 1):
+        (folder / f"{i:08d}.jpg").rename(folder / f"{number:04d}_.jpg")
+    for number in numbers:
+        (folder / f"{number:04d}_.jpg").rename(folder / f"{number:04d}.jpg")
+    s = read_sequence(folder)
+    assert len(s) == 4 and torch.equal(s.boxes_xywh, BOXES)
+    assert s.frame(3).float().mean() == pytest.approx(60, abs=1)
+    (folder / f"{numbers[2]:04d}.jpg").unlink()  # now one is really missing
+    with pytest.raises(DataError, match=rf"missing, by number: .*\b{numbers[2]}|first frame is"):
+        read_sequence(folder)
+
+
+def test_frames_named_by_the_time_are_frames(tmp_path):
+    """Numbers may be far apart: what lies between is not counted one by one."""
+    folder = put(tmp_path / "s")
+    for i, number in enumerate((10**17, 10**17 + 33, 10**17 + 67, 9 * 10**17), 1):
+        (folder / f"{i:08d}.jpg").rename(folder / f"{number}.jpg")
+    assert len(read_sequence(folder)) == 4
+    (folder / "groundtruth.txt").write_text("1,1,9,9\n" * 5)
+    with pytest.raises(DataError, match=r"missing, by number: 1\d+1, 1\d+2, .*, \.\.\."):
+        read_sequence(folder)
+
+
+def test_frames_in_a_folder_below_are_found(tmp_path, counted):
+    folder = put(tmp_path / "r" / "train" / "s")
+    (folder / "img").mkdir()
+    for i in range(1, 5):
+        (folder / f"{i:08d}.jpg").rename(folder / "img" / f"{i:04d}.jpg")
+    s = GOT10k(tmp_path / "r")[0]
+    assert s.files[0] == "img/0001.jpg" and s.frame(1).float().mean() == pytest.approx(20, abs=1)
+    (folder / "img" / "0004.jpg").unlink()  # and not only in the cached index
+    with pytest.raises(DataError, match="4 lines, but there are 3 frames"):
+        GOT10k(tmp_path / "r")
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_archives_unpacked_one_folder_too_deep_are_found(tmp_path, listed):
+    root = fake_root(tmp_path / "r", "train", 3, listed)
+    (root / "train" / "GOT-10k_Train_split_01").mkdir()
+    moved = ("1", "2") if listed else ("1", "2", "3")
+    for name in (f"GOT-10k_Train_00000{i}" for i in moved):
+        (root / "train" / name).rename(root / "train" / "GOT-10k_Train_split_01" / name)
+    train = GOT10k(root)
+    assert train.names == [f"GOT-10k_Train_00000{i}" for i in (1, 2, 3)]
+    assert [s.name for s in train] == train.names and train[0].frame(0).shape == (3, 40, 64)
+    shutil.copytree(root / "train" / "GOT-10k_Train_split_01", root / "train" / "again")
+    with pytest.raises(DataError, match="have the same name; list the paths"):
+        GOT10k(root)
+    (root / "train" / "list.txt").write_text("again/GOT-10k_Train_000001\n")
+    assert GOT10k(root).names == ["again/GOT-10k_Train_000001"]
+
+
+def test_rows_of_nan_are_absent_and_hidden(tmp_path):
+    """As UAV123 and VOT say that the target is not there; labels beside them are not needed."""
+    folder = put(tmp_path / "s", absent=None, cover=None, cut=None)
+    lines = (folder / "groundtruth.txt").read_text().splitlines()
+    (folder / "groundtruth.txt").write_text("\n".join([*lines[:3], "NaN,NaN,NaN,NaN"]))
+    s = read_sequence(folder)
+    assert s.absent.tolist() == [False, False, False, True] and s.cover.tolist() == [8, 8, 8, 0]
+    assert torch.isfinite(s.boxes_xywh).all() and not s.visible[3]
+
+
+# -----------------------------------------------------------------------------------------------
+# identity
+
+
+def test_the_identity_of_data_is_its_content(tmp_path, monkeypatch):
+    root = fake_root(tmp_path / "r", "train", 2)
+    mine = GOT10k(root).identity
+    os.symlink(root, tmp_path / "link")
+    monkeypatch.chdir(tmp_path)
+    for same in ("r", "r/../r", "link", "./link/train", tmp_path / "r" / "train"):
+        assert GOT10k(same).identity == mine
+    root.rename(tmp_path / "moved")
+    assert GOT10k("moved").identity == mine
+    label = tmp_path / "moved" / "train" / "GOT-10k_Train_000002" / "cover.label"
+    label.write_text("8\n5\n0\n6\n")
+    other = GOT10k("moved").identity
+    assert other != mine
+    assert GOT10k("moved", exclude=["GOT-10k_Train_000001"]).identity not in (mine, other)
+    (label.parent / "00000004.jpg").unlink()
+    for file in label.parent.glob("*.[tl]*[tl]"):
+        file.write_text("\n".join(file.read_text().splitlines()[:3]))
+    assert GOT10k("moved").identity not in (mine, other)
+    train = GOT10k("moved")  # a list of sequences too is what is in them, not where they lie
+    assert identity(list(train)) == identity([read_sequence(s.folder) for s in train])
+    assert identity(list(train)) != identity(list(train)[:1])
+
+
 def test_broken_training_sequences_are_left_out_and_foreign_frames_marked(tmp_path, monkeypatch):
     assert len(BROKEN) == 17 and "GOT-10k_Train_009058" in BROKEN
     for name in ("GOT-10k_Train_008630", "GOT-10k_Train_001638"):
@@ -363,6 +458,54 @@ def test_the_archive_for_the_server(tmp_path):
     ):
         submission_zip(out, test, tmp_path / "not.zip")
     assert not (tmp_path / "not.zip").exists()
+
+
+def test_a_sequence_listed_as_a_path_has_files_of_its_own(tmp_path):
+    root = tmp_path / "r"
+    for camera in ("cam1", "cam2"):
+        put(root / "test" / camera / "clip", boxes=BOXES[:1], absent=None, cover=None, cut=None)
+    (root / "test" / "list.txt").write_text("cam1/clip\n./cam2//clip/\n")
+    test, out = GOT10k(root, "test"), tmp_path / "o"
+    assert [s.name for s in test] == ["cam1/clip", "cam2/clip"]
+    boxes = [result(out, s.name) + i for i, s in enumerate(test)]
+    write_results(out, "cam2/clip", boxes[1], torch.ones(4), "siamfc", "123")
+    for name, expected in zip(test.names, boxes, strict=True):
+        torch.testing.assert_close(read_results(out, name)[0], expected.double(), atol=1e-3, rtol=0)
+    assert zipfile.ZipFile(submission_zip(out, test, tmp_path / "s.zip")).namelist() == [
+        f"{camera}/clip/clip_{kind}.txt" for camera in ("cam1", "cam2") for kind in ("001", "time")
+    ]
+
+
+def test_results_with_cut_digits_are_not_packed(tmp_path):
+    root = fake_root(tmp_path / "r", "test", 1, boxes=BOXES[:1], absent=None, cover=None, cut=None)
+    test = GOT10k(root, "test")
+    result(tmp_path / "o", test.names[0])
+    file = tmp_path / "o" / test.names[0] / f"{test.names[0]}_001.txt"
+    file.write_text(file.read_text()[:-3] + "\n")  # still four numbers
+    assert len(read_results(tmp_path / "o", test.names[0], 4)[0]) == 4
+    with pytest.warns(UserWarning, match="the result files have changed .*tracked again"):
+        assert not has_results(tmp_path / "o", test.names[0])
+    with pytest.raises(DataError, match="changed since it was tracked"):
+        submission_zip(tmp_path / "o", test, tmp_path / "s.zip")
+    (file.parent / ".trackkit.json").unlink()  # another tool's results have no seal
+    submission_zip(tmp_path / "o", test, tmp_path / "s.zip")
+
+
+@pytest.mark.parametrize("seal", ["", "{", "[]", "null", "\xff", "[" * 99999])
+def test_a_damaged_seal_is_tracked_again(tmp_path, seal):
+    result(tmp_path / "o")
+    (tmp_path / "o" / "a" / ".trackkit.json").write_text(seal, "latin-1")
+    with pytest.warns(UserWarning, match="trackkit.json has changed .*tracked again"):
+        assert not has_results(tmp_path / "o", "a")
+
+
+def test_partial_files_are_told_from_others(tmp_path):
+    ours = [".a_001.4711-0a1b2c3d.txt", ".state.1-ffffffff.safetensors", ".noend.2-00000000"]
+    others = [".lock", ".trackkit.json", "._a-20240101.txt", "a_001.1-0a1b2c3d.txt", ".x.bak"]
+    for name in ours + others:
+        (tmp_path / name).write_text("")
+    remove_partials(tmp_path.rglob(".*"))
+    assert sorted(os.listdir(tmp_path)) == sorted(others)
 
 
 @pytest.mark.parametrize("line", ["1 2 3 4", "1\t2\t3\t4", "1,2,3", "1,2,nan,4", "a,b,c,d", ""])

@@ -564,7 +564,7 @@ def test_a_checkpoint_of_another_variant_says_which_fits():
         ({"blocks": (1, 1)}, "3 stages"),
         ({"heads": (1, 2, 5)}, "shared"),
         ({"cross": ((), (), (2, 5))}, "blocks 1 to 4"),
-        ({"cross": ((), (), (0,))}, "blocks 1 to 4"),
+        ({"cross": ((), (), (0,))}, "cross must be at least 1"),
         ({"cross": ((), (), ())}, "looks at the template"),
         ({"search_size": 100}, "multiples"),
         ({"template_size": 16}, "too small"),

@@ -4,8 +4,12 @@ writes.
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
+import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,12 +19,14 @@ import torch
 from PIL import Image
 
 import trackkit.paths as paths
+from trackkit import weights
 from trackkit.boxes import xywh_to_cxcywh
 from trackkit.crops import Windows, cut, reduction
-from trackkit.errors import DataError
+from trackkit.errors import DataError, TrackkitError
 from trackkit.got10k import write_sequence
 from trackkit.images import encode_jpeg, image_size, read_image
 from trackkit.sequences import ArraySequence, FolderSequence, block_mean, natural_key
+from trackkit.trackers.references import StayTracker
 from trackkit.video import VideoSequence, open_sequence, write_video
 
 
@@ -360,6 +366,117 @@ def test_atomic_write_replaces_all_or_nothing(tmp_path):
     plain = tmp_path / "plain"
     plain.touch()
     assert file.stat().st_mode == plain.stat().st_mode
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["EDQUOT", "EFBIG", "EIO", "ESTALE", "ENAMETOOLONG", "EINVAL", "ENOENT", "ENOSPC", "EROFS"],
+)
+@pytest.mark.parametrize("call", ["replace", "fsync", "mkdir", "open", "write"])
+def test_every_error_while_writing_is_one_line_that_names_the_file(
+    tmp_path, monkeypatch, code, call
+):
+    def fail(*_, **__):
+        number = getattr(errno, code)
+        raise OSError(number, os.strerror(number))
+
+    target, text = tmp_path / "new" / "a.txt", os.strerror(getattr(errno, code))
+    if call in ("mkdir", "open", "write"):
+        method = {"mkdir": "mkdir", "open": "touch", "write": "write_text"}[call]
+        monkeypatch.setattr(Path, method, fail)
+    else:
+        monkeypatch.setattr(os, call, fail)
+    with pytest.raises(DataError) as caught, paths.atomic_write(target) as partial:
+        partial.write_text("x")
+    message = str(caught.value)
+    assert message.startswith(f"cannot write {target}: {text}. Choose") and "\n" not in message
+    monkeypatch.undo()
+    assert not target.exists() and not any(file.is_file() for file in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "x" * 252 + ".txt", "ü" * 128])
+def test_names_that_no_file_can_have(tmp_path, name):
+    def write(path):
+        with paths.atomic_write(path) as partial:
+            partial.write_text("x")
+
+    def hold(path):
+        with paths.alone(path, "writes"):
+            pass
+
+    frames, box = [scene()], torch.ones(1, 4)
+    for attempt in (
+        write, paths.writable, hold,
+        lambda path: write(path / "below" / "a.txt"),
+        lambda path: write_sequence(path, frames, box),
+        lambda path: weights.save(StayTracker(), path),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match="cannot write") as caught:
+            attempt(tmp_path / name)
+        assert str(caught.value).count("\n") == 0
+    for attempt in (read_image, FolderSequence, paths.data_root, weights.load):
+        with pytest.raises(TrackkitError, match=r"no |not exist"):
+            attempt(tmp_path / name)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_longest_names_can_be_written(tmp_path):
+    for name in ("x" * 251 + ".txt", "ü" * 125 + ".txt"):
+        with paths.atomic_write(tmp_path / name) as partial:
+            partial.write_text("x")
+        assert (tmp_path / name).read_text() == "x"
+
+
+def test_a_home_of_nobody_is_a_plain_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert paths.writable("~nobody-of-this-name/a").resolve() == tmp_path / "~nobody-of-this-name/a"
+
+
+def test_an_error_of_the_block_that_is_none_of_writing_stays_what_it_is(tmp_path):
+    with pytest.raises(FileNotFoundError, match="elsewhere"), paths.atomic_write(tmp_path / "a"):
+        (tmp_path / "elsewhere").read_text()
+
+
+def test_a_sequence_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(DataError, match=f"cannot write {tmp_path / 's'}: Disk quota exceeded"):
+        write_sequence(tmp_path / "s", [scene()], torch.ones(1, 4))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_is_held_by_one_process(tmp_path):
+    """A lock that a killed process left does not count, not even if its children live on."""
+    code = """
+import os, signal, sys, time
+from trackkit.paths import alone
+with alone(sys.argv[1], "trains"):
+    if os.fork() == 0:
+        os.closerange(0, 3)
+        time.sleep(30)
+        os._exit(0)
+    print("held", flush=True)
+    time.sleep(30)
+"""
+    folder = tmp_path / "run"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(DataError, match="run: another process trains here now; wait"):  # noqa: SIM117
+            with paths.alone(folder, "trains"):
+                pass
+        holder.kill()
+        holder.wait()
+        for _ in range(2):
+            with paths.alone(folder, "trains"):
+                assert (folder / ".lock").exists()
+    finally:
+        os.killpg(holder.pid, signal.SIGKILL)
+        holder.stdout.close()
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path, monkeypatch):

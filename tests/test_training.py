@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import json
+import multiprocessing
 import os
+import random
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from golden import golden
 from safetensors.torch import save_file
 from torch import nn
 
-from trackkit import checkpoints, weights
-from trackkit.errors import CheckpointError, DataError, TrackkitError
+from trackkit import checkpoints, cli, weights
+from trackkit.errors import CheckpointError, DataError, Stopped, TrackkitError
+from trackkit.got10k import GOT10k
+from trackkit.paths import alone
 from trackkit.sampling import CropSpec, Samples, SampleSpec, batches
 from trackkit.stages import Stage
-from trackkit.synth import SynthConfig, SynthDataset
+from trackkit.synth import SynthConfig, SynthDataset, write_dataset
 from trackkit.trackers.base import Tracker
 from trackkit.trackers.siamfc import SiamFC, SiamFCConfig
 from trackkit.training import _optimizer, freeze, read_log, train
@@ -155,6 +164,292 @@ small_run(Path(sys.argv[1]), steps=3, second=3, save_seconds=0)
         "state.safetensors",
         "tracker.safetensors",
     }
+
+
+# ---- what is in a folder ----
+
+
+def test_a_finished_run_is_never_written_over(whole, tmp_path):
+    """Without its state too: the weights say whose they are."""
+    out = shutil.copytree(whole[1], tmp_path / "run")
+    (out / "state.safetensors").unlink()
+    final = (out / "tracker.safetensors").read_bytes()
+    assert same_weights(small_run(out), whole[0])
+    for other in ({"seed": 1}, {"steps": 7}, {"precision": "bf16"}):
+        with pytest.raises(CheckpointError, match="holds another run"):
+            small_run(out, **other)
+    assert (out / "tracker.safetensors").read_bytes() == final
+    assert not (out / "state.safetensors").exists()
+    assert checkpoints.read(out / "tracker.safetensors")[1]["trained"]["seed"] == 0
+
+
+@pytest.mark.parametrize("state", [True, False], ids=["with a state", "without"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped"])
+def test_damaged_weights_are_written_again(whole, tmp_path, state, damage):
+    out = shutil.copytree(whole[1], tmp_path / "run")
+    final = out / "tracker.safetensors"
+    data = bytearray(final.read_bytes())
+    data[-100] ^= 4
+    final.write_bytes({"empty": b"", "cut": data[:-7], "flipped": data}[damage])
+    if not state:
+        (out / "state.safetensors").unlink()
+    assert same_weights(small_run(out), whole[0]) and same_weights(weights.load(final), whole[0])
+
+
+@pytest.mark.parametrize("what", ["another run", "an import", "a pickle", "another format"])
+@pytest.mark.parametrize("state", [True, False], ids=["with a state", "without"])
+def test_weights_of_something_else_are_left_alone(whole, tmp_path, what, state):
+    out = shutil.copytree(whole[1], tmp_path / "run")
+    final = out / "tracker.safetensors"
+    tensors, about = checkpoints.read(final)
+    if what == "another run":
+        about["trained"]["seed"] = 9
+        checkpoints.write(final, tensors, about)
+    elif what == "an import":
+        weights.save(whole[0], final, source="siamfc.pth")
+    elif what == "a pickle":
+        torch.save(tensors, final)
+    else:
+        final.write_bytes(final.read_bytes().replace(b'format\\": 2', b'format\\": 1'))
+    if not state:
+        (out / "state.safetensors").unlink()
+    before = {file.name: file.read_bytes() for file in out.glob("[!.]*")}
+    with pytest.raises(CheckpointError, match=str(out)):
+        small_run(out)
+    assert {file.name: file.read_bytes() for file in out.glob("[!.]*")} == before
+
+
+def test_a_flipped_bit_anywhere_in_a_file_is_noticed(tmp_path):
+    """It is refused, or it changes nothing that the file says (1e-05 is 1E-05)."""
+    path, draw = tmp_path / "a.safetensors", random.Random(0)
+    tensors = {"weights.a": torch.arange(12.0).reshape(3, 4), "optimizer.0.step": torch.tensor(3.0)}
+    tensors["b"] = torch.tensor([True, False])
+    checkpoints.write(path, tensors, {"step": 12, "config": {"lr": 1e-5, "sizes": [3, 4]}})
+    data, (_, about) = path.read_bytes(), checkpoints.read(path)
+    for place in range(len(data)):
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            found, says = checkpoints.read(path)
+        except CheckpointError as error:
+            assert str(path) in str(error)
+        else:
+            assert says == about and found.keys() == tensors.keys()
+            assert all(torch.equal(found[key], tensors[key]) for key in tensors)
+
+
+@pytest.mark.parametrize("change", ["no optimizer", "half an optimizer", "step", "no step", "sums"])
+def test_states_that_cannot_be_are_refused(tmp_path, change):
+    with pytest.raises(Stopped):
+        small_run(tmp_path, data=Stopping(3))
+    state = tmp_path / "state.safetensors"
+    tensors, about = checkpoints.read(state)
+    assert about["step"] in (1, 2, 3)
+    if change.endswith("optimizer"):
+        keys = [key for key in tensors if key.startswith("optimizer.")]
+        for key in keys if change == "no optimizer" else keys[:3]:
+            del tensors[key]
+    elif change == "step":
+        about["step"] = 10**9
+    elif change == "no step":
+        del about["step"]
+    else:
+        about["count"] = "many"
+    checkpoints.write(state, tensors, about)
+    with pytest.raises(CheckpointError, match=rf"{state}: .*delete the folder"):
+        small_run(tmp_path)
+
+
+class Stopping(SynthDataset):
+    """Procedural video; in the `at`-th look at it a signal comes."""
+
+    def __init__(self, at: int, number: int = signal.SIGTERM):
+        super().__init__(SynthConfig(frames=8), seed=0, length=50)
+        self.at, self.number, self.looks = at, number, 0
+
+    def __getitem__(self, index: int):
+        self.looks += 1
+        if self.looks == self.at:
+            os.kill(os.getpid(), self.number)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at", [1, 5, 8])
+def test_means_of_the_log_go_on_after_a_resume(whole, tmp_path, number, at):
+    """The second line is of steps 3 and 4 also where the run was stopped between them."""
+    with pytest.raises(Stopped) as stopped:
+        small_run(tmp_path, data=Stopping(at, number))
+    assert stopped.value.signal == number
+    assert same_weights(small_run(tmp_path), whole[0])
+    mine, others = (
+        [{k: v for k, v in line.items() if k != "samples_per_second"} for line in read_log(out)]
+        for out in (tmp_path, whole[1])
+    )
+    assert [line["step"] for line in mine] == [2, 4, 6]
+    for line, other in zip(mine, others, strict=True):
+        assert line == pytest.approx(other, abs=1e-6)
+
+
+def test_data_are_what_is_in_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place, seed in (("data", 0), ("other", 1)):
+        videos = SynthDataset(SynthConfig(frames=8), seed=seed, length=2)
+        write_dataset(tmp_path / place, "train", videos)
+    whole = small_run(tmp_path / "run", data=GOT10k("data"))
+    os.symlink("data", "link")
+    for same in (tmp_path / "data", "link", "data/../data/train"):
+        assert same_weights(small_run(tmp_path / "run", data=GOT10k(same)), whole)
+    Path("data").rename("moved")
+    assert same_weights(small_run(tmp_path / "run", data=GOT10k("moved")), whole)
+    Path("other").rename("data")  # other data under the same path
+    with pytest.raises(CheckpointError, match=r"another run \(other data\)"):
+        small_run(tmp_path / "run", data=GOT10k("data"))
+
+
+LOGS = {
+    "cut": lambda data: data[:-20],
+    "blank": lambda data: b"\n\n" + data.replace(b"\n", b"\n\n"),
+    "foreign": lambda data: (
+        b'{"step": 1}\n[1]\nnull\n{"stage": 1, "step": 2, "loss": 0.5}\n' + data
+    ),
+    "binary": lambda data: bytes(range(256)) * 20 + b"\n" + data,
+    "deep": lambda data: b"[" * 99999 + b"\n" + data,
+    "empty": lambda data: b"",
+    "missing": None,
+    "a folder": None,
+}
+
+
+@pytest.mark.parametrize("damage", LOGS)
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "stopped"])
+@pytest.mark.filterwarnings("ignore:.*damaged, and left out", "ignore:.*cannot be read")
+def test_a_damaged_log_does_not_block(whole, tmp_path, damage, finished):
+    if finished:
+        shutil.copytree(whole[1], tmp_path / "run")
+        if damage in ("cut", "missing"):
+            (tmp_path / "run" / "state.safetensors").unlink()
+    else:
+        with pytest.raises(Stopped):
+            small_run(tmp_path / "run", data=Stopping(8))
+    path = tmp_path / "run" / "log.jsonl"
+    data = path.read_bytes()
+    path.unlink()
+    if LOGS[damage]:
+        path.write_bytes(LOGS[damage](data))
+    elif damage == "a folder":
+        path.mkdir()
+    if damage == "a folder" and not finished:  # it cannot be written, which is said
+        with pytest.raises(DataError, match=r"cannot write .*log.jsonl"):
+            small_run(tmp_path / "run")
+        return
+    assert same_weights(small_run(tmp_path / "run"), whole[0])
+    if damage in ("blank", "foreign", "binary", "deep"):  # and what is whole of it is kept
+        assert [line["step"] for line in read_log(tmp_path / "run")] == [2, 4, 6]
+
+
+def test_damaged_lines_are_one_warning(tmp_path):
+    (tmp_path / "log.jsonl").write_text("\n" * 1000)
+    with pytest.warns(UserWarning, match=r"log.jsonl, line 1 and 999 more: damaged") as caught:
+        assert read_log(tmp_path) == []
+    assert len(caught) == 1
+
+
+# ---- processes ----
+
+SIGNALLED = """
+import os, signal, sys, torch
+from trackkit import cli
+from trackkit.trackers.siamfc import SiamFC
+torch.set_num_threads(1)
+honest, steps = SiamFC.loss, 0
+def loss(self, batch, kind=""):
+    global steps
+    steps += 1
+    if steps == 4:
+        os.killpg(0, signal.{name})  # all processes of a terminal or a job
+    return honest(self, batch, kind)
+SiamFC.loss = loss
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of unix")
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_saves_ends_the_workers_and_says_how_to_go_on(tmp_path, name, status, workers):
+    out, whole = tmp_path / "my run", tmp_path / "whole"
+    command = ["train", "siamfc-tiny", "--steps=6", "--batch=2", "--device=cpu"]
+    command += [f"--workers={workers}", f"--out={out}"]
+    ended = subprocess.run(
+        [sys.executable, "-c", SIGNALLED.format(name=name), *command],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True, text=True, start_new_session=True,
+    )  # fmt: skip
+    lines = ended.stderr.strip().splitlines()
+    assert ended.returncode == status and "Traceback" not in ended.stderr, ended.stderr
+    assert checkpoints.read(out / "state.safetensors")[1]["step"] == 4
+    assert lines[-1].startswith(f"trackkit train: {out}: stopped after step 4 of 6, and saved")
+    again = shlex.split(lines[-1].split("goes on with: ")[1])
+    assert again == ["trackkit", *command]
+    assert cli.main(again[1:]) == 0 and cli.main([*command[:-1], f"--out={whole}"]) == 0
+    assert same_weights(*(weights.load(run / "tracker.safetensors") for run in (out, whole)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", ["data", "numpy's memory", "torch's memory", "memory"])
+def test_an_error_in_a_sample_is_one_line(tmp_path, monkeypatch, capsys, workers, kind):
+    def sample(self, index):
+        if kind == "data":
+            raise DataError("cannot read frame swan.jpg")
+        if kind == "memory":
+            raise MemoryError
+        return np.empty(1 << 50) if kind[0] == "n" else torch.empty(1 << 50, dtype=torch.uint8)
+
+    monkeypatch.setattr(Samples, "__getitem__", sample)
+    command = ["train", "siamfc-tiny", "--steps=2", "--batch=2", f"--workers={workers}"]
+    assert cli.main([*command, f"--out={tmp_path}"]) == 1
+    error, says = capsys.readouterr().err, "swan.jpg" if kind == "data" else "no memory left"
+    assert "Traceback" not in error
+    assert re.fullmatch(f"trackkit train: .*{says}.*", error.splitlines()[-1])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is a signal of unix")
+@pytest.mark.parametrize("when", ["at work", "during a step"])
+def test_a_killed_worker_is_one_line(tmp_path, monkeypatch, when):
+    honest, loss = Samples.__getitem__, SiamFC.loss
+
+    def sample(self, index):
+        if when == "at work" and index == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return honest(self, index)
+
+    def step(self, batch, kind=""):
+        for child in multiprocessing.active_children() if when == "during a step" else ():
+            os.kill(child.pid, signal.SIGKILL)
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        return loss(self, batch, kind)
+
+    monkeypatch.setattr(Samples, "__getitem__", sample)
+    monkeypatch.setattr(SiamFC, "loss", step)
+    with pytest.raises(TrackkitError, match=r"worker was ended from outside.*--workers"):
+        small_run(tmp_path, workers=1)
+
+
+def test_workers_that_cannot_be_started_are_one_line(tmp_path, monkeypatch):
+    def fork(*_):
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(multiprocessing.Process, "start", fork)
+    with pytest.raises(TrackkitError, match=r"3 loader workers cannot be started .*--workers"):
+        small_run(tmp_path, workers=3)
+
+
+def test_a_second_training_in_a_folder_is_refused_while_the_first_lives(whole, tmp_path):
+    with alone(tmp_path, "trains"), pytest.raises(DataError, match="another process trains here"):
+        small_run(tmp_path)
+    assert same_weights(small_run(tmp_path), whole[0])
 
 
 def test_several_processes_train_one_tracker(tmp_path):

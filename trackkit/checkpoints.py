@@ -61,7 +61,8 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     try:
         with safetensors.safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
-        tensors = load_file(path)
+        # with memory of their own: a mapped file that another program cuts would end this one
+        tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
     except (safetensors.SafetensorError, OSError) as error:
         raise Damaged(
             f"{path}: damaged or not a safetensors file ({error}); train again or copy it anew"

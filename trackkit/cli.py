@@ -670,7 +670,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2 if isinstance(error, Mistyped) else 1
     except Stopped as stopped:
         again = f"{command('trackkit')} {shlex.join(argv)}"
-        print(f"\ntrackkit train: {stopped}. It goes on with: {again}", file=sys.stderr)
+        print(f"\ntrackkit {argv[0]}: {stopped}. It goes on with: {again}", file=sys.stderr)
         return 128 + stopped.signal
     except KeyboardInterrupt:
         print(

@@ -85,6 +85,8 @@ class GOT10k:
         if not places:
             raise DataError(
                 f"{self.folder}: no sequences left after leaving out {len(exclude)} by name"
+                if exclude
+                else f"{self.folder}: no sequences in this folder; unpack them there"
             )
         self.names, self._places = list(places), list(places.values())
         self._labels = Index.open(self.folder, self._places, one_box=not (own and split != "test"))

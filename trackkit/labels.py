@@ -12,7 +12,7 @@ import os
 import warnings
 import zipfile
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -222,14 +222,14 @@ def _frame_files(folder: Path) -> tuple[list[str] | None, int, str]:
     if len(set(numbers)) < len(numbers):
         twice = next(b for a, b in pairwise(numbers) if a == b)
         raise DataError(f"{folder}: two images have the number {twice}; remove one")
-    if numbers and numbers[-1] - numbers[0] + 1 != len(numbers):
+    steps = [b - a for a, b in pairwise(numbers)]
+    # every fifth number is a numbering too
+    step = min(steps) if len(steps) > 1 and not any(s % min(steps) for s in steps) else 1
+    if lost := numbers and (numbers[-1] - numbers[0]) // step + 1 - len(numbers):
         have = set(numbers)
-        lost = [n for n in range(numbers[0], numbers[-1]) if n not in have]
-        some = ", ".join(str(n) for n in lost[:5]) + (", ..." if len(lost) > 5 else "")
-        gaps = (
-            f"{folder}: {len(lost)} of the frames up to {numbered[-1]} are missing, by number: "
-            f"{some}"
-        )
+        gone = (n for n in range(numbers[0], numbers[-1], step) if n not in have)
+        some = ", ".join(map(str, islice(gone, 5))) + (", ..." if lost > 5 else "")
+        gaps = f"{folder}: {lost} of the frames up to {numbered[-1]} are missing, by number: {some}"
     elif numbers and numbers[0] > 1:
         gaps = f"{folder}: the first frame is {numbered[0]}; those before it are missing"
     if not images:

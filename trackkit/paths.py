@@ -128,7 +128,7 @@ def writable(path: str | os.PathLike) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
-    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+    except OSError as error:
         raise cannot_write(path, error) from error
     return path
 
@@ -180,9 +180,9 @@ def remove_partials(files: Iterable[Path]) -> None:
                 file.unlink()
 
 
-def cannot_write(path: Path, error: Exception) -> TrackkitError:
+def cannot_write(path: Path, error: OSError) -> TrackkitError:
     """The error to raise instead of one that came while `path` was written."""
-    reason = getattr(error, "strerror", None) or str(error)
+    reason = error.strerror or str(error)
     blocker = next((p for p in (path, *path.parents) if os.path.isfile(p)), None)
     if blocker is not None and blocker != path:
         reason = f"{blocker} is a file where a folder is needed"

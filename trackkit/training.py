@@ -288,11 +288,12 @@ class _Run:
             return self.steps if finished else 0
         tensors, about = checkpoints.read(self.state_path)
         self._must_be_mine(about)
-        step, count = about.get("step"), about.get("count", 0)
-        if not (isinstance(step, int) and 0 <= step <= self.steps):
+        step, count = about.get("step"), about.get("count")
+        whole = isinstance(step, int) and isinstance(count, int)
+        if not (whole and 0 <= count <= step <= self.steps):
             raise CheckpointError(
-                f"{self.state_path}: its step {step!r} is none of this run's {self.steps}; delete "
-                "the folder to start anew"
+                f"{self.state_path}: step {step!r}, {count!r} of them since the log's last line, "
+                f"cannot be in a run of {self.steps}; delete the folder to start anew"
             )
         state = {key: _under(tensors, f"{key}.") for key in ("weights", "sums")}
         checkpoints.load_strictly(self.tracker, state["weights"], str(self.state_path))
