@@ -19,7 +19,7 @@ from nbformat import NotebookNode
 
 from trackkit.course.assignments import read, student_source
 
-MAX_BYTES = 310_000
+MAX_BYTES = 300_000
 TAGS = {"nbval-ignore-output"}
 _GRADER_KEYS = {"schema_version", "solution", "grade", "locked", "task", "grade_id"}
 _ABSOLUTE = re.compile(
