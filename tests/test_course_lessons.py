@@ -198,7 +198,7 @@ BROKEN = {
     "metadata.widgets is there": edit("nb.metadata['widgets'] = {}"),
     "kernelspec is not python3": edit("nb.metadata.kernelspec.name = 'torch'"),
     "cell ids are missing or not unique": edit("cells[1].id = cells[2].id"),
-    "kB; at most 310 kB": markdown("x" * 310_001),
+    "kB; at most 300 kB": markdown("x" * 300_001),
     "an error output (ValueError)": output("error", ename="ValueError", evalue="", traceback=[]),
     "output on stderr: 'warning: slow'": output(
         "stream", name="stderr", text="warning: slow\nat ..."
