@@ -507,6 +507,6 @@ def test_a_description_that_is_damaged(tmp_path):
         path = tmp_path / f"{number}.safetensors"
         save_file({"a": torch.ones(1)}, path, {"trackkit": text})
         with refused(
-            f"{number}.safetensors: (damaged, its description|format 99, this trackkit reads 1)"
+            f"{number}.safetensors: (damaged, its description|format 99, this trackkit reads 2)"
         ):
             checkpoints.read(path)
