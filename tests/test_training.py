@@ -24,7 +24,7 @@ from golden import golden
 from safetensors.torch import save_file
 from torch import nn
 
-from trackkit import checkpoints, cli, weights
+from trackkit import checkpoints, cli, paths, weights
 from trackkit.errors import CheckpointError, DataError, Stopped, TrackkitError
 from trackkit.got10k import GOT10k
 from trackkit.paths import alone
@@ -392,8 +392,9 @@ def test_a_signal_saves_ends_the_workers_and_says_how_to_go_on(tmp_path, name, s
     assert checkpoints.read(out / "state.safetensors")[1]["step"] == 4
     assert lines[-1].startswith(f"trackkit train: {out}: stopped after step 4 of 6, and saved")
     again = shlex.split(lines[-1].split("goes on with: ")[1])
-    assert again == ["trackkit", *command]
-    assert cli.main(again[1:]) == 0 and cli.main([*command[:-1], f"--out={whole}"]) == 0
+    start = shlex.split(paths.command("trackkit"))
+    assert again == [*start, *command]
+    assert cli.main(again[len(start) :]) == 0 and cli.main([*command[:-1], f"--out={whole}"]) == 0
     assert same_weights(*(weights.load(run / "tracker.safetensors") for run in (out, whole)))
 
 

@@ -10,6 +10,7 @@ import pickle
 import random
 import re
 import struct
+import sys
 
 import av
 import numpy as np
@@ -261,7 +262,8 @@ def test_times_that_do_not_fit_the_frames_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_writing_shows_a_bar(tmp_path, capfd):
+def test_writing_shows_a_bar(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     write_video(tmp_path / "v.mp4", [picture(i) for i in range(3)], 10)
     argv = ["track", str(tmp_path / "v.mp4"), "--box", "8,8,20,20", "--tracker", "stay"]
     assert cli.main([*argv, "--out", str(tmp_path)]) == 0
