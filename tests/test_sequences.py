@@ -454,10 +454,10 @@ import os, signal, sys, time
 from trackkit.paths import alone
 with alone(sys.argv[1], "trains"):
     if os.fork() == 0:
+        print("held", flush=True)
         os.closerange(0, 3)
         time.sleep(30)
         os._exit(0)
-    print("held", flush=True)
     time.sleep(30)
 """
     folder = tmp_path / "run"
