@@ -124,7 +124,9 @@ def test_cover_is_the_visible_share_of_the_area():
                 continue
             share, level = true_cover(scene, t), int(scene.cover[t])
             lowest, highest = LEVELS[level]
-            assert lowest - 0.03 <= share <= highest + 0.03, (number, t, share, level)
+            # which limb hides which is measured as if all were plain
+            slack = 0.1 if number % 2 else 0.03
+            assert lowest - slack <= share <= highest + slack, (number, t, share, level)
             seen.add(level)
     assert {0, 8} <= seen and len(seen) >= 6
 
@@ -183,6 +185,51 @@ def test_a_window_shows_what_the_frame_shows():
         half, pooled = sequence.frame(6, 2).float(), block_mean(frame, 2).float()
         assert half.shape == pooled.shape and (half - pooled).abs().mean() < 6
         assert sequence.frame(6, 8).shape == (3, 15, 20)
+
+
+def test_a_training_world_has_targets_of_all_sizes():
+    videos = SynthDataset(SynthConfig(frames=1), seed=5, length=300)
+    outlines = [videos[i].scene.outline_xywh[0] for i in range(len(videos))]
+    sides = torch.tensor([float(box[2:].prod() ** 0.5) for box in outlines])
+    assert sides.min() < 20 and sides.max() > 170
+    assert (sides < 40).float().mean() > 0.05 and (sides > 110).float().mean() > 0.05
+
+
+def test_a_team_is_dressed_alike():
+    scene = SynthSequence(SynthConfig.only("team", **SMALL), 3, 1).scene
+    mates = [body for body in scene.bodies if body.role == "distractor"]
+    target = scene.bodies[scene.target]
+    assert len(mates) == 5
+    assert all(mate.shapes == target.shapes and mate.tint == target.tint for mate in mates)
+    first = scene.boxes_xywh[0]
+    assert (scene.cover == 8).all() and first[2:].min() > 0
+
+
+def test_pictures_have_the_statistics_of_natural_images():
+    """Power falls as 1 / f^2 (Field 1987: slopes of -1.8 to -2.4 in most photographs), differences
+    of neighbours have heavy tails (Huang and Mumford 1999: kurtosis about 17, Gaussian 3), and the
+    three colours vary together (Ruderman et al. 1998: most variance is achromatic).
+    """
+    slopes, tails, grey = [], [], []
+    for number in range(24):
+        frame = (
+            SynthSequence(SynthConfig(noise=0.0, blur=0.0), 31, number).frame(3).double().numpy()
+        )
+        light = np.log(frame.mean(0)[:, 40:280] + 1)
+        light = (light - light.mean()) * np.hanning(240)[:, None] * np.hanning(240)
+        power = np.abs(np.fft.fft2(light)) ** 2
+        across = np.fft.fftfreq(240)
+        f = np.hypot(across[:, None], across)
+        rings = [(f >= low) & (f < 1.25 * low) for low in 0.02 * 1.25 ** np.arange(12)]
+        line = np.log([[f[ring].mean(), power[ring].mean()] for ring in rings])
+        slopes.append(np.polyfit(*line.T, 1)[0])
+        steps = np.diff(frame.mean(0), axis=1)
+        tails.append((steps**4).mean() / (steps**2).mean() ** 2)
+        colours = np.linalg.eigvalsh(np.cov(frame.reshape(3, -1)))
+        grey.append(colours[-1] / colours.sum())
+    assert -3.1 < np.median(slopes) < -1.8, slopes
+    assert np.median(tails) > 8
+    assert np.median(grey) > 0.75
 
 
 def test_outside_the_frame_is_the_fill_or_about_the_mean_colour():

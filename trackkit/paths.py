@@ -73,6 +73,11 @@ def alone(folder: str | os.PathLike, what: str) -> Iterator[None]:
         lock.release()
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def command(name: str) -> str:
     """How the command `name` of this environment can be typed here: as it is where it is on the
     PATH, else with its folder, else as a module.

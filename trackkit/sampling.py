@@ -28,6 +28,7 @@ from trackkit.frames import SampleSpec, choose_frames
 from trackkit.got10k import GOT10k
 from trackkit.sequences import Sequence
 from trackkit.synth import SynthConfig, SynthDataset
+from trackkit.synth.pool import pool
 
 log = logging.getLogger("trackkit")
 
@@ -303,14 +304,20 @@ def grey_levels(crop: Tensor) -> Tensor:
     )
 
 
+STREAM = "stream"  # in place of a path: procedural videos without end
+
+
 def training_set(root: str | os.PathLike | None = None, seed: int = 0):
-    """GOT-10k's train split under `root` or TRACKKIT_GOT10K; with neither, an endless procedural
-    stream.
+    """GOT-10k's train split under `root` or TRACKKIT_GOT10K; with neither, the pool of procedural
+    videos (`synth.pool`), and for `root` "stream" videos that are drawn as they are needed, without
+    end, other ones for each `seed`.
 
     Raises DataError if the path holds no GOT-10k.
     """
-    if root is None and not os.environ.get("TRACKKIT_GOT10K"):
+    if root is not None and str(root) == STREAM:
         return SynthDataset(SynthConfig(), seed=seed, length=1_000_000)
+    if root is None and not os.environ.get("TRACKKIT_GOT10K"):
+        return pool()
     return GOT10k(root, "train")
 
 

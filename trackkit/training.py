@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from trackkit import checkpoints
 from trackkit.errors import CheckpointError, Stopped, TrackkitError
-from trackkit.paths import alone, atomic_write, remove_partials, writable
+from trackkit.paths import alone, atomic_write, cores, remove_partials, writable
 from trackkit.progress import bar
 from trackkit.sampling import Samples, batches, worker_errors
 from trackkit.sequences import identity
@@ -167,7 +167,7 @@ class _Run:
         threads = torch.get_num_threads()
         # threads that wait for a core which a worker has make all of them wait
         if accelerator.device.type == "cpu":
-            torch.set_num_threads(max(1, min(threads, _cores() - workers)))
+            torch.set_num_threads(max(1, min(threads, cores() - workers)))
         tracker.to(memory_format=torch.channels_last)  # convolutions are a quarter faster
         quiet = not (progress and accelerator.is_main_process)
         name = type(tracker).__name__
@@ -491,8 +491,3 @@ def _accelerator(device: str, precision: str) -> Accelerator:
     if "WORLD_SIZE" not in os.environ:
         AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=cpu, mixed_precision=precision)
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

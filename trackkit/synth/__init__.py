@@ -56,6 +56,8 @@ class SynthConfig:
         illumination: brightness, colour cast, a moving shadow. low_contrast, colourless: grey, soft
             pictures.
         blur: of motion and focus. noise: of the sensor.
+        size: targets may be much smaller or larger than a quarter of the frame's height. team: more
+            of the target's kind, dressed alike, stand around it.
 
     Raises DataError for a dial outside 0..1, an unknown split, or a size that makes no video.
     """
@@ -83,6 +85,8 @@ class SynthConfig:
     colourless: float = 1.0
     blur: float = 0.7
     noise: float = 0.7
+    size: float = 1.0
+    team: float = 0.7
 
     def __post_init__(self):
         for name, low in (("width", 32), ("height", 32), ("frames", 1)):
@@ -123,9 +127,9 @@ class SynthConfig:
         """Number of the split's bank of textures and outlines."""
         return BANKS.index(self.split)
 
-    def draw_strengths(self, draw: Draw) -> dict[str, float]:
-        """The strength of each attribute in one video."""
-        u = draw.unit(len(ATTRIBUTES))
+    def draw_strengths(self, draw: Draw, later: Draw) -> dict[str, float]:
+        """The strength of each attribute in one video; those of the last two come from `later`."""
+        u = np.concatenate([draw.unit(len(ATTRIBUTES) - LATER), later.unit(LATER)])
         share = np.maximum(u * 2 - 1, 0.0) if self.vary else np.ones(len(ATTRIBUTES))
         return {
             name: float(getattr(self, name) * x) for name, x in zip(ATTRIBUTES, share, strict=True)
@@ -133,6 +137,7 @@ class SynthConfig:
 
 
 ATTRIBUTES = tuple(f.name for f in fields(SynthConfig) if f.type == "float")
+LATER = 2  # attributes that came when videos were in use already: size and team
 
 
 class SynthSequence(Sequence):
@@ -219,9 +224,11 @@ class SynthDataset:
         if not -self.length <= index < self.length:
             raise IndexError(f"sequence {index} of {self.length}")
         index %= self.length
-        return SynthSequence(
-            self.config, self.seed, index, name=f"{self.name}_{self.seed}_{index:06d}"
-        )
+        return SynthSequence(self.config, self.seed, index, name=self.name_of(index))
+
+    def name_of(self, index: int) -> str:
+        """The name of sequence `index`."""
+        return f"{self.name}_{self.seed}_{index:06d}"
 
 
 # The embedded set: for each sequence of a split, the attributes it shows and its seed.
@@ -288,11 +295,9 @@ def write_dataset(
     folder, names = writable(Path(root) / split), []
     for sequence in sequences:
         frames = (sequence.frame(index) for index in range(len(sequence)))
+        labels = labels_of(sequence)
         if split == "test":
             labels = {"boxes_xywh": sequence.boxes_xywh[:1]}
-        else:
-            fields = ("boxes_xywh", "absent", "cover", "cut")
-            labels = {field: getattr(sequence, field) for field in fields}
         write_sequence(
             folder / sequence.name, frames, meta=sequence.meta, quality=quality, **labels
         )
@@ -300,6 +305,11 @@ def write_dataset(
     with atomic_write(folder / "list.txt") as partial:
         partial.write_text("\n".join(names) + "\n", "utf-8", newline="\n")
     return folder
+
+
+def labels_of(sequence: Sequence) -> dict[str, Tensor]:
+    """The labels that GOT-10k has of each frame, as `write_sequence` takes them."""
+    return {key: getattr(sequence, key) for key in ("boxes_xywh", "absent", "cover", "cut")}
 
 
 def make_samples(root: str | os.PathLike) -> Path:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,18 @@ SPRITE = 128  # texels along an object's sprite at level 0
 SPRITE_LEVELS = 4
 OUTLINE = 48  # vertices of an outline
 PI = 3.141592653589793
-BACKGROUNDS, TEXTURES, SHAPES = 16, 40, 48  # per bank
+
+
+class Bank(NamedTuple):
+    """How many of each a split's worlds are made of."""
+
+    backgrounds: int
+    textures: int
+    shapes: int
+
+
+# by `SynthConfig.bank`: what is trained on has to be as various as possible
+BANK_SIZES = (Bank(64, 160, 192), Bank(16, 40, 48), Bank(16, 40, 48))
 
 
 class Draw:
@@ -182,6 +194,7 @@ def dead_leaves(
     detail: float,
     blur: int,
     corners: float,
+    crisp: bool = False,
 ) -> Lanes:
     """A texture of overlapping leaves whose radii follow the power law r**-3, which wraps around.
 
@@ -189,7 +202,8 @@ def dead_leaves(
     Huang, "Occlusion models for natural images", IJCV 2001). n: texels along a side, a power of
     two. small, large: radii in texels. shading: slope of brightness across a leaf. detail: contrast
     of the grain inside leaves. blur: passes of a binomial filter. corners: share of rectangles
-    among the ellipses.
+    among the ellipses. crisp: as sharp and grainy as photographs, which the first worlds are not
+    (`test_pictures_have_the_statistics_of_natural_images`).
     """
     owner = np.zeros((n, n), np.int64)
     u = draw.unit(leaves, 8)
@@ -238,7 +252,7 @@ def dead_leaves(
     shade = (slope[owner, 0] * dx + slope[owner, 1] * dy) * (32 / radius[owner])
     light = np.floor(shade).astype(np.int64) + ((_cloud(draw, n, n // 8) * grain[owner]) >> 6)
     colour = np.floor(base).astype(np.int64)[owner] + light[..., None]
-    return pack(np.clip(_smooth(colour, blur), 4, 251))
+    return pack(np.clip(_smooth(colour, blur // 3 if crisp else blur), 4, 251))
 
 
 @dataclass(frozen=True)
@@ -263,7 +277,7 @@ def _pyramid(lanes: Lanes, count: int) -> Texture:
     return Texture(tuple(levels), tuple(mean))
 
 
-@lru_cache(maxsize=3 * BACKGROUNDS)
+@lru_cache(maxsize=sum(b.backgrounds for b in BANK_SIZES))
 def background(bank: int, index: int) -> Texture:
     """Background `index` of a bank: 512 texels along a side at level 0, every level with its first
     row and column repeated at the end.
@@ -280,18 +294,18 @@ def background(bank: int, index: int) -> Texture:
     soft = draw.below(4)
     style = index // 4 % 4
     if style == 0:  # busy
-        lanes = dead_leaves(draw, 512, 900, 5, 120, palette, 0.5, 36, 1 + soft, 0.3)
+        lanes = dead_leaves(draw, 512, 900, 5, 120, palette, 0.5, 36, 1 + soft, 0.3, bank == 0)
     elif style == 1:  # few large things, out of focus
-        lanes = dead_leaves(draw, 512, 160, 16, 200, palette, 1.0, 12, 8 + 4 * soft, 0.2)
+        lanes = dead_leaves(draw, 512, 160, 16, 200, palette, 1.0, 12, 8 + 4 * soft, 0.2, bank == 0)
     elif style == 2:  # walls, streets: corners and grain
-        lanes = dead_leaves(draw, 512, 300, 9, 170, palette, 0.6, 30, 1 + soft, 0.85)
+        lanes = dead_leaves(draw, 512, 300, 9, 170, palette, 0.6, 30, 1 + soft, 0.85, bank == 0)
     else:  # foliage, ground: grain over leaves
-        lanes = dead_leaves(draw, 512, 500, 7, 90, palette, 0.8, 70, 2 + 2 * soft, 0.0)
+        lanes = dead_leaves(draw, 512, 500, 7, 90, palette, 0.8, 70, 2 + 2 * soft, 0.0, bank == 0)
     tile = _pyramid(lanes, 6)
     return Texture(tuple(np.pad(level, (0, 1), mode="wrap") for level in tile.levels), tile.mean)
 
 
-@lru_cache(maxsize=3 * TEXTURES)
+@lru_cache(maxsize=sum(b.textures for b in BANK_SIZES))
 def texture(bank: int, index: int) -> Texture:
     """Texture `index` for objects, 256 texels along a side; a sprite wears a 128 x 128 piece of
     it.
@@ -307,15 +321,15 @@ def texture(bank: int, index: int) -> Texture:
     )
     style = index // 4 % 5
     if style == 0:
-        lanes = dead_leaves(draw, 256, 200, 6, 60, palette, 0.7, 40, 1, 0.3)
+        lanes = dead_leaves(draw, 256, 200, 6, 60, palette, 0.7, 40, 1, 0.3, bank == 0)
     elif style == 1:  # faces, plain clothes: large soft patches
-        lanes = dead_leaves(draw, 256, 60, 12, 90, palette, 1.2, 12, 8, 0.1)
+        lanes = dead_leaves(draw, 256, 60, 12, 90, palette, 1.2, 12, 8, 0.1, bank == 0)
     elif style == 2:  # vehicles: plates and edges
-        lanes = dead_leaves(draw, 256, 90, 10, 80, palette, 0.8, 10, 1, 0.9)
+        lanes = dead_leaves(draw, 256, 90, 10, 80, palette, 0.8, 10, 1, 0.9, bank == 0)
     elif style == 3:  # fur, leaves
-        lanes = dead_leaves(draw, 256, 200, 6, 50, palette, 0.6, 90, 2, 0.0)
+        lanes = dead_leaves(draw, 256, 200, 6, 50, palette, 0.6, 90, 2, 0.0, bank == 0)
     else:
-        lanes = dead_leaves(draw, 256, 100, 8, 70, palette, 1.0, 30, 3, 0.4)
+        lanes = dead_leaves(draw, 256, 100, 8, 70, palette, 1.0, 30, 3, 0.4, bank == 0)
     return _pyramid(lanes, SPRITE_LEVELS)
 
 
@@ -354,7 +368,7 @@ def _angle(x: Floats, y: Floats) -> Floats:
     return np.where(y < 0, 1 - turn, turn) % 1.0
 
 
-@lru_cache(maxsize=3 * SHAPES)
+@lru_cache(maxsize=sum(b.shapes for b in BANK_SIZES))
 def shape(bank: int, index: int) -> Shape:
     """Outline `index` of a bank: wavy blobs, rounded boxes, and mixtures. 0..7 are plain (limbs,
     poles).

@@ -12,11 +12,9 @@ from numpy.typing import NDArray
 
 from trackkit.synth.bodies import RIGID, SKELETONS, Body, Part
 from trackkit.synth.textures import (
-    BACKGROUNDS,
+    BANK_SIZES,
     OUTLINE,
-    SHAPES,
     SPRITE,
-    TEXTURES,
     Draw,
     Floats,
     Ints,
@@ -61,68 +59,81 @@ class World:
         self.config, self.frames = config, config.frames
         self.size = (config.width, config.height)
         draw = Draw(21, config.bank, *seed)
-        self.strengths = config.draw_strengths(draw)
+        # a second source, so that the dials that came later change nothing at 0
+        later = Draw(22, config.bank, *seed)
+        self.strengths = config.draw_strengths(draw, later)
         self.attributes = tuple(name for name, s in self.strengths.items() if s >= 0.5)
-        self._backdrop = background(config.bank, draw.below(BACKGROUNDS))
-        self.bodies = self._cast(draw)
+        self._bank = BANK_SIZES[config.bank]
+        self._backdrop = background(config.bank, draw.below(self._bank.backgrounds))
+        self.bodies = self._cast(draw, later)
         self.target = [body.role for body in self.bodies].index("target")
         self._owner = np.array([b for b, body in enumerate(self.bodies) for _ in body.skeleton])
         self._slot = [k for body in self.bodies for k in range(len(body.skeleton))]
         self._target_parts = np.nonzero(self._owner == self.target)[0]
-        self._move(draw)
+        self._move(draw, later)
         self._label()
         self._light(draw)
 
     # --- who is in it -----------------------------------------------------------------------------
 
-    def _cast(self, draw: Draw) -> list[Body]:
+    def _cast(self, draw: Draw, later: Draw) -> list[Body]:
         s = self.strengths
         self.object_class = (
             list(SKELETONS)[draw.below(len(SKELETONS))] if s["articulation"] > 0 else "blob"
         )
         skeleton = SKELETONS.get(self.object_class, RIGID)
-        wears = self._choose(draw)
+        wears = self._choose(draw, later)
         target = self._body("target", draw, skeleton, wears)
-        bodies = [self._body("clutter", draw, RIGID, (wears, draw.below(TEXTURES))[draw.below(2)])
-                  for _ in range(int(s["clutter"] * 7 + 0.5))]  # fmt: skip
-        for k in range(int(s["distractors"] * 2 + 0.9)):
-            twin = self._body("distractor", draw, skeleton, wears)
+        bodies = [
+            self._body("clutter", draw, RIGID, (wears, self._any_texture(draw))[draw.below(2)])
+            for _ in range(int(s["clutter"] * 7 + 0.5))
+        ]
+        twins = int(s["distractors"] * 2 + 0.9)
+        for k in range(twins + int(s["team"] * 5 + 0.5)):
+            mate = k >= twins
+            twin = self._body("distractor", later if mate else draw, skeleton, wears)
             twin.textures = [
                 (which, (x + 29 * k + 17) % PIECE, (y + 41) % PIECE)
                 for which, x, y in target.textures
             ]
             twin.later, twin.tint, twin.tint_weight = twin.textures, target.tint, target.tint_weight
-            if draw.below(2):
+            if mate or draw.below(2):
                 twin.shapes = target.shapes
             bodies.append(twin)
         bodies.append(target)
-        bodies += [self._body("occluder", draw, RIGID, draw.below(TEXTURES))
+        bodies += [self._body("occluder", draw, RIGID, self._any_texture(draw))
                    for _ in range(int(s["occlusion"] * 2 + 0.9))]  # fmt: skip
         return bodies
 
-    def _choose(self, draw: Draw) -> int:
+    def _any_texture(self, draw: Draw) -> int:
+        return draw.below(self._bank.textures)
+
+    def _choose(self, draw: Draw, later: Draw) -> int:
         """The target's texture: of three, the one least like the background; in dull worlds the
-        middle one.
+        middle one. Where strengths vary, every second target may be as like it as it happens.
         """
 
         def distance(which: int) -> int:
             pair = zip(texture(self.config.bank, which).mean, self._backdrop.mean, strict=True)
             return sum(abs(a - b) for a, b in pair)
 
-        choice = [draw.below(TEXTURES) for _ in range(3)]
-        return sorted(choice, key=distance)[1 if self.strengths["low_contrast"] > 0.3 else 2]
+        choice = [self._any_texture(draw) for _ in range(3)]
+        rank = 1 if self.strengths["low_contrast"] > 0.3 else 2
+        if self.config.vary and later.below(2):
+            rank = later.below(3)
+        return sorted(choice, key=distance)[rank]
 
     def _body(self, role: str, draw: Draw, skeleton: tuple[Part, ...], wears: int) -> Body:
         def dresses(first: int) -> list[tuple[int, int, int]]:
             whole = [first] + [
-                first if draw.below(3) == 0 else draw.below(TEXTURES) for _ in range(3)
+                first if draw.below(3) == 0 else self._any_texture(draw) for _ in range(3)
             ]
             return [(which, draw.below(PIECE), draw.below(PIECE)) for which in whole]
 
-        now, later = dresses(wears), dresses(draw.below(TEXTURES))
+        now, later = dresses(wears), dresses(self._any_texture(draw))
         plain = role == "occluder" and draw.below(2) == 0
         shapes = [
-            draw.below(8) if part.plain or plain else 8 + draw.below(SHAPES - 8)
+            draw.below(8) if part.plain or plain else 8 + draw.below(self._bank.shapes - 8)
             for part in skeleton
         ]
         tint = pack(np.array([40 + draw.below(176) for _ in range(3)]))
@@ -132,7 +143,7 @@ class World:
 
     # --- where it moves ---------------------------------------------------------------------------
 
-    def _move(self, draw: Draw) -> None:
+    def _move(self, draw: Draw, later: Draw) -> None:
         s, count, frames = self.strengths, len(self.bodies), self.frames
         short = min(self.size)
         # Smooth curves in -1..1: 7 for each body, and the last row for the camera; then 4 jerky
@@ -146,8 +157,10 @@ class World:
         alive = (~dead)[:, None]
 
         # Sizes. `size` is the target's: the geometric mean of its half sides, in pixels.
-        size = short * draw.between(0.1, 0.19)
-        base = np.full(count, size)
+        usual = short * draw.between(0.1, 0.19)
+        size = usual * _swell(s["size"] * later.between(-0.9, 0.9))
+        size = min(max(size, 0.03 * short), 0.42 * short)
+        base = np.where(roles == "clutter", usual, size)
         base[roles == "clutter"] *= (0.4 + 0.8 * u[:, 0])[roles == "clutter"]
         base[twin] *= (0.85 + 0.3 * u[:, 0])[twin]
         base[roles == "occluder"] *= (0.55 + 0.35 * u[:, 0] + 0.45 * s["occlusion"])[
@@ -216,9 +229,9 @@ class World:
         centre = view(np.broadcast_to(start, (count, 2, frames)))
         centre[target] = seen
         near = np.minimum(3 * np.arange(frames) / frames, 1)  # twins keep their distance at first
-        for body in np.nonzero(roles == "distractor")[0]:
+        for order, body in enumerate(np.nonzero(roles == "distractor")[0]):
             away = u[body, 5] + 0.12 * slow[body, 3]
-            far = size * (2.1 + 1.5 * u[body, 6])
+            far = size * (2.1 + 1.5 * u[body, 6] + 0.8 * max(order - 1, 0))  # a team stands around
             centre[body] = seen + far * np.stack(circle(away))
             centre[body] += (0.5 + 0.5 * u[body, 7]) * size * near * slow[body, :2]
         occluders = np.nonzero(roles == "occluder")[0]
