@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trackkit import checkpoints
 from trackkit.errors import TrackkitError
+from trackkit.paths import SAMPLES
 
 # of ImageNet, which the papers' backbones learned from
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -122,6 +124,22 @@ class SmallNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
+
+    def load_pretrained(self, project: nn.Conv2d | None = None) -> None:
+        """Take the weights of matching-tiny, which come with trackkit; with `project`, a 1x1
+        convolution behind this network, also its features: mean 0 and variance 1 in each channel.
+
+        Raises CheckpointError if `project` is not as wide.
+        """
+        path = SAMPLES / "weights" / "matching-tiny.safetensors"
+        weights, _ = checkpoints.read(path)
+        own = {key: weights[f"net.{key}"] for key in self.state_dict()}
+        checkpoints.load_strictly(self, own, str(path))
+        if project is not None:
+            std = (weights["norm.running_var"].float() + 1e-5).sqrt()
+            weight = weights["project.weight"].float() / std[:, None, None, None]
+            bias = (weights["project.bias"].float() - weights["norm.running_mean"].float()) / std
+            checkpoints.load_strictly(project, {"weight": weight, "bias": bias}, str(path))
 
 
 class SmallTrunk(SmallNet):

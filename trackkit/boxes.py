@@ -100,6 +100,19 @@ def clip_xywh(boxes_xywh: Tensor, width: float, height: float) -> Tensor:
     return torch.stack([x1, y1, x2 - x1, y2 - y1], -1)
 
 
+def follow_size(old_xywh: Tensor, new_xywh: Tensor, rate: float) -> Tensor:
+    """The new boxes (..., 4), xywh, with a share of the change of size: both sides are those of the
+    old ones times (new / old) ** rate, around the new centre. A rate of 1 leaves them.
+
+    A single frame says little about the size, and an error in it moves and scales the next window.
+    """
+    if rate == 1:
+        return new_xywh
+    ratio = (new_xywh[..., 2:] / old_xywh[..., 2:]).clamp(0.1, 10) ** rate
+    sides = old_xywh[..., 2:] * ratio
+    return torch.cat([new_xywh[..., :2] + (new_xywh[..., 2:] - sides) / 2, sides], -1)
+
+
 def clip_with_margin(boxes_xywh: Tensor, sizes: Tensor, margin: float) -> Tensor:
     """Boxes (B, 4) kept in their frames of `sizes` (B, 2) width and height, at least `margin`
     pixels inside and large.

@@ -36,6 +36,13 @@ def patch_embedding(stem: str, width: int) -> nn.Module:
     return nn.Sequential(net, nn.Conv2d(net.channels, width, 1))
 
 
+def load_stem(embed: nn.Sequential) -> None:
+    """Give a patch embedding "conv" the features of matching-tiny, whose channels have mean 0 and
+    variance 1.
+    """
+    embed[0].load_pretrained(embed[1])
+
+
 class VitAttention(nn.Module):
     """The attention of a plain vision transformer (Dosovitskiy et al. 2021), in two halves.
 
@@ -100,6 +107,35 @@ def blocks(width: int, depth: int, heads: int, hidden: int, drop_path: float) ->
     """`depth` blocks; the probability of dropping a branch rises from 0 to `drop_path`."""
     rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
     return nn.ModuleList(Block(width, heads, hidden, rate) for rate in rates)
+
+
+@torch.no_grad()
+def start_as_lookup(
+    blocks: nn.ModuleList, template_position: Tensor, search_position: Tensor
+) -> None:
+    """Let attention begin as a lookup: each token gathers from the tokens of the other crop that
+    resemble it. Not in the papers, whose networks begin from a trained transformer; without it,
+    ours do not find out in an hour that there is something to compare.
+
+    Each head sees a random part of the token, and keys, values and queries are that part. The
+    positions (1, n, D) and (1, N, D), changed in place, lie apart along one direction, along which
+    queries are mirrored: what is alike in the *other* crop is the most similar. Template tokens
+    say where they are, so a search token learns which place of the template it has found.
+    """
+    width = search_position.shape[-1]
+    apart = F.normalize(torch.randn(width), dim=0)
+    mark = 0.5 * math.sqrt(width) * apart
+    template_position.mul_(0.5).add_(mark)
+    search_position.copy_(0.02 * torch.randn_like(search_position) - mark)
+    mirror = torch.eye(width) - 2 * torch.outer(apart, apart)
+    for block in blocks:
+        part = torch.linalg.qr(torch.randn(width, width))[0]
+        sharp = 1.4 * part  # so that of 180 tokens a few count
+        block.attn.qkv.weight.copy_(torch.cat([sharp @ mirror, sharp, part]))
+        block.attn.proj.weight.copy_(0.5 * part.T)
+        nn.init.zeros_(block.attn.qkv.bias)
+        nn.init.zeros_(block.attn.proj.bias)
+        block.mlp.fc2.weight.mul_(0.5)
 
 
 def sincos_position(grid: int, width: int) -> Tensor:

@@ -14,6 +14,7 @@ from trackkit import checkpoints, paths
 from trackkit.errors import CheckpointError, TrackkitError, nearest
 from trackkit.trackers.base import Tracker
 from trackkit.trackers.dastm import DASTM, DASTMConfig
+from trackkit.trackers.matching import Matching, MatchingConfig
 from trackkit.trackers.mixvit import MixViT, MixViTConfig
 from trackkit.trackers.ostrack import OSTrack, OSTrackConfig
 from trackkit.trackers.procontext import ProContEXT, ProContEXTConfig
@@ -31,6 +32,7 @@ from trackkit.trackers.ustam import USTAM, USTAMConfig
 TRACKERS: dict[str, tuple[type[Tracker], Any]] = {
     "stay": (StayTracker, StayConfig()),
     "ncc": (NccTracker, NccConfig()),
+    "matching-tiny": (Matching, MatchingConfig()),
     "siamfc": (SiamFC, SiamFCConfig()),
     "siamfc-tiny": (SiamFC, SiamFCConfig.tiny()),
     "stark-s50": (STARK, STARKConfig.s50()),

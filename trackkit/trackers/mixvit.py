@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from trackkit import vit
 from trackkit.backbones import normalise
-from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, xyxy_to_cxcywh
+from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, follow_size, xyxy_to_cxcywh
 from trackkit.checkpoints import load_strictly
 from trackkit.crops import Windows, frame_sizes
 from trackkit.errors import Range, TrackkitError, check_fields
 from trackkit.frames import FrameRule, SampleSpec
 from trackkit.heads import CornerHead, PyramidCornerHead, soft_argmax
-from trackkit.losses import ciou, localisation
+from trackkit.losses import ciou, localisation, place_cross_entropy
 from trackkit.stages import Stage
 from trackkit.trackers.base import Prediction, Tracker, put
 
@@ -69,6 +69,7 @@ class MixViTConfig:
     exact: bool = False
     """Boxes go into and out of crops by the crops' own geometry; False: with the authors' habits,
     see `trackkit.crops`."""
+    size_rate: float = 1.0  # share of a change of size that is followed, see `boxes.follow_size`
 
     def __post_init__(self):
         size, factor = Range(1, 4096), Range(0, 100, above=True)
@@ -79,7 +80,7 @@ class MixViTConfig:
             self, stem=("patch", "conv"), head=("pyramid", "corner"), templates=Range(1, 2)
         )
         check_fields(self, drop_path=Range(0, 1, below=True), margin=Range(0, 4096))
-        check_fields(self, update_interval=Range(0), exact=(True, False))
+        check_fields(self, update_interval=Range(0), exact=(True, False), size_rate=Range(0, 1))
         if self.template_size % self.stride or self.search_size % self.stride:
             sizes = "template_size and search_size must be multiples of the stem's stride"
             raise ValueError(f"{sizes}, {self.stride}")
@@ -116,9 +117,10 @@ class MixViTConfig:
     def tiny(cls, **changes) -> Self:
         """A hundredth of the weights: learns from scratch on a laptop's CPU."""
         small = {
-            "template_size": 48, "search_size": 96, "search_factor": 4.0, "train_factor": 4.0,
-            "stem": "conv", "width": 64, "depth": 4, "heads": 4, "hidden": 128, "drop_path": 0.0,
-            "head_channels": 64, "margin": 4.0, "exact": True,
+            "template_size": 48, "search_size": 96, "template_factor": 1.5, "search_factor": 3.0,
+            "train_factor": 3.0, "stem": "conv", "width": 64, "depth": 4, "heads": 4,
+            "hidden": 128, "drop_path": 0.0, "head_channels": 64, "update_interval": 10,
+            "margin": 4.0, "exact": True, "size_rate": 0.15,
         }  # fmt: skip
         return cls(**{**small, **changes})
 
@@ -189,14 +191,19 @@ class MixViT(Tracker):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+        if cfg.stem == "conv":
+            vit.start_as_lookup(self.blocks, self.position_t, self.position_s)
 
     def add_layers(self) -> None:
         """For a descendant's own layers, whose weights are drawn before the head's."""
 
     def load_pretrained(self) -> bool:
         """Start the transformer as the authors do, from a masked autoencoder; see
-        `Tracker.load_pretrained`.
+        `Tracker.load_pretrained`. The tiny one starts from the features of matching-tiny.
         """
+        if self.config.stem == "conv":
+            vit.load_stem(self.embed)
+            return True
         weights = vit.mae_weights(self.config.stem, self.config.width)
         if weights is not None:
             self.start_from(weights)
@@ -298,6 +305,7 @@ class MixViT(Tracker):
         search = self.tokens(normalise(crops), self.position_s)
         answer, state = self.answer_and_carry(state, search, windows, maps)
         box = self.search_crop.to_frame(answer.boxes.double().cpu(), windows, state.box)
+        box = follow_size(state.box, box, cfg.size_rate)
         box = clip_with_margin(box, frame_sizes(frames), cfg.margin)
 
         # 2. is it time for a new second template
@@ -353,7 +361,12 @@ class MixViT(Tracker):
         for i in range(batch["searches"].shape[1]):
             search = self.tokens(normalise(batch["searches"][:, i]), self.position_s)
             answer = self(cache, search, told)
-            parts.append(box_losses(answer.boxes, batch["search_boxes"][:, i], kind))
+            truth = batch["search_boxes"][:, i]
+            parts.append(box_losses(answer.boxes, truth, kind))
+            if self.config.stem == "conv":  # not in the paper: maps that start from nothing
+                places = cxcywh_to_xyxy(truth).clamp(0, 1).split(2, 1)
+                parts[-1]["corner"] = sum(map(place_cross_entropy, answer.corners, places)) / 2
+                parts[-1]["loss"] = parts[-1]["loss"] + parts[-1]["corner"]
             told = self.for_next_search(answer)
         return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
 

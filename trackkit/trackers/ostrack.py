@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from trackkit import vit
 from trackkit.attention import xavier
 from trackkit.backbones import normalise
-from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, xywh_to_cxcywh
+from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, follow_size, xywh_to_cxcywh
 from trackkit.checkpoints import load_strictly
 from trackkit.crops import CropSpec, Windows, frame_sizes
 from trackkit.errors import Range, check_fields
@@ -57,6 +57,7 @@ class OSTrackConfig:
     margin: float = 10.0
     """The box keeps at least so many frame pixels inside the frame, and is at least as large."""
     exact: bool = False  # boxes go in and out of crops exactly; False imitates the authors, `crops`
+    size_rate: float = 1.0  # share of a change of size that is followed, see `boxes.follow_size`
     search_jitter: tuple[float, float] = (4.5, 0.5)  # how far training's is off, centre and size
     template_jitter: tuple[float, float] = (0.0, 0.0)  # the same of its template
     epochs: int = 300
@@ -76,7 +77,8 @@ class OSTrackConfig:
             search_factor=factor, stem=("patch", "conv"), width=size, depth=size, heads=size,
             drop_path=Range(0, 1, below=True), head_channels=Range(8, 4096),
             keep_ratio=Range(0, 1, above=True), pruning_rows=("point", "square", "all", "box"),
-            margin=Range(0, 4096), search_jitter=Range(0, 100), template_jitter=Range(0, 100),
+            margin=Range(0, 4096), size_rate=Range(0, 1), search_jitter=Range(0, 100),
+            template_jitter=Range(0, 100),
             epochs=Range(1, 100_000), keep_start=Range(0, 100_000), keep_ramp=Range(0, 100_000),
             learning_rate=Range(0, 10, above=True), backbone_rate=Range(0, 1000, above=True),
         )  # fmt: skip
@@ -100,9 +102,10 @@ class OSTrackConfig:
     def tiny(cls, **changes):
         """A hundredth of the weights: learns from scratch on a laptop's CPU."""
         small = {
-            "template_size": 48, "search_size": 96, "search_factor": 4.0, "stem": "conv",
-            "width": 64, "depth": 4, "heads": 4, "drop_path": 0.0, "head_channels": 64,
-            "prune_blocks": (1, 2), "margin": 4.0, "exact": True, "search_jitter": (3.0, 0.25),
+            "template_size": 48, "search_size": 96, "template_factor": 1.5, "search_factor": 3.0,
+            "stem": "conv", "width": 64, "depth": 4, "heads": 4, "drop_path": 0.0,
+            "head_channels": 64, "prune_blocks": (1, 2), "margin": 4.0, "exact": True,
+            "size_rate": 0.15, "search_jitter": (1.5, 0.3), "template_jitter": (0.2, 0.1),
         }  # fmt: skip
         return cls(**{**small, **changes})
 
@@ -171,11 +174,17 @@ class OSTrack(Tracker):
         self.head = CenterHead(cfg.width, cfg.head_channels)
         xavier(self.blocks)
         xavier(self.head)
+        if cfg.stem == "conv":
+            vit.start_as_lookup(self.blocks, self.position_z, self.position_x)
+            nn.init.constant_(self.head.score[-1].bias, -4.0)  # few cells are a centre
 
     def load_pretrained(self) -> bool:
         """Start the transformer as the authors do, from ViT-B as a masked autoencoder; see
-        `Tracker.load_pretrained`.
+        `Tracker.load_pretrained`. The tiny one starts from the features of matching-tiny.
         """
+        if self.config.stem == "conv":
+            vit.load_stem(self.embed)
+            return True
         weights = vit.mae_weights(self.config.stem, self.config.width)
         if weights is not None:
             self.start_from(weights)
@@ -305,6 +314,7 @@ class OSTrack(Tracker):
         response = answer.score * hann_window(cfg.grid, "open").to(answer.score)
         box = box_at(response, answer).double().cpu()
         box = self.search_crop.to_frame(box, windows, state.box)
+        box = follow_size(state.box, box, cfg.size_rate)
         box = clip_with_margin(box, frame_sizes(frames), cfg.margin)
         score = answer.score.flatten(1).amax(1).double().cpu()  # without the window
         shown = self._maps(answer, response, crops, windows) if maps else None

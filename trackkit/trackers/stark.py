@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from trackkit.attention import DecoderLayer, EncoderLayer, LearnedPosition, sine_position
 from trackkit.backbones import ResNet, SmallNet, normalise
-from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, xyxy_to_cxcywh
+from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, follow_size, xyxy_to_cxcywh
 from trackkit.crops import CropSpec, Windows, frame_sizes, outside
 from trackkit.errors import Range, check_fields
 from trackkit.frames import FrameRule, SampleSpec
@@ -71,6 +71,7 @@ class STARKConfig:
     paper: a learned embedding tells template tokens from search tokens; attention starts as a
     lookup of what is alike (keys start equal to queries, the decoder's values pass unchanged); the
     corner maps also learn by cross-entropy"""
+    size_rate: float = 1.0  # share of a change of size that is followed, see `boxes.follow_size`
 
     strides: ClassVar = {"resnet50": 16, "resnet101": 16, "tiny": 8}  # of the backbones
 
@@ -82,7 +83,7 @@ class STARKConfig:
             encoder_layers=layers, decoder_layers=layers, dropout=Range(0, 1),
             position=("sine", "learned", "none"), head=("corner", "mlp"),
             head_channels=Range(8, 4096), update_interval=Range(1), update_threshold=Range(0, 1),
-            margin=Range(0, 4096),
+            margin=Range(0, 4096), size_rate=Range(0, 1),
         )  # fmt: skip
         stride = self.strides[self.backbone]
         if self.template_size % stride or self.search_size % stride:
@@ -115,6 +116,7 @@ class STARKConfig:
             "search_factor": 3.0, "width": 64, "heads": 4, "feedforward": 128, "encoder_layers": 2,
             "decoder_layers": 2, "dropout": 0.0, "head_channels": 64, "pre_norm": True,
             "update_interval": 10, "margin": 4.0, "exact": True, "from_scratch": True,
+            "size_rate": 0.15,
         }  # fmt: skip
         return cls(**{**small, **changes})
 
@@ -196,9 +198,10 @@ class STARK(Tracker):
             self.score_head = MLP(width, width, 1)
 
     def load_pretrained(self) -> bool:
-        if not isinstance(self.backbone, ResNet):
-            return False
-        self.backbone.load_pretrained()
+        if isinstance(self.backbone, SmallNet):
+            self.backbone.load_pretrained(self.bottleneck)
+        else:
+            self.backbone.load_pretrained()
         return True
 
     # ---- the network (paper, sections 3.1 and 3.2) ----
@@ -325,6 +328,7 @@ class STARK(Tracker):
         answer = self.ask(state, search, maps)
         boxes, score = self.choose(answer)
         box = self.search_crop.to_frame(boxes, windows, state.box)
+        box = follow_size(state.box, box, self.config.size_rate)
         box = clip_with_margin(box, frame_sizes(frames), self.config.margin)
 
         # 2. is this frame fit to be remembered

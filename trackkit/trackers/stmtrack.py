@@ -91,8 +91,8 @@ class STMTrackConfig:
     def tiny(cls, **changes) -> STMTrackConfig:
         """A hundredth of the weights: learns from scratch on a laptop's CPU."""
         small = {
-            "trunk": "tiny", "size": 97, "trim": 1, "width": 64, "head_width": 48,
-            "head_layers": 3, "min_size": 4.0, "exact": True,
+            "trunk": "tiny", "size": 97, "factor": 3.0, "trim": 1, "width": 64, "head_width": 48,
+            "head_layers": 3, "rate": 0.3, "min_size": 4.0, "exact": True,
         }  # fmt: skip
         return cls(**{**small, **changes})
 
@@ -342,9 +342,11 @@ class STMTrack(Tracker):
         return SmallTrunk() if self.config.trunk == "tiny" else Inception()
 
     def load_pretrained(self) -> bool:
-        """Start both trunks from ImageNet's weights; see `Tracker.load_pretrained`."""
+        """Start both trunks from ImageNet's weights; see `Tracker.load_pretrained`. The tiny ones
+        start from matching-tiny: the features of both necks are its features.
+        """
         if self.config.trunk == "tiny":
-            return False
+            return self._start_as_matching()
         self.memory.trunk.load_pretrained()
         self.query.trunk.load_pretrained()
         self.pretrained = True
@@ -362,6 +364,16 @@ class STMTrack(Tracker):
         for layer in (part for part in self.head.modules() if isinstance(part, nn.Conv2d)):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         nn.init.constant_(self.head.score[1].bias, -2.0)
+
+    @torch.no_grad()
+    def _start_as_matching(self) -> bool:
+        project = nn.Conv2d(self.config.width, self.config.width, 1)
+        for encoder in (self.memory, self.query):
+            encoder.trunk.load_pretrained(project)
+            encoder.neck.weight.zero_()
+            encoder.neck.weight[:, :, 1, 1] = project.weight[:, :, 0, 0]
+            encoder.neck.bias.copy_(project.bias)
+        return True
 
     @property
     def template_crop(self) -> CropSpec:
