@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from trackkit import sampling
+
 torch.set_num_threads(1)
 
 # a shell without job control starts background jobs deaf to ctrl-C, and their children with them:
@@ -44,3 +46,11 @@ def seed() -> None:
 def own_home(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKKIT_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("TRACKKIT_GOT10K", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def no_pool(monkeypatch):
+    """No minutes for 320 videos: trainings without data draw theirs as they go (`test_pool.py` has
+    the pool; other processes are told `--data stream`).
+    """
+    monkeypatch.setattr(sampling, "pool", lambda: sampling.training_set(sampling.STREAM))

@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trackkit import boxes as B
+from trackkit.boxes import follow_size
 from trackkit.crops import Windows, context_side, cut, mean_colour, outside, reduction
 from trackkit.errors import DataError
 
@@ -307,3 +308,18 @@ def test_crops_on_the_gpu_are_those_of_the_cpu():
     on_cpu = cut([frame] * 3, windows(*rows, size=127))
     on_gpu = cut([frame.cuda()] * 3, windows(*rows, size=127))
     assert on_gpu.device.type == "cuda" and (on_gpu.cpu().int() - on_cpu.int()).abs().max() <= 1
+
+
+def test_a_size_is_followed_by_a_share_around_the_new_centre():
+    old = torch.tensor([[10.0, 20.0, 40.0, 10.0]], dtype=torch.float64)
+    new = torch.tensor([[50.0, 60.0, 80.0, 40.0]], dtype=torch.float64)
+    assert follow_size(old, new, 1.0) is new
+    half = follow_size(old, new, 0.5)
+    assert torch.allclose(half[:, 2:], torch.tensor([[40 * 2**0.5, 20.0]], dtype=torch.float64))
+    none = follow_size(old, new, 0.0)
+    assert torch.equal(none[:, 2:], old[:, 2:])
+    for box in (half, none):
+        assert torch.allclose(box[:, :2] + box[:, 2:] / 2, new[:, :2] + new[:, 2:] / 2)
+    flat = torch.tensor([[0.0, 0.0, 1e9, 1e-9]], dtype=torch.float64)  # a network may say anything
+    assert torch.isfinite(follow_size(old, flat, 0.3)).all()
+    assert (follow_size(old, flat, 0.3)[:, 2:] > 0).all()

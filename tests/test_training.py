@@ -380,7 +380,7 @@ sys.exit(cli.main(sys.argv[1:]))
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_saves_ends_the_workers_and_says_how_to_go_on(tmp_path, name, status, workers):
     out, whole = tmp_path / "my run", tmp_path / "whole"
-    command = ["train", "siamfc-tiny", "--steps=6", "--batch=2", "--device=cpu"]
+    command = ["train", "siamfc-tiny", "--data=stream", "--steps=6", "--batch=2", "--device=cpu"]
     command += [f"--workers={workers}", f"--out={out}"]
     ended = subprocess.run(
         [sys.executable, "-c", SIGNALLED.format(name=name), *command],
@@ -409,7 +409,14 @@ def test_an_error_in_a_sample_is_one_line(tmp_path, monkeypatch, capsys, workers
         return np.empty(1 << 50) if kind[0] == "n" else torch.empty(1 << 50, dtype=torch.uint8)
 
     monkeypatch.setattr(Samples, "__getitem__", sample)
-    command = ["train", "siamfc-tiny", "--steps=2", "--batch=2", f"--workers={workers}"]
+    command = [
+        "train",
+        "siamfc-tiny",
+        "--data=stream",
+        "--steps=2",
+        "--batch=2",
+        f"--workers={workers}",
+    ]
     assert cli.main([*command, f"--out={tmp_path}"]) == 1
     error, says = capsys.readouterr().err, "swan.jpg" if kind == "data" else "no memory left"
     assert "Traceback" not in error

@@ -12,6 +12,7 @@ import torch
 import torchvision
 from torch import nn
 
+from trackkit import vit
 from trackkit.attention import (
     Attention,
     DecoderLayer,
@@ -590,3 +591,22 @@ def test_normalise():
     expected = [(v / 255 - m) / s for v, m, s in zip((0, 128, 255), MEAN, STD, strict=True)]
     assert found.dtype == torch.float32 and found.shape == (2, 3, 4, 4)
     assert found[1, :, 2, 3].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_attention_that_starts_as_a_lookup_finds_the_like_in_the_other_crop(heads):
+    blocks = vit.blocks(64, 1, heads, 128, 0.0)
+    z, x = vit.learned_position(6, 64), vit.learned_position(12, 64)
+    vit.start_as_lookup(blocks, z, x)
+    content = torch.randn(1, 36, 64)
+    where = torch.randperm(144)[:36]
+    search = torch.randn(1, 144, 64)
+    search[:, where] = content  # each piece of the template is somewhere in the search crop
+    q, k, _ = blocks[0].project(torch.cat([content + z, search + x], 1))
+    share = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1).mean(1)[0]
+    found = share[36 + where][:, :36].argmax(1)  # where in the template a search token looks
+    assert (found == torch.arange(36)).float().mean() > 0.9
+    across = share[36 + where][:, :36].sum(1)
+    assert across.mean() > 0.5  # of 180 tokens 36 are the template's, and one is itself
+    unlike = [i for i in range(144) if i not in set(where.tolist())]
+    assert share[36:][unlike][:, :36].max() < share[36 + where][:, :36].max(1).values.median()

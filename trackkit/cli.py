@@ -42,7 +42,8 @@ class TrainOptions(Generic[Config]):
     config: Config
     """The tracker's own numbers; the ablations of its paper are among them."""
     data: Path | None = None
-    """GOT-10k's root (default: TRACKKIT_GOT10K, else the procedural stream)."""
+    """GOT-10k's root, or "stream": procedural video drawn as it is needed (default:
+    TRACKKIT_GOT10K, else a pool of 320 procedural videos, made at first use in a few minutes)."""
     out: Path | None = None
     """Folder of the run (default: TRACKKIT_HOME/runs/NAME-SCALE-SEED)."""
     scale: Literal["tiny", "laptop", "gpu", "paper"] | None = None
@@ -382,9 +383,10 @@ def synth(argv: list[str]) -> None:
 
 
 def _synth(
-    out: tyro.conf.Positional[Path],
+    out: tyro.conf.Positional[Path | None] = None,
     /,
     samples: bool = False,
+    pool: int | None = None,
     only: tuple[str, ...] = (),
     split: Literal["train", "val", "test"] = "train",
     count: int = 10,
@@ -396,7 +398,9 @@ def _synth(
     """Write procedural video in GOT-10k's layout.
 
     Args:
-        out: folder to write to.
+        out: folder to write to; a pool needs none.
+        pool: make the pool for training with so many videos, which `trackkit train` would make at
+            its first use (with 320), under TRACKKIT_HOME/pool.
         samples: write the sequences that come with trackkit, byte for byte, and nothing else.
         only: attributes to show, all else still, as: --only occlusion scale (default: a mixture of
             all).
@@ -415,7 +419,16 @@ def _synth(
         width=(width, PIXELS),
         height=(height, PIXELS),
         seed=(seed, SEED),
+        pool=(pool, Range(1, 10**6)),
     )
+    if pool is not None:
+        from trackkit.synth.pool import pool as make
+
+        made = make(pool, seed)
+        print(_typeable(f"{made.folder.parent}: {len(made)} videos; train with --data there"))
+        return
+    if out is None:
+        raise TrackkitError("name the folder to write to: trackkit synth OUT (or --pool N)")
     if samples:
         worlds.make_samples(out)
     else:
