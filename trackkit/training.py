@@ -1,10 +1,12 @@
 """One training loop for all trackers: stages, mixed precision, several GPUs, exact resume.
 
 A run is a folder: `log.jsonl` (one line every few steps), `state.safetensors` (everything needed to
-go on; also loads as a tracker) and, when the last stage is done, `tracker.safetensors`. Files are
-replaced whole, so a run that is killed at any moment continues from its last state with the same
-command, and on a CPU ends with the same weights as one that was never interrupted: each sample
-depends only on (seed, its number), each step's other random numbers only on (seed, the step).
+go on; also loads as a tracker) and, when the last stage is done, `tracker.safetensors`; of a stage
+whose rate is first held and then falls also `STAGE-start.safetensors`, the network before the fall.
+Files are replaced whole, so a run that is killed at any moment continues from its last state with
+the same command, and on a CPU ends with the same weights as one that was never interrupted: each
+sample depends only on (seed, its number), each step's other random numbers only on (seed, the
+step).
 """
 
 from __future__ import annotations
@@ -234,6 +236,10 @@ class _Run:
                     self.sums[key] = self.sums.get(key, 0) + value.detach()
                 self.count += 1
                 shown.update()
+                if step + 1 == first + stage.held and accelerator.is_main_process:
+                    save(
+                        tracker, self.out / f"{stage.name}-start.safetensors", trained=self.identity
+                    )
                 last = step + 1 == first + stage.steps
                 line = (step + 1) % log_steps == 0 or last
                 if line:

@@ -38,6 +38,7 @@ TRACKERS: dict[str, tuple[type[Tracker], Any]] = {
     "stark-s50": (STARK, STARKConfig.s50()),
     "stark-st50": (STARK, STARKConfig.st50()),
     "stark-st101": (STARK, STARKConfig.st101()),
+    "stark-s-tiny": (STARK, STARKConfig.tiny(dynamic=False, score=False)),
     "stark-tiny": (STARK, STARKConfig.tiny()),
     "sbt-light": (SBT, SBTConfig.light()),
     "sbt-small": (SBT, SBTConfig.small()),

@@ -29,7 +29,7 @@ from trackkit.errors import Range, TrackkitError, check_fields
 from trackkit.frames import FrameRule, SampleSpec
 from trackkit.heads import CornerHead, PyramidCornerHead, soft_argmax
 from trackkit.losses import ciou, localisation, place_cross_entropy
-from trackkit.stages import Stage
+from trackkit.stages import HOLD_AND_FALL, Stage
 from trackkit.trackers.base import Prediction, Tracker, put
 
 
@@ -375,16 +375,20 @@ class MixViT(Tracker):
         return {}
 
     def samples(self) -> SampleSpec:
-        """Templates, then one search."""
-        cfg, jitter = self.config, {"jitter_size": 0.5, "jitter_centre": self.config.train_factor}
+        """Templates, then one search; for the tiny network near in time, not mirrored to each
+        other.
+        """
+        cfg, short = self.config, self.config.stem == "conv"
+        far = 0.9 * cfg.train_factor if short else cfg.train_factor
+        jitter = {"jitter_size": 0.4 if short else 0.5, "jitter_centre": far}
         return SampleSpec(
             template=self.template_crop,
             search=replace(self.search_crop, factor=cfg.train_factor, **jitter),
             templates=cfg.templates,
-            max_gap=400,
+            max_gap=40 if short else 400,
             rule=FrameRule(min_frames=20, min_usable=2 * (cfg.templates + 1) + 1),
             flip=0.5,
-            flip_each=0.5,
+            flip_each=0.0 if short else 0.5,
             grey=0.05,
             brightness=0.2,
             masks=True,
@@ -400,14 +404,14 @@ class MixViT(Tracker):
         self.check_preset(preset)
         cfg, code = self.config, preset != "paper"
         large = cfg.depth == 24 and code
-        batch = {"tiny": 16, "laptop": 24, "gpu": 64, "paper": 288 if large else 256}[scale]
-        lengths = {"tiny": 300, "laptop": 3000, "gpu": 20_000, "paper": 500 * (60_000 // batch)}
+        batch = {"tiny": 16, "laptop": 16, "gpu": 64, "paper": 288 if large else 256}[scale]
+        lengths = {"tiny": 300, "laptop": 5000, "gpu": 20_000, "paper": 500 * (60_000 // batch)}
         steps = lengths[scale]
         rest: dict = {"lr": 1e-4, "drops": (steps * 4 // 5,), "clip": 0.1}
         if code:
             rest |= {"lr": 4e-4, "rates": (("embed.*", 0.1), ("blocks.*", 0.1))}
         if scale in ("tiny", "laptop"):
-            rest = {"lr": 1e-3, "lr_end": 1e-5, "warmup": steps // 30, "clip": 1.0}
+            rest = {"lr": 1e-3, "lr_end": 1e-5, "cosine": HOLD_AND_FALL, "warmup": 30, "clip": 1.0}
         elif large:
             blocks = [f"blocks.{i}" for i in range(6, cfg.depth)]
             others = [name for name, _ in self.named_children() if name not in ("embed", "blocks")]

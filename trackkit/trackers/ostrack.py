@@ -28,7 +28,7 @@ from trackkit.errors import Range, check_fields
 from trackkit.frames import SampleSpec
 from trackkit.heads import CenterHead, hann_window
 from trackkit.losses import focal_loss, gaussian_target, localisation
-from trackkit.stages import Stage
+from trackkit.stages import HOLD_AND_FALL, Stage
 from trackkit.trackers.base import Prediction, Tracker
 
 
@@ -105,7 +105,7 @@ class OSTrackConfig:
             "template_size": 48, "search_size": 96, "template_factor": 1.5, "search_factor": 3.0,
             "stem": "conv", "width": 64, "depth": 4, "heads": 4, "drop_path": 0.0,
             "head_channels": 64, "prune_blocks": (1, 2), "margin": 4.0, "exact": True,
-            "size_rate": 0.15, "search_jitter": (1.5, 0.3), "template_jitter": (0.2, 0.1),
+            "size_rate": 0.15, "search_jitter": (2.7, 0.4), "template_jitter": (0.2, 0.1),
         }  # fmt: skip
         return cls(**{**small, **changes})
 
@@ -366,15 +366,16 @@ class OSTrack(Tracker):
         return cfg.keep_ratio + (1 - cfg.keep_ratio) * fall
 
     def samples(self) -> SampleSpec:
-        """A pair forward in time."""
+        """A pair forward in time; for the tiny network a near one, not mirrored to each other."""
+        short = self.config.stem == "conv"
         z, x = self.config.template_jitter, self.config.search_jitter
         return SampleSpec(
             template=replace(self.template_crop, jitter_centre=z[0], jitter_size=z[1]),
             search=replace(self.search_crop, jitter_centre=x[0], jitter_size=x[1]),
             order="causal",
-            max_gap=200,
+            max_gap=40 if short else 200,
             flip=0.5,
-            flip_each=0.5,
+            flip_each=0.0 if short else 0.5,
             grey=0.05,
             brightness=0.2,
             masks=True,  # only so that crops without anything in them are drawn again
@@ -388,10 +389,10 @@ class OSTrack(Tracker):
         self.check_preset(preset)
         cfg, full = self.config, (self.config.epochs * 468, 128)
         steps, batch = {
-            "tiny": (300, 16), "laptop": (3000, 24), "gpu": (20_000, 64), "paper": full,
+            "tiny": (300, 16), "laptop": (5000, 16), "gpu": (20_000, 64), "paper": full,
         }[scale]  # fmt: skip
         if scale in ("tiny", "laptop"):
-            rates = {"lr": 1e-3, "lr_end": 1e-5, "warmup": steps // 30, "clip": 1.0}
+            rates = {"lr": 1e-3, "lr_end": 1e-5, "cosine": HOLD_AND_FALL, "warmup": 30, "clip": 1.0}
         else:
             rates = {"lr": cfg.learning_rate * batch / 128, "drops": (steps * 4 // 5,), "clip": 0.1}
             rates |= {"rates": (("head.*", 1.0), ("*", cfg.backbone_rate))}

@@ -29,7 +29,7 @@ from trackkit.errors import Range, check_fields
 from trackkit.frames import FrameRule, SampleSpec
 from trackkit.heads import MLP, CornerHead, soft_argmax
 from trackkit.losses import localisation, place_cross_entropy
-from trackkit.stages import Stage
+from trackkit.stages import HOLD_AND_FALL, Stage
 from trackkit.trackers.base import Prediction, Tracker, put
 
 
@@ -434,18 +434,18 @@ class STARK(Tracker):
     def samples(self, negatives: float = 0.0) -> SampleSpec:
         """STARK-S: a pair forward in time. STARK-ST: first template and search anywhere, the
         dynamic template on the first's side of the search. A network that starts from scratch gets
-        four searches a sample, less far off and in any order.
+        four searches a sample, near in time and in any order.
         """
         scratch, templates = self.config.from_scratch, 2 if self.config.dynamic else 1
         searches, order = (4, "any") if scratch else (1, "trident" if templates > 1 else "causal")
-        size, centre = (0.2, 1.2) if scratch else (0.5, 4.5)
+        size, centre = (0.4, 2.7) if scratch else (0.5, 4.5)
         return SampleSpec(
             template=self.template_crop,
             search=replace(self.search_crop, jitter_size=size, jitter_centre=centre),
             templates=templates,
             searches=searches,
             order=order,
-            max_gap=200,
+            max_gap=40 if scratch else 200,
             rule=FrameRule(min_frames=20, min_usable=2 * (templates + searches) + 1),
             flip=0.5,
             flip_each=0.0 if scratch else 0.5,
@@ -465,7 +465,7 @@ class STARK(Tracker):
         self.check_preset(preset)
         first, second, batch = {
             "tiny": (150, 30, 8),
-            "laptop": (2000, 200, 8),
+            "laptop": (3000, 300, 8),
             "gpu": (20_000, 2_000, 64),
             "paper": (500 * 468, 50 * 468, 128),
         }[scale]
@@ -476,7 +476,7 @@ class STARK(Tracker):
         def stage(name: str, steps: int, **rest) -> Stage:
             fall = {"drops": (steps * 4 // 5,)}
             if short:
-                fall = {"lr_end": 3e-5, "warmup": 30 if scale == "laptop" else 5}
+                fall = {"lr_end": 3e-5, "cosine": HOLD_AND_FALL, "warmup": 5}
             return Stage(name, steps, batch, lr=lr, clip=clip, weight_decay=1e-4, **fall, **rest)
 
         # all but the score head and the frozen start of a ResNet

@@ -25,7 +25,7 @@ from trackkit.errors import Range, check_fields
 from trackkit.frames import FrameRule, SampleSpec
 from trackkit.heads import SidesHead, hann_window
 from trackkit.losses import detection_losses
-from trackkit.stages import Stage
+from trackkit.stages import HOLD_AND_FALL, Stage
 from trackkit.trackers.base import Prediction, Tracker
 
 
@@ -588,9 +588,9 @@ class STMTrack(Tracker):
         """
         self.check_preset(preset)
         if scale in ("tiny", "laptop") or self.config.trunk == "tiny":
-            steps = {"tiny": 300, "laptop": 3000, "gpu": 20_000, "paper": 100_000}[scale]
-            batch = {"tiny": 16, "laptop": 24, "gpu": 64, "paper": 64}[scale]
-            rest = {"lr": 2e-3, "lr_end": 1e-5, "warmup": steps // 30, "clip": 1.0}
+            steps = {"tiny": 300, "laptop": 4000, "gpu": 20_000, "paper": 100_000}[scale]
+            batch = {"tiny": 16, "laptop": 16, "gpu": 64, "paper": 64}[scale]
+            rest = {"lr": 1e-3, "lr_end": 1e-5, "cosine": HOLD_AND_FALL, "warmup": 30, "clip": 1.0}
             return [self.stage("memory", steps, batch=batch, momentum=None, **rest)]
         epoch, rest = self.epoch(scale), {"lr": 0.08, "lr_end": 1e-6}
         if not self.pretrained:
