@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trackkit import sampling
+from trackkit import sampling, synth
 from trackkit.errors import DataError
 from trackkit.got10k import GOT10k
 from trackkit.paths import alone, home
@@ -79,6 +79,15 @@ def test_enlarged_is_softer_and_as_large():
     assert abs(float(soft.float().mean() - frame.float().mean())) < 1
     plain = torch.full((3, 61, 83), 77, dtype=torch.uint8)
     assert torch.equal(pools.enlarged(plain, 3.0), plain)
+
+
+def test_held_out_videos_are_further_ones_of_each_kind(monkeypatch):
+    monkeypatch.setattr(synth, "SAMPLE_FRAMES", 3)
+    made = pools.held_out(2, processes=1)
+    assert len(made) == 26
+    assert {made[i].attributes for i in range(26)} >= {("occlusion",), ("fast",)}
+    assert not set(made.names) & set(GOT10k(None, "val").names)
+    assert made[0].boxes_xywh.ne(made[1].boxes_xywh).any()
 
 
 def test_tiny_trainings_read_it(monkeypatch):

@@ -19,7 +19,14 @@ from trackkit.errors import DataError
 from trackkit.got10k import GOT10k, write_sequence
 from trackkit.paths import alone, atomic_write, cores, home
 from trackkit.progress import bar
-from trackkit.synth import SynthConfig, SynthDataset, labels_of
+from trackkit.synth import (
+    EMBEDDED,
+    SAMPLE_QUALITY,
+    SynthConfig,
+    SynthDataset,
+    labels_of,
+    sample,
+)
 from trackkit.synth.textures import Draw
 
 VIDEOS, FRAMES = 320, 60
@@ -38,26 +45,48 @@ def pool(videos: int = VIDEOS, seed: int = 0, processes: int | None = None) -> G
     if videos < 1 or seed < 0:
         raise DataError(f"a pool needs a video and a seed of at least 0; got {videos}, {seed}")
     dataset = SynthDataset(SynthConfig(frames=FRAMES), seed, videos)
-    root = home() / "pool" / f"synth-{EDITION}-{seed}-{videos}"
-    folder = root / "train"
-    # list.txt comes last: a pool without it is not whole
+    names = [dataset.name_of(index) for index in range(videos)]
+    jobs = [(_record, dataset, index) for index in range(videos)]
+    return _written(f"synth-{EDITION}-{seed}-{videos}", "train", names, jobs, processes)
+
+
+def held_out(each: int = 8, processes: int | None = None) -> GOT10k:
+    """The val split of `each` further videos of each of the 13 kinds in data_samples/val, in the
+    same textures and outlines, which no training sees: 104, for comparisons that 13 cannot decide.
+
+    Made at first use, as a pool is; by default in half a minute, 60 MB.
+    """
+    kinds = [(kind, 1001 + k) for kind in EMBEDDED["val"] for k in range(each)]
+    names = [f"synth_val_{kind}_{seed}" for kind, seed in kinds]
+    jobs = [(_record_sample, kind, seed) for kind, seed in kinds]
+    return _written(f"held-out-{EDITION}-{each}", "val", names, jobs, processes)
+
+
+def _written(
+    name: str, split: str, names: list[str], jobs: list[tuple], processes: int | None
+) -> GOT10k:
+    """The data set `name` under TRACKKIT_HOME/pool, whose sequences the jobs write."""
+    root = home() / "pool" / name
+    folder = root / split
+    # list.txt comes last: a data set without it is not whole
     if not (folder / "list.txt").exists():
-        names = [dataset.name_of(index) for index in range(videos)]
         with alone(root, "makes a pool"):
-            left = [index for index, name in enumerate(names) if not (folder / name).exists()]
+            left = [
+                job for job, own in zip(jobs, names, strict=True) if not (folder / own).exists()
+            ]
             made = joblib.Parallel(processes or cores(), return_as="generator_unordered")(
-                joblib.delayed(_record)(dataset, index, folder) for index in left
+                joblib.delayed(record)(folder, *rest) for record, *rest in left
             )
-            options = {"total": videos, "initial": videos - len(left), "unit": "video"}
+            options = {"total": len(jobs), "initial": len(jobs) - len(left), "unit": "video"}
             with bar(desc="procedural videos", **options) as shown:
                 for _ in made:
                     shown.update()
             with atomic_write(folder / "list.txt") as partial:
                 partial.write_text("\n".join(names) + "\n", "utf-8", newline="\n")
-    return GOT10k(root, "train")
+    return GOT10k(root, split)
 
 
-def _record(dataset: SynthDataset, index: int, folder: Path) -> None:
+def _record(folder: Path, dataset: SynthDataset, index: int) -> None:
     """Write one video of a pool."""
     torch.set_num_threads(1)
     sequence, draw = dataset[index], Draw(23, dataset.seed, index)
@@ -66,6 +95,16 @@ def _record(dataset: SynthDataset, index: int, folder: Path) -> None:
     frames = (enlarged(sequence.frame(t), coarse) for t in range(len(sequence)))
     write_sequence(
         folder / sequence.name, frames, meta=sequence.meta, quality=quality, **labels_of(sequence)
+    )
+
+
+def _record_sample(folder: Path, kind: str, seed: int) -> None:
+    torch.set_num_threads(1)
+    sequence = sample("val", kind, seed)
+    frames = map(sequence.frame, range(len(sequence)))
+    labels = labels_of(sequence)
+    write_sequence(
+        folder / sequence.name, frames, meta=sequence.meta, quality=SAMPLE_QUALITY, **labels
     )
 
 
