@@ -1,0 +1,170 @@
+"""Crops in two steps: where files are read, the rectangle of pixels that a crop needs; where there
+is time to compute, the crop itself.
+
+A loader worker can render its own crops (`Rectangle.crop`, `restyle`), or hand on bare rectangles
+of many sizes in one buffer (`pack`) that a GPU renders all at once (`Packed.render`). Both give the
+same bytes: bilinear in OpenCV's integers, then mirrored, grey, brighter or darker.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trackkit.crops import Windows, cut
+
+
+class Rectangle(NamedTuple):
+    """What one crop is made of.
+
+    Attributes:
+        pixels: uint8 (3, h, w), channels innermost in memory; all that the window shows of its
+            frame, and no more.
+        window: a batch of one, in pixels of this rectangle.
+        fill: colour outside, 0..255, (3,); None where the window shows nothing else.
+    """
+
+    pixels: Tensor
+    window: Windows
+    fill: Tensor | None
+
+    def crop(self) -> Tensor:
+        """uint8 (3, size, size)."""
+        left, top, side = self.window.rows[0].tolist()
+        if (left, top, side) == (0, 0, self.window.size) and self.pixels.shape[1:] == (side, side):
+            return self.pixels
+        return cut([self.pixels], self.window, self.fill)[0]
+
+
+class Style(NamedTuple):
+    """What is done to the pixels of N crops after they are cut; None for what is not done.
+
+    Attributes:
+        flips, greys: bool (N,), mirrored left to right, without colours.
+        factors: float32 (N,), brightness.
+    """
+
+    flips: Tensor | None
+    greys: Tensor | None
+    factors: Tensor | None
+
+
+def restyle(crops: Tensor, style: Style) -> Tensor:
+    """Crops uint8 (N, 3, S, S) in their style."""
+    flips, greys, factors = (None if s is None else s[:, None, None, None] for s in style)
+    on_cpu = crops.device.type == "cpu"  # where asking costs nothing, and work does
+    if flips is not None and not (on_cpu and not flips.any()):
+        crops = torch.where(flips, crops.flip(-1), crops)
+    if greys is not None and not (on_cpu and not greys.any()):
+        crops = torch.where(greys, grey_levels(crops), crops)
+    if factors is not None:
+        crops = (crops * factors).round_().clamp_(0, 255).to(torch.uint8)
+    return crops
+
+
+def grey_levels(crop: Tensor) -> Tensor:
+    """Brightness of each pixel as OpenCV's RGB2GRAY has it, bit for bit: uint8 (..., 3, H, W) ->
+    (..., 1, H, W).
+    """
+    red, green, blue = crop.int().split(1, -3)
+    # 0.299, 0.587, 0.114 of 2 ** 15
+    grey = 9798 * red + 19235 * green + 3735 * blue + (1 << 14)
+    return grey.bitwise_right_shift(15).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rectangles of crops of one size, as they travel to a GPU: few tensors, however many they are.
+
+    Attributes:
+        pixels: uint8 (bytes,), the rectangles one behind the other, each (h, w, 3).
+        table: int64 (N, 6): first byte, height, width; left, top and side of the window.
+        fills: uint8 (N, 3). style: of the N crops.
+        shape: of the result without its last three dimensions; its product is N.
+        size: side of the crops.
+    """
+
+    pixels: Tensor
+    table: Tensor
+    fills: Tensor
+    style: Style
+    shape: tuple[int, ...]
+    size: int
+
+    def _each(self, change) -> Packed:
+        style = Style(*(None if s is None else change(s) for s in self.style))
+        tensors = (change(t) for t in (self.pixels, self.table, self.fills))
+        return Packed(*tensors, style, self.shape, self.size)
+
+    def to(self, device, non_blocking: bool = False) -> Packed:
+        return self._each(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Packed:
+        return self._each(lambda t: t.pin_memory())
+
+    def render(self) -> Tensor:
+        """The crops where the pixels are: uint8 (*shape, 3, size, size)."""
+        crops = _resample(self.pixels, self.table, self.fills, self.size)
+        return restyle(crops, self.style).unflatten(0, self.shape)
+
+    @classmethod
+    def join(cls, parts: list[Packed]) -> Packed:
+        """The samples of a batch, each packed by itself; their dimension comes first."""
+        starts = torch.tensor([0] + [len(part.pixels) for part in parts[:-1]]).cumsum(0)
+        tables = torch.stack([part.table for part in parts])
+        tables[..., 0] += starts[:, None]
+        columns = zip(*(part.style for part in parts), strict=True)
+        style = Style(*(None if column[0] is None else torch.cat(column) for column in columns))
+        pixels, fills = (torch.cat([getattr(p, k) for p in parts]) for k in ("pixels", "fills"))
+        shape = (len(parts), *parts[0].shape)
+        return cls(pixels, tables.flatten(0, 1), fills, style, shape, parts[0].size)
+
+
+def pack(rectangles: list[Rectangle], style: Style) -> Packed:
+    """Rectangles of N crops of one size, shape (N,)."""
+    rows, fills, first = [], [], 0
+    for pixels, window, fill in rectangles:
+        rows.append([first, *pixels.shape[1:], *window.rows[0].tolist()])
+        fills.append(torch.zeros(3) if fill is None else fill)
+        first += pixels.numel()
+    pixels = torch.cat([r.pixels.permute(1, 2, 0).flatten() for r in rectangles])
+    fills = torch.stack(fills).round().to(torch.uint8)
+    size = rectangles[0].window.size
+    return Packed(pixels, torch.tensor(rows), fills, style, (len(rows),), size)
+
+
+def _resample(pixels: Tensor, table: Tensor, fills: Tensor, size: int) -> Tensor:
+    """`crops.cut` for all windows of a `Packed` at once, bit for bit: uint8 (N, 3, size, size)."""
+    first, height, width, left, top, side = table.T[..., None]  # (N, 1) each
+    steps = torch.arange(size, dtype=torch.float64, device=table.device) + 0.5
+    position = (steps * (side.double() / size) - 0.5).float()  # (N, size), as in crops._source
+    floor = position.floor()
+    share = position - floor
+    low, high = ((1 - share) * 2048).round().int(), (share * 2048).round().int()
+    before, after = (torch.minimum((floor + i).long().clamp(min=0), side - 1) for i in (0, 1))
+    # at the border OpenCV takes the last column alone, but blends the last row with itself
+    alone = before == after
+    low_column, high_column = low.masked_fill(alone, 2048), high.masked_fill(alone, 0)
+    colours = torch.arange(3, device=table.device)
+
+    def line(rows: Tensor) -> Tensor:
+        """Rows (N, size) of the windows, blended along them: int32 (N, size, size, 3)."""
+        blend = 0
+        y = top + rows
+        for columns, weight in ((before, low_column), (after, high_column)):
+            x = left + columns
+            inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None]
+            at = first[:, :, None] + 3 * (y[:, :, None] * width[:, :, None] + x[:, None])
+            seen = pixels[(at * inside)[..., None] + colours]
+            seen = torch.where(inside[..., None], seen, fills[:, None, None])
+            blend = blend + seen.int() * weight[:, None, :, None]
+        return blend.bitwise_right_shift(4)
+
+    upper, lower = (
+        (line(rows) * weight[:, :, None, None]).bitwise_right_shift(16)
+        for rows, weight in ((before, low), (after, high))
+    )
+    return (upper + lower + 2).bitwise_right_shift(2).to(torch.uint8).permute(0, 3, 1, 2)
