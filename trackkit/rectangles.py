@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trackkit.crops import Windows, cut
+from trackkit.crops import Windows, cut, resample
 
 
 class Rectangle(NamedTuple):
@@ -81,23 +81,21 @@ class Packed:
 
     Attributes:
         pixels: uint8 (bytes,), the rectangles one behind the other, each (h, w, 3).
-        table: int64 (N, 6): first byte, height, width; left, top and side of the window.
-        fills: uint8 (N, 3). style: of the N crops.
+        table: int64 (N, 9), see `crops.resample`.
+        style: of the N crops.
         shape: of the result without its last three dimensions; its product is N.
         size: side of the crops.
     """
 
     pixels: Tensor
     table: Tensor
-    fills: Tensor
     style: Style
     shape: tuple[int, ...]
     size: int
 
     def _each(self, change) -> Packed:
         style = Style(*(None if s is None else change(s) for s in self.style))
-        tensors = (change(t) for t in (self.pixels, self.table, self.fills))
-        return Packed(*tensors, style, self.shape, self.size)
+        return Packed(change(self.pixels), change(self.table), style, self.shape, self.size)
 
     def to(self, device, non_blocking: bool = False) -> Packed:
         return self._each(lambda t: t.to(device, non_blocking=non_blocking))
@@ -107,7 +105,7 @@ class Packed:
 
     def render(self) -> Tensor:
         """The crops where the pixels are: uint8 (*shape, 3, size, size)."""
-        crops = _resample(self.pixels, self.table, self.fills, self.size)
+        crops = resample(self.pixels, self.table, self.size)
         return restyle(crops, self.style).unflatten(0, self.shape)
 
     @classmethod
@@ -118,53 +116,16 @@ class Packed:
         tables[..., 0] += starts[:, None]
         columns = zip(*(part.style for part in parts), strict=True)
         style = Style(*(None if column[0] is None else torch.cat(column) for column in columns))
-        pixels, fills = (torch.cat([getattr(p, k) for p in parts]) for k in ("pixels", "fills"))
-        shape = (len(parts), *parts[0].shape)
-        return cls(pixels, tables.flatten(0, 1), fills, style, shape, parts[0].size)
+        pixels, shape = torch.cat([part.pixels for part in parts]), (len(parts), *parts[0].shape)
+        return cls(pixels, tables.flatten(0, 1), style, shape, parts[0].size)
 
 
 def pack(rectangles: list[Rectangle], style: Style) -> Packed:
     """Rectangles of N crops of one size, shape (N,)."""
-    rows, fills, first = [], [], 0
+    rows, first = [], 0
     for pixels, window, fill in rectangles:
-        rows.append([first, *pixels.shape[1:], *window.rows[0].tolist()])
-        fills.append(torch.zeros(3) if fill is None else fill)
+        colour = torch.zeros(3) if fill is None else fill.round()
+        rows.append([first, *pixels.shape[1:], *window.rows[0].tolist(), *map(int, colour)])
         first += pixels.numel()
     pixels = torch.cat([r.pixels.permute(1, 2, 0).flatten() for r in rectangles])
-    fills = torch.stack(fills).round().to(torch.uint8)
-    size = rectangles[0].window.size
-    return Packed(pixels, torch.tensor(rows), fills, style, (len(rows),), size)
-
-
-def _resample(pixels: Tensor, table: Tensor, fills: Tensor, size: int) -> Tensor:
-    """`crops.cut` for all windows of a `Packed` at once, bit for bit: uint8 (N, 3, size, size)."""
-    first, height, width, left, top, side = table.T[..., None]  # (N, 1) each
-    steps = torch.arange(size, dtype=torch.float64, device=table.device) + 0.5
-    position = (steps * (side.double() / size) - 0.5).float()  # (N, size), as in crops._source
-    floor = position.floor()
-    share = position - floor
-    low, high = ((1 - share) * 2048).round().int(), (share * 2048).round().int()
-    before, after = (torch.minimum((floor + i).long().clamp(min=0), side - 1) for i in (0, 1))
-    # at the border OpenCV takes the last column alone, but blends the last row with itself
-    alone = before == after
-    low_column, high_column = low.masked_fill(alone, 2048), high.masked_fill(alone, 0)
-    colours = torch.arange(3, device=table.device)
-
-    def line(rows: Tensor) -> Tensor:
-        """Rows (N, size) of the windows, blended along them: int32 (N, size, size, 3)."""
-        blend = 0
-        y = top + rows
-        for columns, weight in ((before, low_column), (after, high_column)):
-            x = left + columns
-            inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None]
-            at = first[:, :, None] + 3 * (y[:, :, None] * width[:, :, None] + x[:, None])
-            seen = pixels[(at * inside)[..., None] + colours]
-            seen = torch.where(inside[..., None], seen, fills[:, None, None])
-            blend = blend + seen.int() * weight[:, None, :, None]
-        return blend.bitwise_right_shift(4)
-
-    upper, lower = (
-        (line(rows) * weight[:, :, None, None]).bitwise_right_shift(16)
-        for rows, weight in ((before, low), (after, high))
-    )
-    return (upper + lower + 2).bitwise_right_shift(2).to(torch.uint8).permute(0, 3, 1, 2)
+    return Packed(pixels, torch.tensor(rows), style, (len(rows),), rectangles[0].window.size)

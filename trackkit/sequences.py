@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trackkit.crops import Windows, mean_colour, reduction
+from trackkit.crops import Windows, mean_colour, reduction, shown
 from trackkit.errors import DataError
 from trackkit.images import SUFFIXES, Picture, image_size, read_image
 from trackkit.rectangles import Rectangle
@@ -134,10 +134,8 @@ class Sequence:
             reduce //= 2
         left, top, side = left // reduce, top // reduce, side // reduce
         width, height = (-(-v // reduce) for v in still.size)
-        part = max(left, 0), max(top, 0), min(left + side, width), min(top + side, height)
+        part = shown(left, top, side, width, height)
         inside = (part[2] - part[0], part[3] - part[1]) == (side, side)
-        if part[0] >= part[2] or part[1] >= part[3]:
-            part = 0, 0, 1, 1  # the window shows none of the frame
         if fill is None and not inside:  # the mean colour needs the whole frame
             whole = still.pixels(reduce)
             pixels = whole[:, part[1] : part[3], part[0] : part[2]]
