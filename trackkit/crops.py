@@ -153,7 +153,7 @@ def cut(frames: list[Tensor] | Tensor, windows: Windows, fill: Tensor | None = N
         first += 3 * (y2 - y1) * (x2 - x1)
         if fill is not None:
             colours.append(fill if fill.ndim == 1 else fill[index])
-        elif (x2 - x1, y2 - y1) == (side, side):  # no other colour is seen
+        elif (x1, y1, x2, y2) == (left, top, left + side, top + side):  # no other colour is seen
             colours.append(torch.zeros(3, device=frame.device))
         else:
             colours.append(mean_colour(frame))
@@ -378,7 +378,7 @@ def warp_crops(
 
 
 def _resize(part: Tensor, left: int, top: int, side: int, size: int, colour: Tensor) -> Tensor:
-    """`cut` for one window in what it shows of a frame (3, h, w), on the CPU: uint8 (3, size, size).
+    """`cut` for a window in what it shows of a frame (3, h, w), on the CPU: uint8 (3, size, size).
 
     Bilinear in OpenCV's fixed-point arithmetic, bit for bit. That truncates twice and so darkens a
     crop by 1/8 of a grey level on average: nothing to a trained network, but the difference between
@@ -391,7 +391,12 @@ def _resize(part: Tensor, left: int, top: int, side: int, size: int, colour: Ten
         side, size
     )
     above, below, before, behind = above + top, below + top, before + left, behind + left
-    if (height, width) != (side, side):  # a pixel of colour all around stands for all beyond it
+    if (left, top, height, width) != (
+        0,
+        0,
+        side,
+        side,
+    ):  # a pixel of colour all around stands for all beyond it
         framed = np.empty((height + 2, width + 2, 3), np.uint8)
         framed[:] = colour.numpy()
         framed[1:-1, 1:-1] = pixels

@@ -35,7 +35,7 @@ class Rectangle(NamedTuple):
         """uint8 (3, size, size)."""
         left, top, side = self.window.rows[0].tolist()
         if (left, top, side) == (0, 0, self.window.size) and self.pixels.shape[1:] == (side, side):
-            return self.pixels
+            return self.pixels.clone()
         return cut([self.pixels], self.window, self.fill)[0]
 
 

@@ -135,7 +135,7 @@ class Sequence:
         left, top, side = left // reduce, top // reduce, side // reduce
         width, height = (-(-v // reduce) for v in still.size)
         part = shown(left, top, side, width, height)
-        inside = (part[2] - part[0], part[3] - part[1]) == (side, side)
+        inside = part == (left, top, left + side, top + side)
         if fill is None and not inside:  # the mean colour needs the whole frame
             whole = still.pixels(reduce)
             pixels = whole[:, part[1] : part[3], part[0] : part[2]]
