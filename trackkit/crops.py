@@ -442,17 +442,22 @@ def _positions(side: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return begin.long(), position - begin
 
 
-def _source(side: int, size: int) -> tuple[Tensor, Tensor]:
-    return _positions(torch.tensor([side], dtype=torch.float64), size)
-
-
 @lru_cache(maxsize=512)
+def _source(side: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same for one window, without torch's start-up of a dozen operations: int64, float32
+    (size,).
+    """
+    position = ((np.arange(size) + 0.5) * (side / size) - 0.5).astype(np.float32)
+    begin = np.floor(position)
+    return begin.astype(np.int64), position - begin
+
+
 def _reach(side: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """The first and the last pixel of the window that count in each crop pixel, along one axis:
     int64 (size,).
     """
     first, share = _source(side, size)
-    return first.clamp(min=0).numpy(), (first + (share > 0)).clamp(max=side - 1).numpy()
+    return first.clip(min=0), (first + (share > 0)).clip(max=side - 1)
 
 
 @lru_cache(maxsize=512)
@@ -461,16 +466,13 @@ def _plan(side: int, size: int) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarra
     2048, int32 (size, 1); and the same for columns, the weights for interleaved colours (3 size,).
     """
     first, share = _source(side, size)
-    low, high = ((1 - share) * 2048).round().int(), (share * 2048).round().int()
-    first, second = first.clamp(0, side - 1), (first + 1).clamp(0, side - 1)
+    low, high = (np.rint(s * np.float32(2048)).astype(np.int32) for s in (1 - share, share))
+    first, second = first.clip(0, side - 1), (first + 1).clip(0, side - 1)
     # at the border OpenCV takes the last column alone, but blends the last row with itself
     alone = first == second
-    columns = low.masked_fill(alone, 2048), high.masked_fill(alone, 0)
-    indices = first.numpy(), second.numpy()
-    return (
-        (*indices, low[:, None].numpy(), high[:, None].numpy()),
-        (*indices, *(weight.repeat_interleave(3).numpy() for weight in columns)),
-    )
+    columns = np.where(alone, 2048, low), np.where(alone, 0, high)
+    columns = (np.repeat(weights, 3).astype(np.int32) for weights in columns)
+    return (first, second, low[:, None], high[:, None]), (first, second, *columns)
 
 
 def _neighbours(places: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:

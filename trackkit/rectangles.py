@@ -53,15 +53,19 @@ class Style(NamedTuple):
 
 
 def restyle(crops: Tensor, style: Style) -> Tensor:
-    """Crops uint8 (N, 3, S, S) in their style."""
+    """Crops uint8 (N, 3, S, S) in their style; the given ones may be changed."""
     flips, greys, factors = (None if s is None else s[:, None, None, None] for s in style)
-    on_cpu = crops.device.type == "cpu"  # where asking costs nothing, and work does
-    if flips is not None and not (on_cpu and not flips.any()):
+    if crops.device.type == "cpu":  # where asking costs nothing, and work does
+        if flips is not None:
+            for i in style.flips.nonzero()[:, 0]:
+                crops[i] = crops[i].flip(-1)
+        flips, greys = None, greys if greys is not None and greys.any() else None
+    if flips is not None:
         crops = torch.where(flips, crops.flip(-1), crops)
-    if greys is not None and not (on_cpu and not greys.any()):
+    if greys is not None:
         crops = torch.where(greys, grey_levels(crops), crops)
     if factors is not None:
-        crops = (crops * factors).round_().clamp_(0, 255).to(torch.uint8)
+        crops = crops.float().mul_(factors).round_().clamp_(max=255).to(torch.uint8)
     return crops
 
 
