@@ -2,19 +2,20 @@
 
 Both make the same crops of the same frames of the same GOT-10k-layout folder, one process and one
 thread each, in turns, in this run; CPU time. The authors' pipelines are restated with OpenCV:
-decode each frame whole, pad, cut, resize, and for STARK the mask, brightness and normalisation of
-`sample_target` and its transforms (without its object masks, which are all zero on GOT-10k). Which
-crops to make is known to them beforehand; ours draw them within the time. `packed` is what a loader
-worker does when crops are made on a GPU. The frames are procedural, compressed to about the 50 KB
-that a frame of GOT-10k's train split has on average (66 GB for 1.4 million frames); `mean KB` says
-what came out. Targets of 4 to 40 % of the frame's side, log-uniform, so that no size hits the steps
-of JPEG scaling every time.
+decode each frame whole, pad, cut, resize; and for STARK what its loader does besides: read the
+sequence's labels, grey and mirror whole frames, resize two masks, brighten, normalise. Which crops
+to make is known to them beforehand; ours draw them within the time, and normalise later. `packed`
+is what a loader worker does when crops are made on a GPU. The frames are procedural, compressed to
+about the 50 KB that a frame of GOT-10k's train split has on average (66 GB for 1.4 million frames);
+`mean KB` says what came out. Targets of 4 to 40 % of the frame's side, log-uniform, so that no size
+hits the steps of JPEG scaling every time.
 
     python benchmarks/sampling_speed.py     # opencv-python-headless, for the comparison only
 """
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import itertools
 import tempfile
@@ -25,8 +26,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from trackkit import crops, images, rectangles, sequences
+from trackkit import images, rectangles, sampling, sequences
 from trackkit.boxes import xywh_to_cxcywh
 from trackkit.frames import FrameRule
 from trackkit.got10k import GOT10k
@@ -132,30 +134,43 @@ def _siamfc(cv2, files, windows, style) -> list[np.ndarray]:
     return made
 
 
-def _stark(cv2, files, windows, style) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    made = []
+def _stark(cv2, files, windows, style) -> list[tuple[torch.Tensor, ...]]:
     mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
     std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    # the labels of the whole sequence, for each sample
+    folder = Path(files[-1]).parent
+    with open(folder / "groundtruth.txt") as lines:
+        torch.tensor([[float(value) for value in row] for row in csv.reader(lines)])
+    for label in ("absence", "cover"):
+        with open(folder / f"{label}.label") as lines:
+            torch.tensor([int(row[0]) for row in csv.reader(lines)], dtype=torch.uint8)
     frames = [cv2.cvtColor(cv2.imread(file), cv2.COLOR_BGR2RGB) for file in files]
+    # two coins, of the sample and of the crop: here the first one's crop alone follows the sample's
+    all_flipped, made = bool(style.flips[0]), []
     for i, (image, (left, top, side, size)) in enumerate(zip(frames, windows, strict=True)):
+        height, width = image.shape[:2]
+        objects = torch.zeros(height, width)
         if style.greys[i]:
             image = np.stack([cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)] * 3, 2)
-        height, width = image.shape[:2]
+        if all_flipped:
+            image, objects = np.fliplr(image).copy(), objects.flip(1)
+            left = width - left - side
         right, bottom = left + side, top + side
         pads = max(0, -top), max(0, bottom - height + 1), max(0, -left), max(0, right - width + 1)
-        part = image[
-            top + pads[0] : max(bottom - pads[1], 0), left + pads[2] : max(right - pads[3], 0)
-        ]
-        part = cv2.copyMakeBorder(part, *pads, cv2.BORDER_CONSTANT)
+        rows = slice(top + pads[0], max(bottom - pads[1], 0))
+        columns = slice(left + pads[2], max(right - pads[3], 0))
+        part = cv2.copyMakeBorder(image[rows, columns], *pads, cv2.BORDER_CONSTANT)
         mask = np.ones(part.shape[:2])
         mask[pads[0] : side - pads[1], pads[2] : side - pads[3]] = 0
+        objects = F.pad(objects[rows, columns], (pads[2], pads[3], pads[0], pads[1]))
         part = cv2.resize(part, (size, size))
         mask = torch.from_numpy(cv2.resize(mask, (size, size)).astype(bool))
+        objects = F.interpolate(objects[None, None], (size, size), mode="bilinear")[0, 0]
         crop = torch.from_numpy(part.transpose(2, 0, 1))
         crop = crop.float().mul(float(style.factors[i]) / 255.0).clamp(0.0, 1.0)
-        if style.flips[i]:
-            crop, mask = crop.flip(2), mask.flip(1)
-        made.append(((crop - mean) / std, mask))
+        if style.flips[i] != all_flipped:
+            crop, mask, objects = crop.flip(2), mask.flip(1), objects.flip(1)
+        made.append(((crop - mean) / std, mask, objects))
     return made
 
 
@@ -173,7 +188,7 @@ def _shares(samples: Samples, numbers: Iterable[int]) -> dict[str, float]:
         "decoding": (images, "_decode"),
         "reading": (images.Picture, "__init__"),
         "mean colour": (sequences, "mean_colour"),
-        "cutting": (crops, "_resize"),
+        "cutting": (rectangles, "resize"),
         "style": (rectangles, "restyle"),
     }
     kept = {key: getattr(*place) for key, place in parts.items()}
@@ -190,10 +205,7 @@ def _shares(samples: Samples, numbers: Iterable[int]) -> dict[str, float]:
 
     for key, (owner, attribute) in parts.items():
         setattr(owner, attribute, timed(key, kept[key]))
-    # `sampling` has its own name for it
-    import trackkit.sampling as sampling
-
-    sampling.restyle = rectangles.restyle
+    sampling.restyle = rectangles.restyle  # its own name for it
     try:
         whole = _time(samples.__getitem__, numbers)
     finally:

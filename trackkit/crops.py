@@ -157,12 +157,13 @@ def cut(frames: list[Tensor] | Tensor, windows: Windows, fill: Tensor | None = N
             colours.append(torch.zeros(3, device=frame.device))
         else:
             colours.append(mean_colour(frame))
-    colours, device = torch.stack(colours).round().long(), parts[0].device
+    colours, device = torch.stack(colours), parts[0].device
     if device.type == "cpu":
         plan = zip(parts, rows, colours.cpu(), strict=True)
-        return torch.stack([_resize(part, *row[3:], windows.size, c) for part, row, c in plan])
+        return torch.stack([resize(part, *row[3:], windows.size, c) for part, row, c in plan])
     pixels = torch.cat([part.permute(1, 2, 0).flatten() for part in parts])
-    table = torch.cat([torch.tensor(rows).to(colours.device), colours], 1).to(device)
+    table = torch.tensor(rows).to(colours.device)
+    table = torch.cat([table, colours.round().long()], 1).to(device)
     return resample(pixels, table, windows.size)
 
 
@@ -377,7 +378,7 @@ def warp_crops(
     return torch.stack(crops), torch.tensor(scales, dtype=torch.float64)
 
 
-def _resize(part: Tensor, left: int, top: int, side: int, size: int, colour: Tensor) -> Tensor:
+def resize(part: Tensor, left: int, top: int, side: int, size: int, colour: Tensor) -> Tensor:
     """`cut` for a window in what it shows of a frame (3, h, w), on the CPU: uint8 (3, size, size).
 
     Bilinear in OpenCV's fixed-point arithmetic, bit for bit. That truncates twice and so darkens a
@@ -398,7 +399,7 @@ def _resize(part: Tensor, left: int, top: int, side: int, size: int, colour: Ten
         side,
     ):  # a pixel of colour all around stands for all beyond it
         framed = np.empty((height + 2, width + 2, 3), np.uint8)
-        framed[:] = colour.numpy()
+        framed[:] = colour.round().to(torch.uint8).numpy()
         framed[1:-1, 1:-1] = pixels
         pixels = framed
         above, below = (index.clip(-1, height) + 1 for index in (above, below))
@@ -462,7 +463,7 @@ def _reach(side: int, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=512)
 def _plan(side: int, size: int) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    """What `_resize` needs: of each crop row the two rows of the window and their weights, sums of
+    """What `resize` needs: of each crop row the two rows of the window and their weights, sums of
     2048, int32 (size, 1); and the same for columns, the weights for interleaved colours (3 size,).
     """
     first, share = _source(side, size)

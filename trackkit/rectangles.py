@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trackkit.crops import Windows, cut, resample
+from trackkit.crops import resample, resize
 
 
 class Rectangle(NamedTuple):
@@ -23,20 +23,23 @@ class Rectangle(NamedTuple):
     Attributes:
         pixels: uint8 (3, h, w), channels innermost in memory; all that the window shows of its
             frame, and no more.
-        window: a batch of one, in pixels of this rectangle.
-        fill: colour outside, 0..255, (3,); None where the window shows nothing else.
+        left, top, side: the window, in pixels of this rectangle. size: of the crop.
+        fill: colour outside, 0..255, (3,).
     """
 
     pixels: Tensor
-    window: Windows
-    fill: Tensor | None
+    left: int
+    top: int
+    side: int
+    size: int
+    fill: Tensor
 
     def crop(self) -> Tensor:
         """uint8 (3, size, size)."""
-        left, top, side = self.window.rows[0].tolist()
-        if (left, top, side) == (0, 0, self.window.size) and self.pixels.shape[1:] == (side, side):
+        whole = self.side, *self.pixels.shape[1:], self.left, self.top
+        if whole == (self.size, self.size, self.size, 0, 0):
             return self.pixels.clone()
-        return cut([self.pixels], self.window, self.fill)[0]
+        return resize(*self)
 
 
 class Style(NamedTuple):
@@ -127,9 +130,8 @@ class Packed:
 def pack(rectangles: list[Rectangle], style: Style) -> Packed:
     """Rectangles of N crops of one size, shape (N,)."""
     rows, first = [], 0
-    for pixels, window, fill in rectangles:
-        colour = torch.zeros(3) if fill is None else fill.round()
-        rows.append([first, *pixels.shape[1:], *window.rows[0].tolist(), *map(int, colour)])
+    for pixels, left, top, side, _, fill in rectangles:
+        rows.append([first, *pixels.shape[1:], left, top, side, *map(int, fill.round())])
         first += pixels.numel()
     pixels = torch.cat([r.pixels.permute(1, 2, 0).flatten() for r in rectangles])
-    return Packed(pixels, torch.tensor(rows), style, (len(rows),), rectangles[0].window.size)
+    return Packed(pixels, torch.tensor(rows), style, (len(rows),), rectangles[0].size)

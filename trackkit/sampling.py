@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from trackkit.boxes import cxcywh_to_xywh, xywh_to_cxcywh
-from trackkit.crops import CropSpec, Windows, context_side, gt_in_crop, outside, reduction
+from trackkit.crops import CropSpec, Windows, context_side, gt_in_crop, outside, reduction, shown
 from trackkit.errors import DataError, TrackkitError
 from trackkit.frames import SampleSpec, choose_frames
 from trackkit.got10k import GOT10k
@@ -229,7 +230,8 @@ class Samples(Dataset):
         """
         places = []
         for i, ((_, still, box), crop) in enumerate(zip(shots, self._crops, strict=True)):
-            if not (torch.isfinite(box).all() and (box[:, 2:] > 0).all()):
+            numbers = box[0].tolist()
+            if not (all(map(math.isfinite, numbers)) and min(numbers[2:]) > 0):
                 return None
             if self.spec.same_window and i > self._templates:
                 window, inside = move_window(places[self._templates].window, box, crop, rng)
@@ -237,13 +239,18 @@ class Samples(Dataset):
                 window, inside = choose_window(box, crop, rng)
             mask = None
             if self.spec.masks:
-                width, height = still.size
                 lost = 0 if crop.exact else 1
-                mask = outside(window, [(width - lost, height - lost)])[0]
-                # a token reads the pixel in its corner; none would be left to attend to, mirrored
-                # or not
-                if mask[::TOKEN, ::TOKEN].all() or mask.flip(-1)[::TOKEN, ::TOKEN].all():
-                    return None
+                width, height = (length - lost for length in still.size)
+                left, top, side = window.rows[0].tolist()
+                if shown(left, top, side, width, height) == (left, top, left + side, top + side):
+                    mask = torch.zeros(crop.size, crop.size, dtype=torch.bool)
+                else:
+                    mask = outside(window, [(width, height)])[0]
+                    # a token reads the pixel in its corner; none would be left to attend to,
+                    # mirrored or not
+                    corners = mask[::TOKEN, ::TOKEN], mask.flip(-1)[::TOKEN, ::TOKEN]
+                    if any(bool(tokens.all()) for tokens in corners):
+                        return None
             places.append(Place(window, inside, mask))
         return places
 

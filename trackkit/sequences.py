@@ -22,6 +22,8 @@ from trackkit.errors import DataError
 from trackkit.images import SUFFIXES, Picture, image_size, read_image
 from trackkit.rectangles import Rectangle
 
+BLACK = torch.zeros(3)
+
 
 class Sequence:
     """Base class: labels in memory, frames on demand.
@@ -142,8 +144,8 @@ class Sequence:
             fill = mean_colour(whole)
         else:
             pixels = still.pixels(reduce, part)
-        left, top, side = (torch.tensor([v]) for v in (left - part[0], top - part[1], side))
-        return Rectangle(pixels, Windows(left, top, side, window.size), None if inside else fill)
+        fill = BLACK if inside else fill
+        return Rectangle(pixels, left - part[0], top - part[1], side, window.size, fill)
 
     def fingerprint(self) -> str:
         """Changes when a frame or a label does: what results are results of."""

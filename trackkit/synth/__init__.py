@@ -184,8 +184,7 @@ class SynthSequence(Sequence):
         colour = None if fill is None else tuple(fill.round().to(torch.uint8).flatten().tolist())
         left, top, side, size = *window.rows[0].tolist(), window.size
         pixels = torch.from_numpy(self.scene.render(still.index, left, top, side, size, colour))
-        zero, whole = torch.tensor([0]), torch.tensor([size])
-        return Rectangle(pixels, Windows(zero, zero, whole, size), None)
+        return Rectangle(pixels, 0, 0, size, size, torch.zeros(3))
 
 
 class SynthDataset:
