@@ -190,10 +190,8 @@ def resample(pixels: Tensor, table: Tensor, size: int) -> Tensor:
     # at the border OpenCV takes the last column alone, but blends the last row with itself
     alone = before == behind
     low_column, high_column = low.masked_fill(alone, 2048), high.masked_fill(alone, 0)
-    colour, bytes_of = (
-        table[:, None, None, 6:].to(torch.uint8),
-        torch.arange(3, device=table.device),
-    )
+    colour = table[:, None, None, 6:].to(torch.uint8)
+    bytes_of = torch.arange(3, device=table.device)
 
     def line(rows: Tensor) -> Tensor:
         """Rows (N, size) of the windows, blended along them: int32 (N, size, size, 3)."""
@@ -392,12 +390,8 @@ def resize(part: Tensor, left: int, top: int, side: int, size: int, colour: Tens
         side, size
     )
     above, below, before, behind = above + top, below + top, before + left, behind + left
-    if (left, top, height, width) != (
-        0,
-        0,
-        side,
-        side,
-    ):  # a pixel of colour all around stands for all beyond it
+    # a pixel of colour all around stands for all beyond it
+    if (left, top, height, width) != (0, 0, side, side):
         framed = np.empty((height + 2, width + 2, 3), np.uint8)
         framed[:] = colour.round().to(torch.uint8).numpy()
         framed[1:-1, 1:-1] = pixels
@@ -413,11 +407,8 @@ def resize(part: Tensor, left: int, top: int, side: int, size: int, colour: Tens
         if b[-1] - a[0] < 2 * len(a):
             source, a, b = lines[a[0] : b[-1] + 1], a - a[0], b - a[0]
         else:  # fewer rows are wanted than there are
-            source, a, b = (
-                lines[np.concatenate([a, b])],
-                np.arange(len(a)),
-                len(a) + np.arange(len(b)),
-            )
+            source = lines[np.concatenate([a, b])]
+            a, b = np.arange(len(a)), np.arange(len(a), 2 * len(a))
         blend = np.multiply(source.take(before, 1), share_before, dtype=np.int32)
         blend += np.multiply(source.take(behind, 1), share_behind, dtype=np.int32)
         blend >>= 4
