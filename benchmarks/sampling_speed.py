@@ -1,41 +1,45 @@
-"""Training pairs per second from a folder of JPEGs: `trackkit.sampling` against the usual OpenCV
-pipeline.
+"""Training samples per second from a folder of JPEGs: `trackkit.sampling` beside the authors' way.
 
-Both make the full SiamFC crops (127 and 255 px) of the same frames of the same GOT-10k-layout
-folder, one process and one thread each, in turns, in this run. The OpenCV pipeline is what the
-public code does: decode the whole frame, pad, cut, resize. Ours reads only the size of the frame
-that the crop needs (scaled JPEG decoding). The frames are procedural, compressed to about the 50 KB
-that a frame of GOT-10k's train split has on average (66 GB for 1.4 million frames); `mean KB` says
-what came out.
+Both make the same crops of the same frames of the same GOT-10k-layout folder, one process and one
+thread each, in turns, in this run; CPU time. The authors' pipelines are restated with OpenCV:
+decode each frame whole, pad, cut, resize; and for STARK what its loader does besides: read the
+sequence's labels, grey and mirror whole frames, resize two masks, brighten, normalise. Which crops
+to make is known to them beforehand; ours draw them within the time, and normalise later. `packed`
+is what a loader worker does when crops are made on a GPU. The frames are procedural, compressed to
+about the 50 KB that a frame of GOT-10k's train split has on average (66 GB for 1.4 million frames);
+`mean KB` says what came out. Targets of 4 to 40 % of the frame's side, log-uniform, so that no size
+hits the steps of JPEG scaling every time.
 
-    python benchmarks/sampling_speed.py             # needs opencv-python-headless, for the
-    comparison only
+    python benchmarks/sampling_speed.py     # opencv-python-headless, for the comparison only
 """
 
 from __future__ import annotations
 
+import csv
+import dataclasses
 import itertools
 import tempfile
 import time
-from functools import partial
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+from trackkit import images, rectangles, sampling, sequences
 from trackkit.boxes import xywh_to_cxcywh
-from trackkit.crops import context_side
-from trackkit.frames import FrameRule, choose_frames
+from trackkit.frames import FrameRule
 from trackkit.got10k import GOT10k
-from trackkit.sampling import CropSpec, Samples, SampleSpec
+from trackkit.sampling import Samples
 from trackkit.synth import SynthConfig, SynthDataset, write_dataset
+from trackkit.trackers.siamfc import SiamFC
+from trackkit.weights import create
 
-SPEC = SampleSpec(
-    template=CropSpec(127, 1.0, 0.5),
-    search=CropSpec(255, 255 / 127, 0.5),
-    rule=FrameRule(min_side=20),
-)
-SEQUENCES, FRAMES, PAIRS, TURNS = 6, 10, 40, 5
+WIDTH, HEIGHT, SEQUENCES, FRAMES = 1280, 720, 6, 10
+RANGES, COUNT, TURNS = 4, 10, 5
+TO_REACH = 3.0
 
 
 def main() -> None:
@@ -43,45 +47,53 @@ def main() -> None:
 
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    print(f"pairs per second, one process and one thread each; OpenCV {cv2.__version__}")
-    print(f"{'frame':>11} {'target':>14} {'OpenCV':>8} {'trackkit':>9} {'ratio':>6}")
-    total = np.zeros(2)
-    for width, height in ((1920, 1080), (1280, 720)):
-        with tempfile.TemporaryDirectory() as folder:
-            config = SynthConfig(width=width, height=height, frames=FRAMES, noise=0.0)
-            write_dataset(
-                folder, "train", SynthDataset(config, seed=0, length=SEQUENCES), quality=60
-            )
-            sizes = [path.stat().st_size / 1024 for path in Path(folder).rglob("*.jpg")]
-            print(f"{width:>6}x{height:<4} {np.mean(sizes):.0f} mean KB")
-            data = GOT10k(folder, "train")
-            # sides from 4 to 40 % of the frame's, log-uniform: no size hits the steps of JPEG
-            # scaling every time
-            edges = np.geomspace(0.04, 0.4, 5) * (width * height) ** 0.5
-            for low, high in itertools.pairwise(edges):
-                sides = np.geomspace(low, high, 2 * len(data) + 1)[1::2]
-                ours = Samples(
-                    [
-                        _with_side(sequence, side)
-                        for sequence, side in zip(data, sides, strict=True)
-                    ],
-                    SPEC,
-                    0,
-                    PAIRS * TURNS,
-                )
-                theirs, mine = [], []
-                for turn in range(TURNS):
-                    numbers = range(turn * PAIRS, (turn + 1) * PAIRS)
-                    theirs.append(_time(partial(_opencv_pair, ours, cv2), numbers))
-                    mine.append(_time(ours.__getitem__, numbers))
-                seconds = np.median(theirs), np.median(mine)
-                total += seconds
-                a, b = PAIRS / seconds[0], PAIRS / seconds[1]
-                print(
-                    f"{width:>6}x{height:<4} {low:>4.0f} to {high:>4.0f} px {a:>8.1f} {b:>9.1f} "
-                    f"{b / a:>6.2f}"
-                )
-    print(f"all together: {total[0] / total[1]:.2f} times the pairs per second (to reach: 2)")
+    with tempfile.TemporaryDirectory() as folder:
+        config = SynthConfig(width=WIDTH, height=HEIGHT, frames=FRAMES, noise=0.0)
+        write_dataset(folder, "train", SynthDataset(config, seed=0, length=SEQUENCES), quality=60)
+        sizes = [path.stat().st_size / 1024 for path in Path(folder).rglob("*.jpg")]
+        print(f"{WIDTH}x{HEIGHT}, {np.mean(sizes):.0f} mean KB; OpenCV {cv2.__version__}")
+        data = GOT10k(folder, "train")
+        for name in ("siamfc", "stark-s50", "stark-st50"):
+            tracker = create(name)
+            theirs = _siamfc if isinstance(tracker, SiamFC) else _stark
+            compare(name, tracker.recipe("paper")[0].sample, data, lambda *p: theirs(cv2, *p))  # noqa: B023
+
+
+def compare(name: str, spec, data: GOT10k, theirs: Callable) -> None:
+    """Print samples per second of both, and where the time of ours goes."""
+    spec = dataclasses.replace(spec, rule=FrameRule())
+    print(f"\n{name:<12} {'target':>13} {'authors':>8} {'ours':>8} {'ratio':>6} {'packed':>7}")
+    edges = np.geomspace(0.04, 0.4, RANGES + 1) * (WIDTH * HEIGHT) ** 0.5
+    seconds = np.zeros(3)
+    shares: dict[str, float] = defaultdict(float)
+    for low, high in itertools.pairwise(edges):
+        sides = np.geomspace(low, high, 2 * len(data) + 1)[1::2]
+        resized = [_with_side(s, side) for s, side in zip(data, sides, strict=True)]
+        ours = Samples(resized, spec, 0, COUNT * TURNS)
+        packed = Samples(resized, spec, 0, COUNT * TURNS, packed=True)
+        times = []
+        for turn in range(TURNS):
+            numbers = range(turn * COUNT, (turn + 1) * COUNT)
+            plans = [_plan(ours, i) for i in numbers]
+            makers = (lambda i: theirs(*i), plans), (ours.__getitem__, numbers)
+            times.append([_time(*m) for m in (*makers, (packed.__getitem__, numbers))])
+        middle = np.median(times, 0)
+        # ratios in pairs: a neighbour on the machine disturbs both of a turn
+        ratio = np.median([a / b for a, b, _ in times])
+        seconds += middle
+        authors, mine, bare = COUNT / middle
+        print(
+            f"{'':<12} {low:>4.0f} to {high:>3.0f} px {authors:>8.1f} {mine:>8.1f} {ratio:>6.2f} "
+            f"{bare:>7.1f}"
+        )
+        for key, value in _shares(ours, range(COUNT)).items():
+            shares[key] += value
+    whole = sum(shares.values())
+    print("of ours: " + ", ".join(f"{k} {100 * v / whole:.0f} %" for k, v in shares.items()))
+    print(
+        f"all together {seconds[0] / seconds[1]:.2f} times the samples per second "
+        f"(to reach: {TO_REACH:g}), packed {seconds[0] / seconds[2]:.2f}"
+    )
 
 
 def _with_side(sequence, side: float):
@@ -89,45 +101,118 @@ def _with_side(sequence, side: float):
     frame.
     """
     boxes = sequence.boxes_xywh.clone()
-    width, height = sequence.frame_size(0)
     centre = xywh_to_cxcywh(boxes)[:, :2].clamp(min=side / 2)
-    centre = torch.minimum(centre, torch.tensor([width, height]) - side / 2)
+    centre = torch.minimum(centre, torch.tensor([WIDTH, HEIGHT]) - side / 2)
     sequence.boxes_xywh = torch.cat([centre - side / 2, torch.full_like(centre, side)], 1)
     sequence.absent[:], sequence.cover[:] = False, 8
     return sequence
 
 
-def _opencv_pair(samples: Samples, cv2, index: int) -> list[np.ndarray]:
-    """The same frames as `samples[index]`, the usual way."""
-    rng = np.random.default_rng([samples.seed, index])
-    sequence, usable = samples._draw(rng)
-    crops = []
-    for frame, spec in zip(
-        choose_frames(SPEC, usable, rng), (SPEC.template, SPEC.search), strict=True
-    ):
-        image = cv2.cvtColor(
-            cv2.imread(str(sequence.folder / sequence.files[frame])), cv2.COLOR_BGR2RGB
-        )
-        box = sequence.boxes_xywh[frame : frame + 1]
-        n = round(float(context_side(box, spec.context) * spec.factor))
-        x, y = (round(float(c) - n / 2) for c in xywh_to_cxcywh(box)[0, :2])
+def _plan(samples: Samples, index: int) -> tuple:
+    """What `samples[index]` is made of: files, windows, and the style of the crops."""
+    rng, places = np.random.default_rng([samples.seed, index]), None
+    while places is None:
+        shots, _ = samples._shots(rng)
+        places = samples._places(shots, rng)
+    style = samples._augment(places, rng)[2]
+    files = [str(shot.still.path) for shot in shots]
+    windows = [(*p.window.rows[0].tolist(), p.window.size) for p in places]
+    return files, windows, style
+
+
+def _siamfc(cv2, files, windows, style) -> list[np.ndarray]:
+    made = []
+    for file, (left, top, side, size) in zip(files, windows, strict=True):
+        image = cv2.cvtColor(cv2.imread(file), cv2.COLOR_BGR2RGB)
         height, width = image.shape[:2]
-        pad = max(0, -x, -y, x + n - width, y + n - height)
+        pad = max(0, -left, -top, left + side - width, top + side - height)
         if pad:
-            image = cv2.copyMakeBorder(
-                image, pad, pad, pad, pad, cv2.BORDER_CONSTANT, value=image.mean((0, 1))
-            )
-        crops.append(
-            cv2.resize(image[y + pad : y + pad + n, x + pad : x + pad + n], (spec.size, spec.size))
-        )
-    return crops
+            mean = image.mean((0, 1))
+            image = cv2.copyMakeBorder(image, *[pad] * 4, cv2.BORDER_CONSTANT, value=mean)
+        left, top = left + pad, top + pad
+        made.append(cv2.resize(image[top : top + side, left : left + side], (size, size)))
+    return made
 
 
-def _time(make, numbers) -> float:
-    began = time.perf_counter()
-    for i in numbers:
-        make(i)
-    return time.perf_counter() - began
+def _stark(cv2, files, windows, style) -> list[tuple[torch.Tensor, ...]]:
+    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    # the labels of the whole sequence, for each sample
+    folder = Path(files[-1]).parent
+    with open(folder / "groundtruth.txt") as lines:
+        torch.tensor([[float(value) for value in row] for row in csv.reader(lines)])
+    for label in ("absence", "cover"):
+        with open(folder / f"{label}.label") as lines:
+            torch.tensor([int(row[0]) for row in csv.reader(lines)], dtype=torch.uint8)
+    frames = [cv2.cvtColor(cv2.imread(file), cv2.COLOR_BGR2RGB) for file in files]
+    # two coins, of the sample and of the crop: here the first one's crop alone follows the sample's
+    all_flipped, made = bool(style.flips[0]), []
+    for i, (image, (left, top, side, size)) in enumerate(zip(frames, windows, strict=True)):
+        height, width = image.shape[:2]
+        objects = torch.zeros(height, width)
+        if style.greys[i]:
+            image = np.stack([cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)] * 3, 2)
+        if all_flipped:
+            image, objects = np.fliplr(image).copy(), objects.flip(1)
+            left = width - left - side
+        right, bottom = left + side, top + side
+        pads = max(0, -top), max(0, bottom - height + 1), max(0, -left), max(0, right - width + 1)
+        rows = slice(top + pads[0], max(bottom - pads[1], 0))
+        columns = slice(left + pads[2], max(right - pads[3], 0))
+        part = cv2.copyMakeBorder(image[rows, columns], *pads, cv2.BORDER_CONSTANT)
+        mask = np.ones(part.shape[:2])
+        mask[pads[0] : side - pads[1], pads[2] : side - pads[3]] = 0
+        objects = F.pad(objects[rows, columns], (pads[2], pads[3], pads[0], pads[1]))
+        part = cv2.resize(part, (size, size))
+        mask = torch.from_numpy(cv2.resize(mask, (size, size)).astype(bool))
+        objects = F.interpolate(objects[None, None], (size, size), mode="bilinear")[0, 0]
+        crop = torch.from_numpy(part.transpose(2, 0, 1))
+        crop = crop.float().mul(float(style.factors[i]) / 255.0).clamp(0.0, 1.0)
+        if style.flips[i] != all_flipped:
+            crop, mask, objects = crop.flip(2), mask.flip(1), objects.flip(1)
+        made.append(((crop - mean) / std, mask, objects))
+    return made
+
+
+def _time(make: Callable, what: Iterable) -> float:
+    began = time.process_time()
+    for one in what:
+        make(one)
+    return time.process_time() - began
+
+
+def _shares(samples: Samples, numbers: Iterable[int]) -> dict[str, float]:
+    """Seconds of ours by what they are spent on."""
+    spent: dict[str, float] = defaultdict(float)
+    parts = {
+        "decoding": (images, "_decode"),
+        "reading": (images.Picture, "__init__"),
+        "mean colour": (sequences, "mean_colour"),
+        "cutting": (rectangles, "resize"),
+        "style": (rectangles, "restyle"),
+    }
+    kept = {key: getattr(*place) for key, place in parts.items()}
+
+    def timed(key: str, function: Callable) -> Callable:
+        def run(*args):
+            began = time.process_time()
+            try:
+                return function(*args)
+            finally:
+                spent[key] += time.process_time() - began
+
+        return run
+
+    for key, (owner, attribute) in parts.items():
+        setattr(owner, attribute, timed(key, kept[key]))
+    sampling.restyle = rectangles.restyle  # its own name for it
+    try:
+        whole = _time(samples.__getitem__, numbers)
+    finally:
+        for key, (owner, attribute) in parts.items():
+            setattr(owner, attribute, kept[key])
+        sampling.restyle = kept["style"]
+    return {**spent, "other": whole - sum(spent.values())}
 
 
 if __name__ == "__main__":

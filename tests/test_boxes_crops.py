@@ -11,6 +11,18 @@ from hypothesis import strategies as st
 from trackkit import boxes as B
 from trackkit.boxes import follow_size
 from trackkit.crops import Windows, context_side, cut, mean_colour, outside, reduction
+
+
+from trackkit.crops import (
+    Windows,
+    context_side,
+    cut,
+    mean_colour,
+    outside,
+    reduction,
+    resample,
+    shown,
+)
 from trackkit.errors import DataError
 
 settings.register_profile("trackkit", max_examples=60, deadline=None, derandomize=True)
@@ -298,6 +310,20 @@ def test_same_size_crop_is_an_exact_copy():
     assert torch.equal(crop[0], frame[:, 6:38, 5:37])
     crop[:] = 0
     assert frame[:, 6:38, 5:37].any(), "a crop must not share memory with its frame"
+
+
+@given(places, st.sampled_from([1, 15, 32, 90]))
+def test_many_windows_at_once_give_the_bytes_of_one_by_one(rows, size):
+    """What runs on a GPU, on the CPU."""
+    frame, colour = frame_of(50, 70), torch.tensor([9, 50, 200])
+    table, pixels = [], []
+    for left, top, side in rows:
+        x1, y1, x2, y2 = shown(left, top, side, 70, 50)
+        pixels.append(frame[:, y1:y2, x1:x2].permute(1, 2, 0).flatten())
+        first = sum(map(len, pixels[:-1]))
+        table.append([first, y2 - y1, x2 - x1, left - x1, top - y1, side, *colour.tolist()])
+    together = resample(torch.cat(pixels), torch.tensor(table), size)
+    assert torch.equal(together, cut([frame] * len(rows), windows(*rows, size=size), colour))
 
 
 @pytest.mark.gpu

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from trackkit.boxes import cxcywh_to_xywh
 from trackkit.errors import DataError
 from trackkit.frames import FrameRule, choose_frames
-from trackkit.sampling import CropSpec, Samples, SampleSpec, batches
+from trackkit.got10k import GOT10k
+from trackkit.sampling import CropSpec, Samples, SampleSpec, batches, rendered
 from trackkit.sequences import ArraySequence
-from trackkit.synth import SynthConfig, SynthDataset
+from trackkit.synth import SynthConfig, SynthDataset, write_dataset
 from trackkit.trackers.siamfc import SiamFC
 
 PAIR = SampleSpec(template=CropSpec(32, 2.0), search=CropSpec(64, 4.0))
@@ -36,6 +37,27 @@ def moving_square(count: int = 12, **labels) -> ArraySequence:
 
 def equal(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("fill", [None, 7])
+def test_packed_rectangles_become_the_same_crops(tmp_path, fill, workers):
+    """Rendered all at once where the batch is, as on a GPU; from JPEGs, reduced and beyond their
+    borders, from frames in memory, and drawn.
+    """
+    jpegs = SynthDataset(SynthConfig(width=300, height=210, frames=4), seed=1, length=2)
+    write_dataset(tmp_path, "train", jpegs)
+    data = [*GOT10k(tmp_path, "train"), moving_square(), SynthDataset(SynthConfig(), 2, 1)[0]]
+    jitter = {"shift_px": 20, "scale": 0.2, "jitter_size": 0.3, "jitter_centre": 2}
+    spec = dataclasses.replace(
+        PAIR, template=CropSpec(32, 2.0, fill=fill), search=CropSpec(64, 6.0, fill=fill, **jitter),
+        searches=2, flip=0.5, flip_each=0.5, grey=0.5, brightness=0.3, masks=True, negatives=0.2,
+    )  # fmt: skip
+    whole = batches(Samples(data, spec, 5, 24), 8, 0, 3)
+    packed = batches(Samples(data, spec, 5, 24, packed=True), 8, 0, 3, workers)
+    for ours, theirs in zip(packed, whole, strict=True):
+        assert ours["searches"].to("cpu").pixels.dtype == torch.uint8
+        assert equal(rendered(ours), theirs)
 
 
 def test_sample_depends_on_seed_and_number_only():

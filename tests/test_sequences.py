@@ -23,8 +23,8 @@ from trackkit import weights
 from trackkit.boxes import xywh_to_cxcywh
 from trackkit.crops import Windows, cut, reduction
 from trackkit.errors import DataError, TrackkitError
-from trackkit.got10k import write_sequence
-from trackkit.images import encode_jpeg, image_size, read_image
+from trackkit.got10k import read_sequence, write_sequence
+from trackkit.images import Picture, encode_jpeg, image_size, read_image
 from trackkit.sequences import ArraySequence, FolderSequence, block_mean, natural_key
 from trackkit.trackers.references import StayTracker
 from trackkit.video import VideoSequence, open_sequence, write_video
@@ -71,6 +71,49 @@ def test_a_part_is_cut_from_the_frame(tmp_path, suffix, reduce):
     assert torch.equal(
         read_image(file, reduce, part), read_image(file, reduce)[:, top:bottom, left:right]
     )
+
+
+@pytest.mark.parametrize("size", [(90, 60), (97, 33), (17, 16), (16, 130)])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"subsampling": "4:2:0"}, {"subsampling": "4:2:2"}, {"subsampling": "4:4:4"},
+        {"subsampling": "4:2:0", "restart_marker_blocks": 2}, {"keep_rgb": True},
+        {"progressive": True}, {"grey": True}, {"cmyk": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_parts_of_jpegs_of_all_kinds_are_pillows_pixels(tmp_path, size, how):
+    """To the byte, in particular in the last rows before the decoder is stopped."""
+    file, how = tmp_path / "a.jpg", dict(how)
+    mode = "L" if how.pop("grey", 0) else "CMYK" if how.pop("cmyk", 0) else "RGB"
+    width, height = size
+    Image.fromarray(array(scene(height, width))).convert(mode).save(file, quality=60, **how)
+    assert image_size(file) == Picture(file).size == size
+    for reduce in (1, 2, 4, 8):
+        image = Image.open(file)
+        image.draft("RGB", (max(width // reduce, 1), max(height // reduce, 1)))
+        frame = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        if frame.shape[2] != -(-width // reduce):
+            continue  # Pillow scales only what is no CMYK
+        assert torch.equal(read_image(file, reduce), frame)
+        for bottom in range(1, frame.shape[1] + 1):
+            part = read_image(file, reduce, (1, 0, frame.shape[2], bottom))
+            assert torch.equal(part, frame[:, :bottom, 1:])
+
+
+def test_a_frame_is_opened_once_for_a_crop_and_never_for_a_known_size(tmp_path, monkeypatch):
+    frames, boxes = [scene(60, 90, shift) for shift in range(3)], torch.tensor([[5.0, 6, 7, 8]] * 3)
+    write_sequence(tmp_path / "s", frames, boxes)
+    sequence, opened = read_sequence(tmp_path / "s"), []
+    monkeypatch.setattr(
+        "builtins.open",
+        lambda path, *a, _open=open, **k: opened.append(path) or _open(path, *a, **k),
+    )
+    assert sequence.frame_size(0) == (90, 60) and not opened
+    sequence.crop(1, Windows(*torch.tensor([[-5], [0], [30]]), 30))
+    assert len(opened) == 1
+    assert sequence.frame_size(2) == sequence.frame_size(2) == (90, 60) and len(opened) == 2
 
 
 @pytest.mark.parametrize(

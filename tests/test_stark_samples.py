@@ -18,13 +18,13 @@ from trackkit.boxes import cxcywh_to_xywh, xywh_to_cxcywh
 from trackkit.crops import Windows, context_side, cut, gt_in_crop, outside
 from trackkit.errors import DataError
 from trackkit.frames import FrameRule, choose_frames
+from trackkit.rectangles import grey_levels
 from trackkit.sampling import (
     CropSpec,
     Samples,
     SampleSpec,
     batches,
     choose_window,
-    grey_levels,
     jitter_box,
 )
 from trackkit.sequences import ArraySequence

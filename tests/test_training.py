@@ -701,6 +701,18 @@ def test_training_with_groups_and_drops_is_torchs_own(tmp_path):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-8, msg=name)
 
 
+def test_crops_made_on_the_device_train_to_the_same_weights(tmp_path):
+    data, stage, ends = SynthDataset(SynthConfig(frames=8), seed=0, length=50), stark_stage(), []
+    for crops in ("loader", "device"):
+        torch.manual_seed(0)
+        toy = Toy()
+        train(toy, [stage], data, tmp_path / crops, progress=False, device="cpu", crops=crops)
+        ends.append(toy.state_dict())
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    with pytest.raises(TrackkitError, match="auto, loader, device, not by 'gpu'"):
+        train(toy, [stage], data, tmp_path, crops="gpu")
+
+
 def test_dropout_groups_and_drops_resume_exactly(tmp_path, monkeypatch):
     def toy_run(out):
         torch.manual_seed(0)

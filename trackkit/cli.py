@@ -62,6 +62,9 @@ class TrainOptions(Generic[Config]):
     """Mixed precision."""
     workers: int = 0
     """Loader processes. They change the speed, never the samples."""
+    crops: Literal["auto", "loader", "device"] = "auto"
+    """Where crops are resized and coloured: device takes the work from the workers (auto: if it is
+    a GPU)."""
     pretrained: bool = True
     """Start from the backbone that the paper starts from (ImageNet, MAE), if it starts from one."""
 
@@ -114,6 +117,7 @@ def train(argv: list[str]) -> None:
         device=options.device,
         precision=options.precision,
         workers=options.workers,
+        crops=options.crops,
     )
     # each stage has a loss of its own
     rows = [row for row in log if row["stage"] == log[-1]["stage"]]

@@ -126,6 +126,7 @@ def _sequence(folder: Path, labels: Labels, name: str | None = None) -> FolderSe
         torch.from_numpy(labels.boxes),
         name,
         files=labels.files or [f"{i:08d}.jpg" for i in range(1, labels.frames + 1)],
+        size=labels.size,
         absent=torch.from_numpy(labels.absent),
         cover=torch.from_numpy(labels.cover),
         cut_by_image=torch.from_numpy(labels.cut),

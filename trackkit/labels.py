@@ -26,7 +26,7 @@ from trackkit.progress import bar
 from trackkit.sequences import list_images
 
 LABELS = {"absence": 1, "cover": 8, "cut_by_image": 1}  # label files and their largest value
-FORMAT = 1  # of the index file; raise it when the content changes
+FORMAT = 2  # of the index file; raise it when the content changes
 # sequences; smaller sets are read in a moment and leave nothing in the user's home
 CACHED_FROM = 100
 BELOW = ("img", "imgs", "color", "frames", "images")  # where OTB, LaSOT, VOT, ... keep the frames
@@ -49,6 +49,7 @@ class Labels:
     cover: np.ndarray
     cut: np.ndarray
     meta: dict[str, str]
+    size: tuple[int, int]  # width and height of the first frame
 
 
 class Index:
@@ -67,7 +68,8 @@ class Index:
         f = slice(self.frame_ends[i] - frames, self.frame_ends[i])
         b = slice(self.box_ends[i] - boxes, self.box_ends[i])
         absent, cover, cut = (self.arrays[k][f].copy() for k in ("absent", "cover", "cut"))
-        return Labels(files, frames, self.arrays["boxes"][b].copy(), absent, cover, cut, dict(meta))
+        boxes, size = self.arrays["boxes"][b].copy(), tuple(self.arrays["sizes"][i].tolist())
+        return Labels(files, frames, boxes, absent, cover, cut, dict(meta), size)
 
     @classmethod
     def open(cls, folder: Path, names: list[str], one_box: bool) -> Index:
@@ -148,6 +150,7 @@ def _pack(labels: list[Labels]) -> dict[str, np.ndarray]:
         "frames": np.array([x.frames for x in labels]),
         "box_counts": np.array([len(x.boxes) for x in labels]),
         "texts": np.frombuffer(texts, np.uint8),
+        "sizes": np.array([x.size for x in labels]),
         **{
             k: np.concatenate([getattr(x, k) for x in labels])
             for k in ("boxes", "absent", "cover", "cut")
@@ -189,16 +192,16 @@ def read_labels(folder: Path, one_box: bool) -> Labels:
         values[label] = column.astype(np.uint8)
     unknown = np.isnan(boxes).any(1)  # how UAV123 and VOT say that the target is not there
     boxes[unknown] = 0
-    absent = values["absence"].astype(bool) | _outside(folder, files, boxes, count)
+    size = image_size(folder / (files[0] if files else "00000001.jpg"))
+    absent = values["absence"].astype(bool) | _outside(folder, files, boxes, count, size)
     absent[: len(boxes)] |= unknown
     values["cover"][: len(boxes)][unknown] = 0
     if folder.name in WRONG_FRAMES:
         first, last = WRONG_FRAMES[folder.name]
         absent[first - 1 : last] = True
     meta = _read_meta(folder / "meta_info.ini")
-    return Labels(
-        files, count, boxes, absent, values["cover"], values["cut_by_image"].astype(bool), meta
-    )
+    cut = values["cut_by_image"].astype(bool)
+    return Labels(files, count, boxes, absent, values["cover"], cut, meta, size)
 
 
 def _frame_files(folder: Path) -> tuple[list[str] | None, int, str]:
@@ -255,11 +258,19 @@ def _number(name: str) -> int:
     return int(stem) if stem.isascii() and stem.isdigit() and len(stem) < 19 else -1
 
 
-def _outside(folder: Path, files: list[str] | None, boxes: np.ndarray, count: int) -> np.ndarray:
-    """(N,) bool: frames whose box has an area but none of it inside the frame."""
+def _outside(
+    folder: Path,
+    files: list[str] | None,
+    boxes: np.ndarray,
+    count: int,
+    size: tuple[int, int],
+) -> np.ndarray:
+    """(N,) bool: frames whose box has an area but none of it inside the frame. `size` of the first
+    one.
+    """
     outside = np.zeros(count, bool)
     x, y, w, h = boxes.T
-    width, height = image_size(folder / (files[0] if files else "00000001.jpg"))
+    width, height = size
     huge = np.maximum(w, h) > LARGEST * max(width, height)
     if huge.any():
         line = int(huge.argmax())

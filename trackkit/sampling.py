@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -22,11 +23,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from trackkit.boxes import cxcywh_to_xywh, xywh_to_cxcywh
-from trackkit.crops import CropSpec, Windows, context_side, gt_in_crop, outside, reduction
+from trackkit.crops import CropSpec, Windows, context_side, gt_in_crop, outside, reduction, shown
 from trackkit.errors import DataError, TrackkitError
 from trackkit.frames import SampleSpec, choose_frames
 from trackkit.got10k import GOT10k
-from trackkit.sequences import Sequence
+from trackkit.images import Picture
+from trackkit.rectangles import Packed, Rectangle, Style, pack, restyle
+from trackkit.sequences import Sequence, Still
 from trackkit.synth import SynthConfig, SynthDataset
 from trackkit.synth.pool import pool
 
@@ -107,12 +110,12 @@ def _window(
 
 
 class Shot(NamedTuple):
-    """What a crop is made of: a frame of a sequence and the box (1, 4) xywh that counts as the
+    """What a crop is made of: a frame of a sequence, and the box (1, 4) xywh that counts as the
     target's.
     """
 
     sequence: Sequence
-    frame: int
+    still: Still | Picture
     box_xywh: Tensor
 
 
@@ -134,6 +137,8 @@ class Samples(Dataset):
     factor. Boxes are cxcywh in units of the crop. With `spec.masks` also template_masks bool (T, z,
     z) and search_masks (N, x, x), True outside the frame. With `spec.negatives` also labels float32
     (N,), 1 where the search shows the target and 0 where it does not; the box then means nothing.
+    With `packed` templates and searches are `Packed` rectangles, which become those crops, byte for
+    byte, where they are rendered.
 
     A sequence with too few usable frames is not used, and not in silence either: each process names
     it once in its log, and another one is drawn. (Of a procedural stream, whose sequences nobody
@@ -141,12 +146,13 @@ class Samples(Dataset):
     an error that names it. DataError when 100 draws in a row give nothing to train on.
     """
 
-    def __init__(self, sequences, spec: SampleSpec, seed: int, length: int):
+    def __init__(self, sequences, spec: SampleSpec, seed: int, length: int, packed: bool = False):
         if len(sequences) == 0:
             raise DataError("the training set has no sequences")
         if seed < 0:
             raise DataError(f"the seed must not be negative, got {seed}")
         self.sequences, self.spec, self.seed, self.length = sequences, spec, seed, length
+        self.packed = packed
         factors = spec.template_factors or (spec.template.factor,)
         templates = [
             dataclasses.replace(spec.template, factor=f)
@@ -154,6 +160,10 @@ class Samples(Dataset):
             for _ in range(spec.templates)
         ]
         self._templates, self._crops = len(templates), templates + [spec.search] * spec.searches
+        self._fills = [
+            None if crop.fill is None else torch.full((3,), float(crop.fill))
+            for crop in self._crops
+        ]
         self._named: set[int] = set()
 
     def __len__(self) -> int:
@@ -172,24 +182,16 @@ class Samples(Dataset):
                 f"the last one of {', '.join(sorted({shot.sequence.name for shot in shots}))}: "
                 "check the labels"
             )
-        fills = [
-            None if crop.fill is None else torch.full((3,), float(crop.fill))
-            for crop in self._crops
+        rectangles = [
+            shot.sequence.rectangle(shot.still, place.window, fill)
+            for shot, place, fill in zip(shots, places, self._fills, strict=True)
         ]
-        crops = [
-            shot.sequence.crop(shot.frame, place.window, fill)
-            for shot, place, fill in zip(shots, places, fills, strict=True)
-        ]
-        boxes, masks = (
-            torch.stack([place.box for place in places]),
-            [place.mask for place in places],
-        )
-        crops, boxes, masks = self._augment(crops, boxes, masks, rng)
+        boxes, masks, style = self._augment(places, rng)
         t = self._templates
         sample = {
-            "templates": torch.stack(crops[:t]),
+            "templates": self._pixels(rectangles, style, slice(None, t)),
             "template_boxes": boxes[:t],
-            "searches": torch.stack(crops[t:]),
+            "searches": self._pixels(rectangles, style, slice(t, None)),
             "search_boxes": boxes[t:],
         }
         if spec.masks:
@@ -206,7 +208,7 @@ class Samples(Dataset):
         spec = self.spec
         sequence, usable = self._draw(rng)
         frames = choose_frames(spec, usable, rng, len(sequence))
-        shots = [Shot(sequence, int(f), sequence.boxes_xywh[f : f + 1]) for f in frames]
+        shots = _opened(sequence, frames, sequence.boxes_xywh[frames])
         templates = shots[: spec.templates] * (self._templates // spec.templates)
         shots = templates + shots[spec.templates :]
         if not (spec.negatives and rng.random() < spec.negatives):
@@ -221,16 +223,16 @@ class Samples(Dataset):
             sequence, _ = self._draw(rng)
             frames = rng.integers(len(sequence), size=spec.searches)
             boxes = sequence.boxes_xywh[frames]
-        searches = [Shot(sequence, int(f), box[None]) for f, box in zip(frames, boxes, strict=True)]
-        return templates + searches, False
+        return templates + _opened(sequence, frames, boxes), False
 
     def _places(self, shots: list[Shot], rng: np.random.Generator) -> list[Place] | None:
         """The windows of a sample, or None if one of its boxes has no size or a tracker would see
         nothing in a crop.
         """
         places = []
-        for i, ((sequence, frame, box), crop) in enumerate(zip(shots, self._crops, strict=True)):
-            if not (torch.isfinite(box).all() and (box[:, 2:] > 0).all()):
+        for i, ((_, still, box), crop) in enumerate(zip(shots, self._crops, strict=True)):
+            numbers = box[0].tolist()
+            if not (all(map(math.isfinite, numbers)) and min(numbers[2:]) > 0):
                 return None
             if self.spec.same_window and i > self._templates:
                 window, inside = move_window(places[self._templates].window, box, crop, rng)
@@ -238,13 +240,18 @@ class Samples(Dataset):
                 window, inside = choose_window(box, crop, rng)
             mask = None
             if self.spec.masks:
-                width, height = sequence.frame_size(frame)
                 lost = 0 if crop.exact else 1
-                mask = outside(window, [(width - lost, height - lost)])[0]
-                # a token reads the pixel in its corner; none would be left to attend to, mirrored
-                # or not
-                if mask[::TOKEN, ::TOKEN].all() or mask.flip(-1)[::TOKEN, ::TOKEN].all():
-                    return None
+                width, height = (length - lost for length in still.size)
+                left, top, side = window.rows[0].tolist()
+                if shown(left, top, side, width, height) == (left, top, left + side, top + side):
+                    mask = torch.zeros(crop.size, crop.size, dtype=torch.bool)
+                else:
+                    mask = outside(window, [(width, height)])[0]
+                    # a token reads the pixel in its corner; none would be left to attend to,
+                    # mirrored or not
+                    corners = mask[::TOKEN, ::TOKEN], mask.flip(-1)[::TOKEN, ::TOKEN]
+                    if any(bool(tokens.all()) for tokens in corners):
+                        return None
             places.append(Place(window, inside, mask))
         return places
 
@@ -268,40 +275,40 @@ class Samples(Dataset):
         raise DataError(f"{text}; loosen the rule or check the labels")
 
     def _augment(
-        self,
-        crops: list[Tensor],
-        boxes: Tensor,
-        masks: list[Tensor | None],
-        rng: np.random.Generator,
-    ) -> tuple[list[Tensor], Tensor, list[Tensor | None]]:
-        spec = self.spec
+        self, places: list[Place], rng: np.random.Generator
+    ) -> tuple[Tensor, list[Tensor | None], Style]:
+        """Boxes and masks as they are after mirroring, and what is done to the pixels."""
+        spec, count = self.spec, len(places)
         flip, grey = rng.random(2) < (spec.flip, spec.grey)
-        factors = 1 + spec.brightness * (2 * rng.random(len(crops)) - 1)
-        flips = np.full(len(crops), flip)
+        factors = 1 + spec.brightness * (2 * rng.random(count) - 1)
+        flips = np.full(count, flip)
         if spec.flip_each:
-            flips ^= rng.random(len(crops)) < spec.flip_each
+            flips ^= rng.random(count) < spec.flip_each
+        boxes, masks = torch.stack([p.box for p in places]), [p.mask for p in places]
         for i in flips.nonzero()[0]:
-            crops[i], boxes[i, 0] = crops[i].flip(-1), 1 - boxes[i, 0]
+            boxes[i, 0] = 1 - boxes[i, 0]
             masks[i] = None if masks[i] is None else masks[i].flip(-1)
-        if grey:
-            crops = [grey_levels(crop).expand_as(crop) for crop in crops]
-        if spec.brightness:
-            crops = [
-                (c * float(f)).round().clamp(0, 255).to(torch.uint8)
-                for c, f in zip(crops, factors, strict=True)
-            ]
-        return crops, boxes, masks
+        style = Style(
+            torch.from_numpy(flips) if spec.flip or spec.flip_each else None,
+            torch.full((count,), bool(grey)) if spec.grey else None,
+            torch.from_numpy(factors).float() if spec.brightness else None,
+        )
+        return boxes, masks, style
+
+    def _pixels(self, rectangles: list[Rectangle], style: Style, part: slice) -> Tensor | Packed:
+        """Some of a sample's crops."""
+        rectangles = rectangles[part]
+        style = Style(*(None if values is None else values[part] for values in style))
+        if self.packed:
+            return pack(rectangles, style)
+        return restyle(torch.stack([r.crop() for r in rectangles]), style)
 
 
-def grey_levels(crop: Tensor) -> Tensor:
-    """Brightness of each pixel as OpenCV's RGB2GRAY has it, bit for bit: uint8 (..., 3, H, W) ->
-    (..., 1, H, W).
-    """
-    # 0.299, 0.587, 0.114 of 2 ** 15
-    weights = torch.tensor([9798, 19235, 3735], dtype=torch.int32)[:, None, None]
-    return (
-        ((crop * weights).sum(-3, keepdim=True) + (1 << 14)).bitwise_right_shift(15).to(torch.uint8)
-    )
+def _opened(sequence: Sequence, frames: np.ndarray, boxes: Tensor) -> list[Shot]:
+    return [
+        Shot(sequence, sequence.still(int(f)), box[None])
+        for f, box in zip(frames, boxes, strict=True)
+    ]
 
 
 STREAM = "stream"  # in place of a path: procedural videos without end
@@ -401,7 +408,17 @@ class _Told(Dataset):
 
 
 def _collate(samples: list) -> dict[str, Tensor] | Exception:
-    return next((s for s in samples if isinstance(s, Exception)), None) or default_collate(samples)
+    for sample in samples:
+        if isinstance(sample, Exception):
+            return sample
+    packed = [key for key, value in samples[0].items() if isinstance(value, Packed)]
+    joined = {key: Packed.join([sample.pop(key) for sample in samples]) for key in packed}
+    return joined | default_collate(samples)
+
+
+def rendered(batch: dict[str, Tensor | Packed]) -> dict[str, Tensor]:
+    """A batch with its packed rectangles made into crops, on their device."""
+    return {k: v.render() if isinstance(v, Packed) else v for k, v in batch.items()}
 
 
 def _ignore_signals(_: int) -> None:

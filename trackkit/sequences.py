@@ -17,9 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trackkit.crops import Windows, cut, reduction
+from trackkit.crops import Windows, mean_colour, reduction, shown
 from trackkit.errors import DataError
-from trackkit.images import SUFFIXES, image_size, read_image
+from trackkit.images import SUFFIXES, Picture, image_size, read_image
+from trackkit.rectangles import Rectangle
+
+BLACK = torch.zeros(3)
 
 
 class Sequence:
@@ -108,35 +111,41 @@ class Sequence:
         """Width and height of frame `index`, without decoding it where the format allows."""
         raise NotImplementedError
 
+    def still(self, index: int) -> Still | Picture:
+        """Frame `index`, opened once for its size and its pixels."""
+        return Still(self, self._check_index(index))
+
     def crop(self, index: int, window: Windows, fill: Tensor | None = None) -> Tensor:
-        """The pixels of `window` (a batch of one) in frame `index`: uint8 (3, size, size).
+        """The pixels of `window` (a batch of one) in frame `index`: uint8 (3, size, size); see
+        `rectangle`.
+        """
+        return self.rectangle(self.still(index), window, fill).crop()
+
+    def rectangle(
+        self, still: Still | Picture, window: Windows, fill: Tensor | None = None
+    ) -> Rectangle:
+        """What the crop of `window` (a batch of one) in a frame is made of.
 
         Decodes at the smallest size that still has a pixel for each pixel of the crop and in which
         the window lies on whole pixels. `fill` is the colour outside the frame, (3,); None: the
         frame's mean.
         """
-        reduce = reduction(int(window.side), window.size)
-        while not window.divisible(reduce):
+        left, top, side = (int(v) for v in (window.left, window.top, window.side))
+        reduce = reduction(side, window.size)
+        while left % reduce or top % reduce or side % reduce:
             reduce //= 2
-        window = window.reduced(reduce)
-        left, top, side = int(window.left), int(window.top), int(window.side)
-        width, height = (-(-v // reduce) for v in self.frame_size(index))
-        part = max(left, 0), max(top, 0), min(left + side, width), min(top + side, height)
-        if fill is None and (part[2] - part[0], part[3] - part[1]) != (side, side):
-            part = 0, 0, width, height  # the mean colour needs the whole frame
-        elif part[0] >= part[2] or part[1] >= part[3]:
-            part = 0, 0, 1, 1  # the window shows none of the frame
-        pixels = self.part(index, reduce, part)
-        return cut(
-            [pixels],
-            Windows(window.left - part[0], window.top - part[1], window.side, window.size),
-            fill,
-        )[0]
-
-    def part(self, index: int, reduce: int, box: tuple[int, int, int, int]) -> Tensor:
-        """Pixels left, top, right, bottom (`box`) of `frame(index, reduce)`."""
-        left, top, right, bottom = box
-        return self.frame(index, reduce)[:, top:bottom, left:right]
+        left, top, side = left // reduce, top // reduce, side // reduce
+        width, height = (-(-v // reduce) for v in still.size)
+        part = shown(left, top, side, width, height)
+        inside = part == (left, top, left + side, top + side)
+        if fill is None and not inside:  # the mean colour needs the whole frame
+            whole = still.pixels(reduce)
+            pixels = whole[:, part[1] : part[3], part[0] : part[2]]
+            fill = mean_colour(whole)
+        else:
+            pixels = still.pixels(reduce, part)
+        fill = BLACK if inside else fill
+        return Rectangle(pixels, left - part[0], top - part[1], side, window.size, fill)
 
     def fingerprint(self) -> str:
         """Changes when a frame or a label does: what results are results of."""
@@ -159,6 +168,23 @@ class Sequence:
         return int(index)
 
 
+class Still:
+    """A frame of a sequence that is in memory, or decoded by its sequence.
+
+    Attributes:
+        size: width and height in pixels.
+    """
+
+    def __init__(self, sequence: Sequence, index: int):
+        self.sequence, self.index = sequence, index
+        self.size = sequence.frame_size(index)
+
+    def pixels(self, reduce: int = 1, part: tuple[int, int, int, int] | None = None) -> Tensor:
+        """Of `Sequence.frame(index, reduce)` all, or left, top, right, bottom (`part`)."""
+        left, top, right, bottom = part or (0, 0, None, None)
+        return self.sequence.frame(self.index, reduce)[:, top:bottom, left:right]
+
+
 class ArraySequence(Sequence):
     """A sequence over frames that are already in memory: a list of uint8 (3, H, W) tensors."""
 
@@ -178,8 +204,8 @@ class FolderSequence(Sequence):
     """The images of a folder, in the natural order of their names (2.png before 10.png).
 
     Frames may differ in size. `files` are the names of the frames when they are known already; else
-    the folder is listed, where hidden files and files that are no images are left out. `labels` are
-    those of `Sequence`.
+    the folder is listed, where hidden files and files that are no images are left out. `size` is
+    that of the first frame if it is known. `labels` are those of `Sequence`.
 
     Raises DataError when the folder does not exist or holds no image.
     """
@@ -190,9 +216,11 @@ class FolderSequence(Sequence):
         boxes_xywh: Tensor | None = None,
         name: str | None = None,
         files: list[str] | None = None,
+        size: tuple[int, int] | None = None,
         **labels,
     ):
         self.folder = Path(folder)
+        self._sizes = {} if size is None else {0: size}
         self.files = list_images(self.folder) if files is None else files
         if not self.files:
             raise DataError(
@@ -207,11 +235,13 @@ class FolderSequence(Sequence):
     def frame(self, index: int, reduce: int = 1) -> Tensor:
         return read_image(self.path(index), reduce)
 
-    def part(self, index: int, reduce: int, box: tuple[int, int, int, int]) -> Tensor:
-        return read_image(self.path(index), reduce, box)
+    def still(self, index: int) -> Picture:
+        return Picture(self.path(index))
 
     def frame_size(self, index: int) -> tuple[int, int]:
-        return image_size(self.path(index))
+        if index not in self._sizes:
+            self._sizes[index] = image_size(self.path(index))
+        return self._sizes[index]
 
     def _source(self) -> Iterator[bytes]:
         for index in range(len(self)):

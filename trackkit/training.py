@@ -31,12 +31,14 @@ from trackkit import checkpoints
 from trackkit.errors import CheckpointError, Stopped, TrackkitError
 from trackkit.paths import alone, atomic_write, cores, remove_partials, writable
 from trackkit.progress import bar
-from trackkit.sampling import Samples, batches, worker_errors
+from trackkit.sampling import Samples, batches, rendered, worker_errors
 from trackkit.sequences import identity
 from trackkit.stages import Stage
 from trackkit.trackers.base import Tracker
 from trackkit.tracking import device_called
 from trackkit.weights import describe, save
+
+CROPS = ("auto", "loader", "device")  # where they are made
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -65,6 +67,7 @@ def train(
     device: str = "auto",
     precision: str = "no",
     workers: int = 0,
+    crops: str = "auto",
     save_seconds: float = 30.0,
     log_steps: int = 20,
     progress: bool = True,
@@ -81,6 +84,8 @@ def train(
         workers: loader processes; they change the speed, not the samples. (On a CPU each takes a
             core from torch, whose number of threads changes the last bits of the weights: for an
             exact resume keep it.)
+        crops: who resizes, mirrors and colours them: the "loader", or the "device" that trains, so
+            that a worker only decodes; "auto" is the device if that is a GPU. The same bytes.
         save_seconds: least time between two saved states.
         log_steps: steps between two lines of the log.
 
@@ -90,6 +95,8 @@ def train(
     Raises CheckpointError if `out` holds another run, TrackkitError for a stage with a pattern that
     matches no parameter, or if the loss stops being finite.
     """
+    if crops not in CROPS:
+        raise TrackkitError(f"crops are made by one of {', '.join(CROPS)}, not by {crops!r}")
     for stage in stages:  # now, not after the stages before it
         _groups(tracker, stage)
     out, accelerator = writable(out), _accelerator(device, precision)
@@ -97,6 +104,7 @@ def train(
     held = alone(out, "trains") if accelerator.is_main_process else nullcontext()
     with held, _Stop() as stop:
         run = _Run(tracker, stages, sequences, out, seed, precision, accelerator)
+        run.packed = crops == "device" or (crops == "auto" and accelerator.device.type == "cuda")
         return run.train(workers, save_seconds, log_steps, progress, stop)
 
 
@@ -138,6 +146,7 @@ class _Run:
         self.state_path, self.final_path, self.log_path = (
             out / name for name in ("state.safetensors", "tracker.safetensors", "log.jsonl")
         )
+        self.packed = False  # whether the loader hands on rectangles in place of crops
         self.log: list[dict] = []
         mine = {
             **describe(tracker),
@@ -207,9 +216,8 @@ class _Run:
         if position > first:
             self.restore_optimizer(optimizer)
         # offset by `first`, so that two stages never see the same samples
-        samples = Samples(
-            self.sequences, stage.sample, self.seed + 1_000_003 * first, stage.steps * stage.batch
-        )
+        seed, count = self.seed + 1_000_003 * first, stage.steps * stage.batch
+        samples = Samples(self.sequences, stage.sample, seed, count, self.packed)
         pinned, begin = accelerator.device.type == "cuda", position - first
         source = batches(
             samples, stage.batch // world, begin, stage.steps, workers, rank, world, pinned
@@ -225,6 +233,7 @@ class _Run:
                 # for losses that change on the way
                 batch["progress"] = torch.tensor((step - first) / stage.steps)
                 batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()}
+                batch = rendered(batch)
                 losses = model(batch)
                 accelerator.backward(losses["loss"])
                 if stage.clip is not None:

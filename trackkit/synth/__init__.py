@@ -28,7 +28,8 @@ from trackkit.crops import Windows
 from trackkit.errors import DataError
 from trackkit.got10k import write_sequence
 from trackkit.paths import atomic_write, writable
-from trackkit.sequences import Sequence
+from trackkit.rectangles import Rectangle
+from trackkit.sequences import Sequence, Still
 from trackkit.synth.scenes import Scene
 from trackkit.synth.textures import Draw
 
@@ -183,14 +184,12 @@ class SynthSequence(Sequence):
     def _source(self) -> Iterator[bytes]:
         yield repr(self._key).encode()
 
-    def crop(self, index: int, window: Windows, fill: Tensor | None = None) -> Tensor:
-        """The pixels of a window, drawn directly at the resolution of the crop: uint8 (3, size,
-        size).
-        """
-        index = self._check_index(index)
+    def rectangle(self, still: Still, window: Windows, fill: Tensor | None = None) -> Rectangle:
+        """The pixels of a window, drawn directly at the resolution of the crop."""
         colour = None if fill is None else tuple(fill.round().to(torch.uint8).flatten().tolist())
-        left, top, side = int(window.left[0]), int(window.top[0]), int(window.side[0])
-        return torch.from_numpy(self.scene.render(index, left, top, side, window.size, colour))
+        left, top, side, size = *window.rows[0].tolist(), window.size
+        pixels = torch.from_numpy(self.scene.render(still.index, left, top, side, size, colour))
+        return Rectangle(pixels, 0, 0, size, size, torch.zeros(3))
 
 
 class SynthDataset:
