@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trackkit.devices import constant
 from trackkit.errors import TrackkitError
 
 # of ImageNet, which the papers' backbones learned from
@@ -18,9 +19,13 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def normalise(crops: Tensor) -> Tensor:
     """uint8 crops (..., 3, S, S), RGB -> float32 with ImageNet's mean 0 and deviation 1."""
-    mean = torch.tensor(MEAN, device=crops.device).view(3, 1, 1) * 255
-    std = torch.tensor(STD, device=crops.device).view(3, 1, 1) * 255
+    mean, std = constant(_statistics, device=crops.device)
     return (crops.float() - mean) / std
+
+
+def _statistics() -> Tensor:
+    """ImageNet's mean and deviation in grey levels: float32 (2, 3, 1, 1)."""
+    return torch.tensor([MEAN, STD], dtype=torch.float32)[..., None, None] * 255
 
 
 class ResNet(nn.Module):

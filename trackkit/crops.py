@@ -211,7 +211,11 @@ class CropSpec:
         """Crops uint8 (B, 3, size, size) around the boxes (B, 4) and their windows, without jitter:
         `around_box` with this crop's numbers.
         """
-        fill = None if self.fill is None else torch.full((3,), float(self.fill))
+        fill = (
+            None
+            if self.fill is None
+            else torch.full((3,), float(self.fill), device=frames[0].device)
+        )
         side = context_side(boxes_xywh, self.context) * self.factor
         windows = Windows.around(xywh_to_cxcywh(boxes_xywh)[:, :2], side.ceil(), self.size)
         if not self.exact:
@@ -286,7 +290,8 @@ def warp_crops(
         raise DataError(
             "a crop window needs finite numbers; the box or the network's output is NaN or infinite"
         )
-    crops, scales, steps = [], [], torch.arange(size, dtype=torch.float64)
+    crops, scales = [], []
+    steps = torch.arange(size, dtype=torch.float64, device=frames[0].device)
     for frame, at, wide, colour in zip(frames, centre.tolist(), side.tolist(), fill, strict=True):
         skip = max(int(wide / size - 0.1), 1)
         x, y = (int(c) for c in at)
@@ -295,14 +300,13 @@ def warp_crops(
             x, y = x // skip, y // skip
         s = max(round(wide / skip), 2)
         scales.append(size / ((s + 1) * skip))
-        step = torch.tensor(s / (size - 1), dtype=torch.float32).double()
+        step = float(np.float32(s / (size - 1)))
         left, top = (c - (s - 1) // 2 for c in (x, y))
         columns = (steps * step + left).float()  # rounded once
         rows = (steps * step).float() + top  # rounded twice, as there
         colour = colour.to(frame.device, torch.uint8)[:, None, None]
         (index_y, known_y, share_y), (index_x, known_x, share_x) = (
-            (t.to(frame.device) for t in _neighbours(*given))
-            for given in ((rows, frame.shape[1]), (columns, frame.shape[2]))
+            _neighbours(*given) for given in ((rows, frame.shape[1]), (columns, frame.shape[2]))
         )
         # a large skip can leave nothing of a small frame
         seen = frame[:, index_y][:, :, index_x] if frame.numel() else colour
@@ -321,6 +325,7 @@ def _square(frame: Tensor, left: int, top: int, side: int, colour: Tensor | None
     height, width = frame.shape[1:]
     if left >= 0 and top >= 0 and left + side <= width and top + side <= height:
         return frame[:, top : top + side, left : left + side].permute(1, 2, 0)
+    # no mask as an index: a GPU would wait for it
     return _lines(frame, left, torch.arange(top, top + side, device=frame.device), side, colour)
 
 
@@ -332,8 +337,9 @@ def _lines(frame: Tensor, left: int, rows: Tensor, side: int, colour: Tensor | N
     colour = mean_colour(frame) if colour is None else colour.to(frame.device)
     lines = colour.round().to(torch.uint8).repeat(len(rows), side, 1)
     inside, x1, x2 = (rows >= 0) & (rows < height), max(left, 0), min(left + side, width)
-    if x2 > x1:
-        lines[inside, x1 - left : x2 - left] = frame.permute(1, 2, 0)[rows[inside], x1:x2]
+    if x2 > x1 and height:
+        there, at = lines[:, x1 - left : x2 - left], rows.clamp(0, height - 1)
+        there.copy_(torch.where(inside[:, None, None], frame.permute(1, 2, 0)[at, x1:x2], there))
     return lines
 
 
@@ -377,11 +383,12 @@ def _blend_columns(
     )
 
 
-def _source(side: int, size: int) -> tuple[Tensor, Tensor]:
+def _source(side: int, size: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """For each crop pixel along one axis: the pixel of the window that it begins at, int64 from -1
     on, and how far towards the next one it lies, float32 0..1.
     """
-    position = ((torch.arange(size, dtype=torch.float64) + 0.5) * (side / size) - 0.5).float()
+    steps = torch.arange(size, dtype=torch.float64, device=device)
+    position = ((steps + 0.5) * (side / size) - 0.5).float()
     first = position.floor()
     return first.long(), position - first
 
@@ -403,24 +410,24 @@ def _plan(
     and the same for the interleaved colours of a row. For a large window also which of its rows
     count at all.
     """
-    first, share = _source(side, size)
+    first, share = _source(side, size, device)
     low, high = ((1 - share) * 2048).round().int(), (share * 2048).round().int()
     first, second = first.clamp(0, side - 1), (first + 1).clamp(0, side - 1)
     # at the border OpenCV takes the last column alone, but blends the last row with itself
     alone = first == second
     low_column, high_column = torch.where(alone, 2048, low).int(), torch.where(alone, 0, high).int()
-    colours = torch.arange(3)
+    colours = torch.arange(3, device=device)
     columns = [(3 * index[:, None] + colours).flatten() for index in (first, second)]
     columns += [weight.repeat_interleave(3) for weight in (low_column, high_column)]
     needed = None
     if side > 8 * size:
         needed, first, second = (
-            torch.cat([first, second]).to(device),
-            torch.arange(size),
-            torch.arange(size, 2 * size),
+            torch.cat([first, second]),
+            torch.arange(size, device=device),
+            torch.arange(size, 2 * size, device=device),
         )
     rows = first, second, low[:, None], high[:, None]
-    return needed, tuple(t.to(device) for t in rows), tuple(t.to(device) for t in columns)
+    return needed, rows, tuple(columns)
 
 
 def _neighbours(places: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
