@@ -56,6 +56,9 @@ class OnGPU(Tensor):
         self.held = held
         return self
 
+    def __repr__(self) -> str:
+        return f"OnGPU({self.held.dtype}, {tuple(self.held.shape)})"
+
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
@@ -68,7 +71,7 @@ def site() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if code.co_filename.startswith(ROOT):
+        if code.co_filename.startswith(ROOT) and not code.co_name.startswith("<"):
             return f"{Path(code.co_filename).name}:{code.co_name}"
         frame = frame.f_back
     return ""
@@ -132,10 +135,12 @@ class PretendGPU(TorchDispatchMode):
         tensors = [x for x in tree_leaves((given, named)) if isinstance(x, Tensor)]
         ours = [x for x in tensors if isinstance(x, OnGPU)]
         if kind is aten._to_copy:
-            return self._copied(given[0], named)
+            return self._copied(operation, given[0], named)
         if kind is aten.copy_ and len({isinstance(x, OnGPU) for x in given[:2]}) == 2:
             (self.uploads if isinstance(given[0], OnGPU) else self.waits)[site()] += 1
-            self._held(given[0]).copy_(self._held(given[1]))
+            to, source = (x.held if isinstance(x, OnGPU) else x for x in given[:2])
+            meets = source.device == to.device or to.device.type == "meta"
+            to.copy_(source if meets else made_up(source))
             return given[0]
         device = named.get("device")
         here = bool(ours) or (device is not None and torch.device(device).type == "cuda")
@@ -154,7 +159,9 @@ class PretendGPU(TorchDispatchMode):
         known = {id(x.held): x for x in ours}  # what an operation in place gives back
 
         def wrapped(x):
-            return known.get(id(x)) or OnGPU(x) if isinstance(x, Tensor) else x
+            if not isinstance(x, Tensor):
+                return x
+            return known[id(x)] if id(x) in known else OnGPU(x)
 
         return tree_map(wrapped, result)
 
@@ -178,20 +185,19 @@ class PretendGPU(TorchDispatchMode):
             else:
                 raise Crossed(f"{operation}: one of {tuple(tensor.shape)} is on the CPU, {site()}")
 
-    def _copied(self, source: Tensor, named: dict) -> Tensor:
+    def _copied(self, operation, source: Tensor, named: dict) -> Tensor:
         """`source` in another type or place."""
-        was = isinstance(source, OnGPU)
-        device = named.pop("device", None)
-        stays = was if device is None else torch.device(device).type == "cuda"
-        named = {k: v for k, v in named.items() if k not in ("non_blocking", "pin_memory")}
-        held = source.held if was else source
-        if stays:
-            self.uploads[site()] += not was
-            out = held.to(self.place) if not was else held
-            out = aten._to_copy(out, **named)
-            return OnGPU(out)
-        self.waits[site()] += was
-        return aten._to_copy(made_up(held) if held.device.type == "meta" else held, **named)
+        ours, device = isinstance(source, OnGPU), named.get("device")
+        goes = ours if device is None else torch.device(device).type == "cuda"
+        if not ours and not goes:
+            return operation(source, **named)
+        held = source.held if ours else source
+        if not goes:
+            self.waits[site()] += 1
+            return operation(made_up(held) if self.place.type == "meta" else held, **named)
+        if not ours:
+            self.uploads[site()] += 1
+        return OnGPU(operation(held, **{**named, "device": self.place}))
 
 
 def made_up(like: Tensor) -> Tensor:

@@ -196,7 +196,8 @@ def detection_losses(
     focal = torch.where(label >= 0, focal, 0).sum() / count
 
     cross = F.binary_cross_entropy_with_logits(centre.float(), target, reduction="none")
-    least = F.binary_cross_entropy(target, target, reduction="none")
+    # the cross-entropy of the target with itself; F.binary_cross_entropy refuses autocast
+    least = torch.special.entr(target) + torch.special.entr(1 - target)
     centreness = mean_of(cross - least, target > 0)
 
     # cells off the target answer the truth, which has no gradient
