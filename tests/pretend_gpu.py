@@ -89,9 +89,7 @@ class PretendGPU(TorchDispatchMode):
         torch._C._ensureCUDADeviceGuardSet()
         self.undo.enter_context(mock.patch("torch.cuda._lazy_init", lambda: None))
         self.undo.enter_context(torch.backends.cudnn.flags(enabled=False))
-        self.undo.callback(
-            torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors()
-        )
+        self.undo.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
         torch._C._set_only_lift_cpu_tensors(True)
         self.undo.callback(forget)
         forget()

@@ -188,7 +188,9 @@ def fused(
     weight, bias = torch.zeros_like(like.weight, dtype=torch.float64), 0.0
     for conv, norm in branches:
         if conv is None:
-            kernel = nn.init.dirac_(torch.zeros_like(weight), like.groups)
+            kernel, row = torch.zeros_like(weight), torch.arange(len(weight), device=weight.device)
+            # all at once: nn.init.dirac_ writes one channel after the other
+            kernel[row, row % weight.shape[1], *(size // 2 for size in like.kernel_size)] = 1
         else:
             margin = (like.kernel_size[0] - conv.kernel_size[0]) // 2
             kernel = F.pad(conv.weight.double(), [margin] * 4)
