@@ -10,9 +10,6 @@ from hypothesis import strategies as st
 
 from trackkit import boxes as B
 from trackkit.boxes import follow_size
-from trackkit.crops import Windows, context_side, cut, mean_colour, outside, reduction
-
-
 from trackkit.crops import (
     Windows,
     context_side,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trackkit import checkpoints
+from trackkit.devices import constant
 from trackkit.errors import TrackkitError
 from trackkit.paths import SAMPLES
 
@@ -20,9 +21,13 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def normalise(crops: Tensor) -> Tensor:
     """uint8 crops (..., 3, S, S), RGB -> float32 with ImageNet's mean 0 and deviation 1."""
-    mean = torch.tensor(MEAN, device=crops.device).view(3, 1, 1) * 255
-    std = torch.tensor(STD, device=crops.device).view(3, 1, 1) * 255
+    mean, std = constant(_statistics, device=crops.device)
     return (crops.float() - mean) / std
+
+
+def _statistics() -> Tensor:
+    """ImageNet's mean and deviation in grey levels: float32 (2, 3, 1, 1)."""
+    return torch.tensor([MEAN, STD], dtype=torch.float32)[..., None, None] * 255
 
 
 class ResNet(nn.Module):
@@ -201,7 +206,9 @@ def fused(
     weight, bias = torch.zeros_like(like.weight, dtype=torch.float64), 0.0
     for conv, norm in branches:
         if conv is None:
-            kernel = nn.init.dirac_(torch.zeros_like(weight), like.groups)
+            kernel, row = torch.zeros_like(weight), torch.arange(len(weight), device=weight.device)
+            # all at once: nn.init.dirac_ writes one channel after the other
+            kernel[row, row % weight.shape[1], *(size // 2 for size in like.kernel_size)] = 1
         else:
             margin = (like.kernel_size[0] - conv.kernel_size[0]) // 2
             kernel = F.pad(conv.weight.double(), [margin] * 4)

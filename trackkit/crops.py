@@ -271,7 +271,11 @@ class CropSpec:
         """Crops uint8 (B, 3, size, size) around the boxes (B, 4) and their windows, without jitter:
         `around_box` with this crop's numbers.
         """
-        fill = None if self.fill is None else torch.full((3,), float(self.fill))
+        fill = (
+            None
+            if self.fill is None
+            else torch.full((3,), float(self.fill), device=frames[0].device)
+        )
         side = context_side(boxes_xywh, self.context) * self.factor
         windows = Windows.around(xywh_to_cxcywh(boxes_xywh)[:, :2], side.ceil(), self.size)
         if not self.exact:
@@ -346,7 +350,8 @@ def warp_crops(
         raise DataError(
             "a crop window needs finite numbers; the box or the network's output is NaN or infinite"
         )
-    crops, scales, steps = [], [], torch.arange(size, dtype=torch.float64)
+    crops, scales = [], []
+    steps = torch.arange(size, dtype=torch.float64, device=frames[0].device)
     for frame, at, wide, colour in zip(frames, centre.tolist(), side.tolist(), fill, strict=True):
         skip = max(int(wide / size - 0.1), 1)
         x, y = (int(c) for c in at)
@@ -355,14 +360,13 @@ def warp_crops(
             x, y = x // skip, y // skip
         s = max(round(wide / skip), 2)
         scales.append(size / ((s + 1) * skip))
-        step = torch.tensor(s / (size - 1), dtype=torch.float32).double()
+        step = float(np.float32(s / (size - 1)))
         left, top = (c - (s - 1) // 2 for c in (x, y))
         columns = (steps * step + left).float()  # rounded once
         rows = (steps * step).float() + top  # rounded twice, as there
         colour = colour.to(frame.device, torch.uint8)[:, None, None]
         (index_y, known_y, share_y), (index_x, known_x, share_x) = (
-            (t.to(frame.device) for t in _neighbours(*given))
-            for given in ((rows, frame.shape[1]), (columns, frame.shape[2]))
+            _neighbours(*given) for given in ((rows, frame.shape[1]), (columns, frame.shape[2]))
         )
         # a large skip can leave nothing of a small frame
         seen = frame[:, index_y][:, :, index_x] if frame.numel() else colour

@@ -30,8 +30,24 @@ def balanced_bce(logits: Tensor, labels: Tensor) -> Tensor:
     )
 
 
+def mean_of(values: Tensor, counted: Tensor | None) -> Tensor:
+    """Mean of the values (...) that are `counted`, bool, of a shape that expands to theirs, or of
+    all of them; 0 if none is.
+
+    A sum under a mask, here and below: `values[counted]` would make a GPU wait, as the shape of the
+    result is known only when the mask is. Up to the order of summation it is the same.
+    """
+    if counted is None:
+        return values.mean()
+    counted = counted.expand_as(values)
+    return torch.where(counted, values, 0).sum() / counted.sum().clamp(min=1)
+
+
 def localisation(
-    boxes_xyxy: Tensor, truth_xyxy: Tensor, keep_degenerate: bool = True
+    boxes_xyxy: Tensor,
+    truth_xyxy: Tensor,
+    keep_degenerate: bool = True,
+    counted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean GIoU loss and mean L1 distance of boxes (..., 4), corners in units of the crop: two
     scalars.
@@ -39,10 +55,13 @@ def localisation(
     L1 is the mean over all coordinates; it pulls when boxes do not touch, and GIoU = 1 - giou
     weighs small and large boxes alike. STARK adds them as 2 * GIoU + 5 * L1 (Eq. 2). A box whose
     corners are the wrong way round has no area; with `keep_degenerate` it still counts, else one
-    such box turns the GIoU loss of the whole batch to 0 (the authors' code).
+    such box turns the GIoU loss of the whole batch to 0 (the authors' code). The means are over the
+    boxes that are `counted`, bool (...), or over all; where none is, they are 0.
     """
-    l1 = (boxes_xyxy - truth_xyxy).abs().mean()
-    loss = (1 - giou(boxes_xyxy, truth_xyxy)).mean()
+    if counted is not None:  # the others answer the truth: that costs nothing, nor has a gradient
+        boxes_xyxy = torch.where(counted[..., None], boxes_xyxy, truth_xyxy)
+    l1 = mean_of((boxes_xyxy - truth_xyxy).abs(), None if counted is None else counted[..., None])
+    loss = mean_of(1 - giou(boxes_xyxy, truth_xyxy), counted)
     if not keep_degenerate:
         inside_out = (boxes_xyxy[..., 2:] < boxes_xyxy[..., :2]).any()
         loss = torch.where(inside_out, torch.zeros_like(loss), loss)
@@ -117,9 +136,9 @@ def focal_loss(score: Tensor, target: Tensor) -> Tensor:
     return -torch.where(peak, at_peak, elsewhere).sum() / peak.sum().clamp(min=1)
 
 
-def place_cross_entropy(logits: Tensor, place: Tensor) -> Tensor:
+def place_cross_entropy(logits: Tensor, place: Tensor, counted: Tensor | None = None) -> Tensor:
     """Mean cross-entropy of maps (..., s, s) with the places (..., 2), x and y in [0, 1], that they
-    should point at.
+    should point at; over those that are `counted`, see `mean_of`.
 
     A place between cells (cell j stands for j / s, as in `heads.soft_argmax`) is shared by its four
     neighbours, so that the target's expectation is the place itself (after Li et al., "Generalized
@@ -140,7 +159,7 @@ def place_cross_entropy(logits: Tensor, place: Tensor) -> Tensor:
                 * share[..., 1, dy]
                 * log.gather(-1, cell.long()[..., None])[..., 0]
             )
-    return total.mean()
+    return mean_of(total, counted)
 
 
 def cell_targets(cells: Tensor, truth: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,22 +192,22 @@ def detection_losses(
     count = positive.sum().clamp(min=1)
     toward = torch.where(positive, 0.75, 0.25)
     cross = F.binary_cross_entropy_with_logits(score.float(), positive.float(), reduction="none")
-    focal = (toward * (1 - torch.exp(-cross)) ** 2 * cross)[label >= 0].sum() / count
+    focal = toward * (1 - torch.exp(-cross)) ** 2 * cross
+    focal = torch.where(label >= 0, focal, 0).sum() / count
 
-    middle = target > 0
-    aim = target[middle]
-    cross = F.binary_cross_entropy_with_logits(centre.float()[middle], aim, reduction="none")
-    least = F.binary_cross_entropy(aim, aim, reduction="none")
-    centreness = (cross - least).sum() / middle.sum().clamp(min=1)
+    cross = F.binary_cross_entropy_with_logits(centre.float(), target, reduction="none")
+    # the cross-entropy of the target with itself; F.binary_cross_entropy refuses autocast
+    least = torch.special.entr(target) + torch.special.entr(1 - target)
+    centreness = mean_of(cross - least, target > 0)
 
-    truth, boxes = truth.float()[:, None].expand_as(boxes)[positive], boxes.float()[positive]
-    sides, true_sides = (b[:, 2:] - b[:, :2] + 1 for b in (boxes, truth))
-    shared = (
-        (torch.minimum(boxes[:, 2:], truth[:, 2:]) - torch.maximum(boxes[:, :2], truth[:, :2]) + 1)
-        .clamp(min=0)
-        .prod(1)
-    )
-    iou = shared / (sides.prod(1) + true_sides.prod(1) - shared)
-    log = -iou.clamp(min=torch.finfo(torch.float32).tiny).log().sum() / count
+    # cells off the target answer the truth, which has no gradient
+    truth = truth.float()[:, None].expand_as(boxes)
+    boxes = torch.where(positive[..., None], boxes.float(), truth)
+    sides, true_sides = (b[..., 2:] - b[..., :2] + 1 for b in (boxes, truth))
+    low, high = torch.maximum(boxes, truth), torch.minimum(boxes, truth)
+    shared = (high[..., 2:] - low[..., :2] + 1).clamp(min=0).prod(-1)
+    iou = shared / (sides.prod(-1) + true_sides.prod(-1) - shared)
+    log = -torch.where(positive, iou, 1).clamp(min=torch.finfo(torch.float32).tiny).log()
+    log = log.sum() / count
     parts = {"score": focal, "centre": centreness, "sides": 3 * log}
-    return {"loss": sum(parts.values()), **parts, "iou": iou.detach().sum() / count}
+    return {"loss": sum(parts.values()), **parts, "iou": mean_of(iou.detach(), positive)}

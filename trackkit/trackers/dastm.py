@@ -176,7 +176,9 @@ class MemoryAttention(nn.Module):
             logits = (logits * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
         choices = self.chosen(logits, draws, tau or self.config.tau)
         choices = Choices(*(t.expand(-1, x.shape[1], -1) for t in vars(choices).values()))
-        mix = self.mixed if self.kind == "soft" or self.training else self.routed
+        # a GPU would wait to be told which frames chose what, for longer than all modules take
+        waits = frames.device.type != "cpu"
+        mix = self.mixed if self.kind == "soft" or self.training or waits else self.routed
         return mix(frames, choices.weights.flatten(0, 1).to(x)).view_as(x), choices
 
     def chosen(self, logits: Tensor, draws: Tensor | None, tau: float) -> Choices:
@@ -219,7 +221,7 @@ class DASTMAnswer(Answer):
 
 @dataclass(frozen=True)
 class DASTMState(STMTrackState):
-    chosen: Tensor  # (B, N) int64, how often the gate has chosen what
+    chosen: Tensor  # (B, N) int64, on the tracker's device, how often the gate has chosen what
 
 
 class DASTM(STMTrack):
@@ -259,7 +261,8 @@ class DASTM(STMTrack):
     # ---- tracking ----
 
     def _first(self, frames: list[Tensor], boxes: Tensor) -> DASTMState:
-        none = torch.zeros(len(frames), 1 + len(self.config.attention), dtype=torch.long)
+        choices = 1 + len(self.config.attention)
+        none = torch.zeros(len(frames), choices, dtype=torch.long, device=self.device)
         return DASTMState(**vars(super()._first(frames, boxes)), chosen=none)
 
     def step(
@@ -292,7 +295,7 @@ class DASTM(STMTrack):
         features, choices = self.attention(features, known, self._draws(state.count))
         if choices is not None:
             weights = choices.weights[:, 0]
-            once = F.one_hot(weights.argmax(1), weights.shape[1]).cpu()
+            once = F.one_hot(weights.argmax(1), weights.shape[1])
             state = replace(state, chosen=state.chosen + once)
         return features, state
 

@@ -25,6 +25,7 @@ from trackkit.backbones import normalise
 from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, follow_size, xyxy_to_cxcywh
 from trackkit.checkpoints import load_strictly
 from trackkit.crops import Windows, frame_sizes
+from trackkit.devices import to_host
 from trackkit.errors import Range, TrackkitError, check_fields
 from trackkit.frames import FrameRule, SampleSpec
 from trackkit.heads import CornerHead, PyramidCornerHead, soft_argmax
@@ -304,7 +305,10 @@ class MixViT(Tracker):
         crops, windows = self.search_crop.around(frames, state.box)
         search = self.tokens(normalise(crops), self.position_s)
         answer, state = self.answer_and_carry(state, search, windows, maps)
-        box = self.search_crop.to_frame(answer.boxes.double().cpu(), windows, state.box)
+        # how sure the corner maps are of themselves, as there is no score head
+        peaks = [corner.flatten(1).softmax(1) for corner in answer.corners]
+        boxes, score = to_host(answer.boxes, sum(peak.amax(1) for peak in peaks) / 2)
+        box = self.search_crop.to_frame(boxes, windows, state.box)
         box = follow_size(state.box, box, cfg.size_rate)
         box = clip_with_margin(box, frame_sizes(frames), cfg.margin)
 
@@ -316,9 +320,6 @@ class MixViT(Tracker):
         cache = self._renewed(state, frames, box, due) if due.any() else state.cache
         state = replace(state, box=box, frame=count, cache=cache)
 
-        # 3. how sure the corner maps are of themselves, as there is no score head
-        peaks = [corner.flatten(1).softmax(1) for corner in answer.corners]
-        score = (sum(peak.amax(1) for peak in peaks) / 2).double().cpu()
         seen = None
         if maps:
             top_left, bottom_right = (p.view_as(answer.corners[0]) for p in peaks)

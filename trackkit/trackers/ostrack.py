@@ -24,6 +24,7 @@ from trackkit.backbones import normalise
 from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, follow_size, xywh_to_cxcywh
 from trackkit.checkpoints import load_strictly
 from trackkit.crops import CropSpec, Windows, frame_sizes
+from trackkit.devices import constant, to_host
 from trackkit.errors import Range, check_fields
 from trackkit.frames import SampleSpec
 from trackkit.heads import CenterHead, hann_window
@@ -256,10 +257,10 @@ class OSTrack(Tracker):
         all count alike.
         """
         rule, grid = self.config.pruning_rows, self.config.template_grid
-        rows = template_rows(rule, grid).to(self.device)
+        rows = constant(template_rows, rule, grid, device=self.device)
         if rule != "box":
             return rows, None
-        inside = cells_in(template.boxes.to(self.device), grid).flatten(1).float()
+        inside = cells_in(template.boxes, grid).flatten(1).float()
         return rows, inside / inside.sum(1, keepdim=True)
 
     @torch.no_grad()
@@ -297,7 +298,8 @@ class OSTrack(Tracker):
     def cropped(self, frames: list[Tensor], boxes: Tensor, spec: CropSpec) -> Template:
         crops, windows = spec.around(frames, boxes)
         place = xywh_to_cxcywh(windows.to_crop(boxes)).float() / windows.size
-        return Template(self.tokens(normalise(crops), self.position_z), place[:, None])
+        tokens = self.tokens(normalise(crops), self.position_z)
+        return Template(tokens, place[:, None].to(tokens.device))
 
     def template_of(self, state: OSTrackState) -> Template:
         """The template that the search region is read with."""
@@ -311,12 +313,13 @@ class OSTrack(Tracker):
         search = self.tokens(normalise(crops), self.position_x)
         answer = self(self.template_of(state), search, maps=maps)
         # the window prefers small motion
-        response = answer.score * hann_window(cfg.grid, "open").to(answer.score)
-        box = box_at(response, answer).double().cpu()
+        window = constant(hann_window, cfg.grid, "open", device=self.device)
+        response = answer.score * window.to(answer.score)
+        # the score is the one without the window
+        box, score = to_host(box_at(response, answer), answer.score.flatten(1).amax(1))
         box = self.search_crop.to_frame(box, windows, state.box)
         box = follow_size(state.box, box, cfg.size_rate)
         box = clip_with_margin(box, frame_sizes(frames), cfg.margin)
-        score = answer.score.flatten(1).amax(1).double().cpu()  # without the window
         shown = self._maps(answer, response, crops, windows) if maps else None
         return replace(state, box=box), Prediction(box, score, shown)
 

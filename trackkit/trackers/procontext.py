@@ -152,7 +152,7 @@ class ProContEXT(OSTrack):
     def step(
         self, state: ProContEXTState, frames: list[Tensor], maps: bool = False
     ) -> tuple[ProContEXTState, Prediction]:
-        cfg = self.config
+        cfg, frames = self.config, self.moved(frames)
         state, found = super().step(state, frames, maps)  # lines 8 and 9
         count = state.frame + 1
         state = replace(state, frame=count)
@@ -160,7 +160,7 @@ class ProContEXT(OSTrack):
         due = due & (found.score > cfg.update_threshold)  # line 10: score > tau
         if due.any():
             rows = due.nonzero()[:, 0].tolist()
-            new = self.make_template(self.moved([frames[i] for i in rows]), found.box[rows])
+            new = self.make_template([frames[i] for i in rows], found.box[rows])
             state = replace(state, dynamic=put(state.dynamic, rows, new))  # line 11
         return state, replace(found, maps=found.maps | {"updated": due}) if maps else found
 

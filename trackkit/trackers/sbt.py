@@ -37,9 +37,11 @@ from trackkit.attention import DropPath, sine_position
 from trackkit.backbones import normalise, timm_weights
 from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, giou
 from trackkit.crops import frame_sizes
+from trackkit.devices import constant, to_host
 from trackkit.errors import Range, check_fields
 from trackkit.frames import SampleSpec
 from trackkit.heads import MLP, MixHead, hann_window
+from trackkit.losses import mean_of
 from trackkit.stages import Stage
 from trackkit.trackers.base import Prediction, Tracker
 from trackkit.trackers.sbt_backbone import (
@@ -608,14 +610,13 @@ class SBT(Tracker):
         answer = self(state.template, normalise(crops), maps)
 
         # the best token, where far tokens are less likely
-        score = answer.logits.softmax(-1)[..., 0].double().cpu()  # (B, N)
+        score, boxes = to_host(answer.logits.softmax(-1)[..., 0], answer.boxes)  # (B, N), (B, N, 4)
         side = cfg.search_size // cfg.stride
-        near = hann_window(side, "zero", torch.float64).flatten()
+        near = constant(hann_window, side, "zero", torch.float64, device=score.device).flatten()
         blended = (1 - cfg.window_influence) * score + cfg.window_influence * near
         best = blended.argmax(1)
 
-        box = answer.boxes.double().cpu()[rows, best]
-        box = self.search_crop.to_frame(box, windows, state.box)
+        box = self.search_crop.to_frame(boxes[rows, best], windows, state.box)
         box = clip_with_margin(box, frame_sizes(frames), cfg.margin)
         seen = None
         if maps:
@@ -644,14 +645,15 @@ class SBT(Tracker):
         """
         cfg, side = self.config, self.config.search_size // self.config.stride
         positive = positive_tokens(truth, side, cfg.positives == "wrapped")  # (B, N)
-        weights = torch.tensor([1.0, cfg.background], device=truth.device).to(answer.logits)
+        weights = answer.logits.new_ones(2)
+        weights[1:] = cfg.background
         labels = (~positive).long().flatten()
         classes = F.cross_entropy(answer.logits.flatten(0, 1), labels, weights)  # Eq. 10
-        boxes = answer.boxes[positive]
-        wanted = truth[:, None].expand_as(answer.boxes)[positive].to(answer.boxes)
-        count = positive.sum().clamp(min=1)
-        l1 = (boxes - wanted).abs().sum() / count
-        overlap = (1 - giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))).sum() / count
+        wanted = truth[:, None].expand_as(answer.boxes).to(answer.boxes)
+        # tokens off the target answer the truth, which has no gradient
+        boxes = torch.where(positive[..., None], answer.boxes, wanted)
+        l1 = mean_of((boxes - wanted).abs().sum(-1), positive)
+        overlap = mean_of(1 - giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted)), positive)
         total = cfg.weights[0] * classes + cfg.weights[1] * l1 + cfg.weights[2] * overlap  # Eq. 11
         return {"loss": total, "class": classes, "l1": l1, "giou": overlap}
 

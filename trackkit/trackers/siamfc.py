@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from trackkit.boxes import cxcywh_to_xywh, xywh_to_cxcywh
 from trackkit.crops import CropSpec, Windows, context_side, cut, mean_colour
+from trackkit.devices import constant, to_host
 from trackkit.errors import Range, check_fields
 from trackkit.frames import FrameRule, SampleSpec
 from trackkit.heads import hann_window
@@ -177,13 +178,21 @@ def peak_shift(
     response: Tensor, stride: int, upsample: int, side: Tensor, search_size: int
 ) -> Tensor:
     """How far the peak of each map lies from its centre: (B, n, n) and window sides (B,) -> x, y in
-    frame pixels (B, 2).
+    frame pixels (B, 2), see `cell_shift`.
+    """
+    peak = response.flatten(1).argmax(1).cpu()
+    return cell_shift(peak, response.shape[-1], stride, upsample, side, search_size)
+
+
+def cell_shift(
+    peak: Tensor, size: int, stride: int, upsample: int, side: Tensor, search_size: int
+) -> Tensor:
+    """How far the cells with the indices `peak` (B,) lie from the centre of their maps of `size` x
+    `size`: frame pixels (B, 2), float64, on the CPU as all geometry.
 
     One response cell is `stride` search-crop pixels, `upsample` map cells are one response cell,
     and the crop's `search_size` pixels show `side` frame pixels.
     """
-    size = response.shape[-1]
-    peak = response.flatten(1).argmax(1).cpu()  # geometry is kept on the CPU, in float64
     cells = torch.stack([peak % size, peak // size], 1).double() - (size - 1) / 2
     return cells * stride / upsample * (side / search_size)[:, None]
 
@@ -278,7 +287,8 @@ class SiamFC(Tracker):
         fine = F.interpolate(raw, (size, size), mode="bicubic").view(batch, cfg.scales, size, size)
 
         # 3. the best scale; the penalty makes "the size has not changed" the default answer
-        weights = torch.where(exponents == 0, 1.0, cfg.scale_penalty).to(fine)
+        steps = torch.arange(cfg.scales, device=fine.device) - cfg.scales // 2
+        weights = torch.where(steps == 0, 1.0, cfg.scale_penalty).to(fine)
         peak_of_scale = (fine * weights[None, :, None, None]).flatten(2).amax(2)  # (B, S)
         best = peak_of_scale.argmax(1)  # (B,)
         response = (
@@ -289,14 +299,15 @@ class SiamFC(Tracker):
         # 4. the best position, with a window that prefers small motion
         response = response - response.amin((1, 2), keepdim=True)
         response = response / (response.sum((1, 2), keepdim=True) + 1e-16)
-        window = hann_window(size, "zero")
+        window = constant(hann_window, size, "zero", device=response.device)
         window = (window / window.sum()).to(response)
         blended = (1 - cfg.window_influence) * response + cfg.window_influence * window
 
         # 5. from map cells to frame pixels
-        best = best.cpu()
+        peak, best, score = to_host(blended.flatten(1).argmax(1), best, score)
+        peak, best = peak.long(), best.long()
         side = sides.gather(1, best[:, None])[:, 0]
-        centre = state.centre + peak_shift(blended, cfg.stride, cfg.upsample, side, pixels)
+        centre = state.centre + cell_shift(peak, size, cfg.stride, cfg.upsample, side, pixels)
         growth = damped(factors[best], cfg.scale_rate)
 
         new = replace(
@@ -312,16 +323,15 @@ class SiamFC(Tracker):
                 "blended": blended,
                 "scale": best,
             }
-        return new, Prediction(box, score.double().cpu(), seen)
+        return new, Prediction(box, score, seen)
 
     # ---- training (paper, section 2.2) ----
 
     def loss(self, batch: dict[str, Tensor], kind: str = "") -> dict[str, Tensor]:
         """Balanced logistic loss of the response maps of a batch of pairs."""
         logits = self(batch["templates"][:, 0], batch["searches"][:, 0])
-        labels = label_map(logits.shape[-1], self.config.stride, self.config.positive_radius).to(
-            logits
-        )
+        given = logits.shape[-1], self.config.stride, self.config.positive_radius
+        labels = constant(label_map, *given, device=logits.device).to(logits)
         return {"loss": balanced_bce(logits, labels.expand_as(logits))}
 
     def samples(self) -> SampleSpec:

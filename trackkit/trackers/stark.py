@@ -25,6 +25,7 @@ from trackkit.attention import DecoderLayer, EncoderLayer, LearnedPosition, sine
 from trackkit.backbones import ResNet, SmallNet, normalise
 from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, follow_size, xyxy_to_cxcywh
 from trackkit.crops import CropSpec, Windows, frame_sizes, outside
+from trackkit.devices import to_host
 from trackkit.errors import Range, check_fields
 from trackkit.frames import FrameRule, SampleSpec
 from trackkit.heads import MLP, CornerHead, soft_argmax
@@ -214,7 +215,7 @@ class STARK(Tracker):
         stride = self.backbone.stride
         cells = mask[:, ::stride, ::stride]  # (B, s, s): the value at each cell's first pixel
         if self.config.position == "sine":
-            position = sine_position(cells, self.config.width).to(features)
+            position = sine_position(cells.to(features.device), self.config.width).to(features)
         elif self.config.position == "learned":
             position = self.position(cells)
         else:
@@ -356,15 +357,15 @@ class STARK(Tracker):
 
     def choose(self, answer: Answer) -> tuple[Tensor, Tensor]:
         """One box (B, 4), cxcywh, and its confidence (B,) for each search crop, on the CPU."""
-        # of several questions the mean, as in the authors' code
-        boxes = answer.boxes.double().cpu().mean(1)
         if answer.logits is not None:
-            return boxes, answer.logits.amax(1).sigmoid().double().cpu()
-        if answer.corners is None:
-            return boxes, torch.ones(len(boxes), dtype=torch.float64)
-        # no score head: how sure the corner maps are of themselves
-        peaks = [c.mean(1).flatten(1).softmax(1).amax(1) for c in answer.corners]
-        return boxes, (sum(peaks) / 2).double().cpu()
+            score = answer.logits.amax(1).sigmoid()
+        elif answer.corners is None:
+            score = torch.ones_like(answer.boxes[:, 0, 0])
+        else:  # no score head: how sure the corner maps are of themselves
+            score = sum(c.mean(1).flatten(1).softmax(1).amax(1) for c in answer.corners) / 2
+        boxes, score = to_host(answer.boxes, score)
+        # of several questions the mean, as in the authors' code
+        return boxes.mean(1), score
 
     def remember(
         self, state: STARKState, frames: list[Tensor], answer: Answer, score: Tensor
@@ -415,19 +416,14 @@ class STARK(Tracker):
             return {"loss": F.binary_cross_entropy_with_logits(answer.logits, wanted)}
         boxes, corners = answer.boxes, answer.corners
         truth = cxcywh_to_xyxy(truth)[:, None].clamp(0, 1).expand_as(boxes)
-        positive = labels > 0
-        if positive.any():
-            found = cxcywh_to_xyxy(boxes[positive])
-            giou, l1 = localisation(found, truth[positive], keep_degenerate=self.config.exact)
-        else:  # nothing to locate in this batch, and a mean over nothing is NaN
-            giou = l1 = 0 * boxes.sum()
+        there = (labels > 0)[:, None]  # else there is nothing to locate
+        exact = self.config.exact
+        giou, l1 = localisation(cxcywh_to_xyxy(boxes), truth, keep_degenerate=exact, counted=there)
         losses = {"loss": 2 * giou + 5 * l1, "giou": giou, "l1": l1}  # Eq. 2
         if self.config.from_scratch and corners:
-            losses["corner"] = l1
-            if positive.any():
-                places = truth[positive].unflatten(-1, (2, 2)).unbind(-2)  # (n, Q, 2), 2 corners
-                pairs = zip(corners, places, strict=True)
-                losses["corner"] = sum(place_cross_entropy(c[positive], p) for c, p in pairs) / 2
+            places = truth.unflatten(-1, (2, 2)).unbind(-2)  # (B, Q, 2), 2 corners
+            pairs = zip(corners, places, strict=True)
+            losses["corner"] = sum(place_cross_entropy(c, p, there) for c, p in pairs) / 2
             losses["loss"] = losses["loss"] + losses["corner"]
         return losses
 

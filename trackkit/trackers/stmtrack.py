@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from trackkit.backbones import Inception, SmallTrunk
 from trackkit.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from trackkit.crops import CropSpec, Windows, cut, frame_sizes, mean_colour, warp_crops
+from trackkit.devices import constant, to_host
 from trackkit.errors import Range, check_fields
 from trackkit.frames import FrameRule, SampleSpec
 from trackkit.heads import SidesHead, hann_window
@@ -232,9 +233,12 @@ class PastFrames:
         slots = [*self.slots]
         slots += [torch.zeros_like(features)] * (max(map(len, held)) - len(slots))
         for place in set(places):
-            mine = torch.tensor([p == place for p in places])
-            here = mine.to(features.device).view(-1, *[1] * (features.ndim - 1))
-            slots[place] = features if mine.all() else torch.where(here, features, slots[place])
+            mine = [p == place for p in places]
+            if all(mine):
+                slots[place] = features
+                continue
+            here = torch.tensor(mine).to(features.device).view(-1, *[1] * (features.ndim - 1))
+            slots[place] = torch.where(here, features, slots[place])
         return PastFrames(_filled(held), tuple(slots))
 
     def looked_at(self, count: Tensor, latest: Tensor, segments: int) -> Tensor:
@@ -387,7 +391,7 @@ class STMTrack(Tracker):
 
     def cells(self, size: int) -> Tensor:
         """Where the cells of a query crop are, see `cell_centres`."""
-        return cell_centres(self.config, size).to(self.head.scale)
+        return constant(cell_centres, self.config, size, device=self.device).to(self.head.scale)
 
     def encoded(self, memories: Tensor, foreground: Tensor) -> Tensor:
         """Memory crops (B, T, 3, S, S), foreground maps (B, T, S, S) -> (B, T, C, h, w)."""
@@ -493,8 +497,8 @@ class STMTrack(Tracker):
         A box counts for less if its size or shape differs from the last one, (B, 2) crop pixels, or
         if it is far away.
         """
-        cfg, score = self.config, answer.confidence.double().cpu()
-        boxes = xyxy_to_cxcywh(answer.boxes.double().cpu())
+        cfg, (score, boxes) = self.config, to_host(answer.confidence, answer.boxes)
+        boxes = xyxy_to_cxcywh(boxes)
         boxes[..., 2:] += 1  # both corners are inside
         sides, size = boxes[..., 2:], size[:, None]  # (B, N, 2), (B, 1, 2)
 
@@ -506,7 +510,8 @@ class STMTrack(Tracker):
 
         shape = change(size[..., 0] / size[..., 1] / (sides[..., 0] / sides[..., 1]))
         penalty = torch.exp((1 - shape * change(extent(sides) / extent(size))) * cfg.penalty)
-        hann = hann_window(round(score.shape[1] ** 0.5), "zero", torch.float64).flatten()
+        window = round(score.shape[1] ** 0.5), "zero", torch.float64
+        hann = constant(hann_window, *window, device=score.device).flatten()
         response = penalty * score * (1 - cfg.window) + hann * cfg.window  # (B, N)
         best = response.argmax(1, keepdim=True)
         rate = (penalty * score).gather(1, best) * cfg.rate
@@ -521,8 +526,8 @@ class STMTrack(Tracker):
         if not cfg.exact:  # the authors ignore that the crop was moved to a whole pixel
             middle = torch.full_like(middle, (cfg.size - 1) / 2)
         half = (state.size * scale[:, None] - 1) / 2
-        foreground = foreground_map(torch.cat([middle - half, middle + half], 1), cfg.size)
-        return self._stored(state, self.memory(crops, foreground.to(crops.device)))
+        box = torch.cat([middle - half, middle + half], 1).to(crops.device)
+        return self._stored(state, self.memory(crops, foreground_map(box, cfg.size)))
 
     def _stored(self, state: STMTrackState, features: Tensor) -> STMTrackState:
         """The latest frames' features (B, C, h, w) into the memory."""

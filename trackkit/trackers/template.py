@@ -18,6 +18,7 @@ from trackkit.attention import xavier
 from trackkit.backbones import normalise
 from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, xyxy_to_cxcywh
 from trackkit.crops import CropSpec, frame_sizes
+from trackkit.devices import to_host
 from trackkit.errors import Range, check_fields
 from trackkit.frames import SampleSpec
 from trackkit.heads import CornerHead, soft_argmax
@@ -85,11 +86,12 @@ class MyTracker(Tracker):
         frames = self.moved(frames)
         crops, windows = self.search_crop.around(frames, state.box)
         corners, found = self(state.template, crops)
-        box = self.search_crop.to_frame(xyxy_to_cxcywh(found.double().cpu()), windows, state.box)
-        box = clip_with_margin(box, frame_sizes(frames), margin=4)
         score = corners[0].flatten(1).softmax(1).amax(1)  # how sure it is of the first corner
+        found, score = to_host(xyxy_to_cxcywh(found), score)
+        box = self.search_crop.to_frame(found, windows, state.box)
+        box = clip_with_margin(box, frame_sizes(frames), margin=4)
         seen = {"crop": crops, "top_left": corners[0], "bottom_right": corners[1]}
-        prediction = Prediction(box, score.double().cpu(), seen if maps else None)
+        prediction = Prediction(box, score, seen if maps else None)
         return replace(state, box=box), prediction
 
     def loss(self, batch: dict[str, Tensor], kind: str = "") -> dict[str, Tensor]:
