@@ -113,6 +113,22 @@ def follow_size(old_xywh: Tensor, new_xywh: Tensor, rate: float) -> Tensor:
     return torch.cat([new_xywh[..., :2] + (new_xywh[..., 2:] - sides) / 2, sides], -1)
 
 
+def bias_of(found_xywh: Tensor, truth_xywh: Tensor) -> Tensor:
+    """By how much boxes (..., 4) that were found are off: (..., 4), from their centre to the true
+    one in sizes of the true box, at most 0.3, and true size over found size, 1/2 to 2.
+    """
+    found, truth = xywh_to_cxcywh(found_xywh), xywh_to_cxcywh(truth_xywh)
+    move = ((truth[..., :2] - found[..., :2]) / truth[..., 2:]).clamp(-0.3, 0.3)
+    return torch.cat([move, (truth[..., 2:] / found[..., 2:]).clamp(0.5, 2)], -1)
+
+
+def without_bias(found_xywh: Tensor, bias: Tensor) -> Tensor:
+    """Boxes (..., 4) as they would be if they were off by as much as those that `bias_of` saw."""
+    found = xywh_to_cxcywh(found_xywh)
+    sides = found[..., 2:] * bias[..., 2:]
+    return cxcywh_to_xywh(torch.cat([found[..., :2] + bias[..., :2] * sides, sides], -1))
+
+
 def clip_with_margin(boxes_xywh: Tensor, sizes: Tensor, margin: float) -> Tensor:
     """Boxes (B, 4) kept in their frames of `sizes` (B, 2) width and height, at least `margin`
     pixels inside and large.

@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from trackkit import vit
 from trackkit.attention import xavier
 from trackkit.backbones import normalise
-from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, follow_size, xywh_to_cxcywh
+from trackkit.boxes import (
+    bias_of,
+    clip_with_margin,
+    cxcywh_to_xyxy,
+    follow_size,
+    without_bias,
+    xywh_to_cxcywh,
+)
 from trackkit.checkpoints import load_strictly
 from trackkit.crops import CropSpec, Windows, frame_sizes
 from trackkit.devices import constant, to_host
@@ -41,6 +48,7 @@ class OSTrackConfig:
     search_size: int = 384  # side of the search crop, pixels; a multiple of the stem's stride
     template_factor: float = 2.0  # side of the template's window, in square roots of target areas
     search_factor: float = 5.0  # side of the search window in the same units
+    train_factor: float | None = None  # the same in training; None: as in tracking
     stem: str = "patch"
     """"patch", a token is a linear map of 16 x 16 pixels; or "conv", a small convolutional network
     of stride 8, with which a transformer learns from little data."""
@@ -58,6 +66,9 @@ class OSTrackConfig:
     margin: float = 10.0
     """The box keeps at least so many frame pixels inside the frame, and is at least as large."""
     exact: bool = False  # boxes go in and out of crops exactly; False imitates the authors, `crops`
+    first_look: bool = False
+    """What the network's answer is off by in the first frame, where the truth is known, is taken
+    off all later ones: boxes of real targets are drawn by many habits (not in the paper)."""
     size_rate: float = 1.0  # share of a change of size that is followed, see `boxes.follow_size`
     search_jitter: tuple[float, float] = (4.5, 0.5)  # how far training's is off, centre and size
     template_jitter: tuple[float, float] = (0.0, 0.0)  # the same of its template
@@ -84,6 +95,8 @@ class OSTrackConfig:
             learning_rate=Range(0, 10, above=True), backbone_rate=Range(0, 1000, above=True),
         )  # fmt: skip
         check_fields(self, prune_blocks=Range(0, self.depth - 1))
+        if self.train_factor is not None:
+            check_fields(self, train_factor=factor)
         if self.template_size % self.stride or self.search_size % self.stride:
             raise ValueError(f"the sizes of crops must be multiples of the stride, {self.stride}")
         if self.width % 4 or self.width % self.heads:
@@ -103,10 +116,11 @@ class OSTrackConfig:
     def tiny(cls, **changes):
         """A hundredth of the weights: learns from scratch on a laptop's CPU."""
         small = {
-            "template_size": 48, "search_size": 96, "template_factor": 1.5, "search_factor": 3.0,
+            "template_size": 48, "search_size": 96, "template_factor": 1.5, "search_factor": 2.5,
             "stem": "conv", "width": 64, "depth": 4, "heads": 4, "drop_path": 0.0,
             "head_channels": 64, "prune_blocks": (1, 2), "margin": 4.0, "exact": True,
-            "size_rate": 0.15, "search_jitter": (2.7, 0.4), "template_jitter": (0.2, 0.1),
+            "first_look": True, "size_rate": 0.15, "train_factor": 3.0,
+            "search_jitter": (2.7, 0.4), "template_jitter": (0.2, 0.1),
         }  # fmt: skip
         return cls(**{**small, **changes})
 
@@ -157,6 +171,7 @@ class OSTrackState:
 
     box: Tensor  # (B, 4) xywh, frame pixels, float64
     template: Template  # of the first frame
+    bias: Tensor | None  # (B, 4), see `first_look`; None without it
 
 
 class OSTrack(Tracker):
@@ -289,7 +304,13 @@ class OSTrack(Tracker):
 
     def start(self, frames: list[Tensor], boxes_xywh: Tensor) -> OSTrackState:
         frames, boxes = self.checked(frames, boxes_xywh)
-        return OSTrackState(boxes, self.make_template(frames, boxes))
+        template = self.make_template(frames, boxes)
+        bias = (
+            bias_of(self.look(template, frames, boxes)[0], boxes)
+            if self.config.first_look
+            else None
+        )
+        return OSTrackState(boxes, template, bias)
 
     def make_template(self, frames: list[Tensor], boxes: Tensor) -> Template:
         """The template of each frame: crop, patches and positions are made once, here."""
@@ -309,19 +330,28 @@ class OSTrack(Tracker):
         self, state: OSTrackState, frames: list[Tensor], maps: bool = False
     ) -> tuple[OSTrackState, Prediction]:
         cfg, frames = self.config, self.moved(frames)
-        crops, windows = self.search_crop.around(frames, state.box)
-        search = self.tokens(normalise(crops), self.position_x)
-        answer = self(self.template_of(state), search, maps=maps)
-        # the window prefers small motion
-        window = constant(hann_window, cfg.grid, "open", device=self.device)
-        response = answer.score * window.to(answer.score)
-        # the score is the one without the window
-        box, score = to_host(box_at(response, answer), answer.score.flatten(1).amax(1))
-        box = self.search_crop.to_frame(box, windows, state.box)
+        box, score, shown = self.look(self.template_of(state), frames, state.box, maps)
+        if state.bias is not None:
+            box = without_bias(box, state.bias)
         box = follow_size(state.box, box, cfg.size_rate)
         box = clip_with_margin(box, frame_sizes(frames), cfg.margin)
-        shown = self._maps(answer, response, crops, windows) if maps else None
         return replace(state, box=box), Prediction(box, score, shown)
+
+    def look(
+        self, template: Template, frames: list[Tensor], boxes: Tensor, maps: bool = False
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor] | None]:
+        """Where the network sees the targets in the surroundings of boxes (B, 4): boxes in the
+        frame, their scores (B,), and maps if asked for.
+        """
+        crops, windows = self.search_crop.around(frames, boxes)
+        answer = self(template, self.tokens(normalise(crops), self.position_x), maps=maps)
+        # the window prefers small motion
+        window = constant(hann_window, self.config.grid, "open", device=self.device)
+        response = answer.score * window.to(answer.score)
+        # the score is the one without the window
+        found, score = to_host(box_at(response, answer), answer.score.flatten(1).amax(1))
+        shown = self._maps(answer, response, crops, windows) if maps else None
+        return self.search_crop.to_frame(found, windows, boxes), score, shown
 
     def _maps(
         self, answer: Answer, response: Tensor, crops: Tensor, windows: Windows
@@ -374,7 +404,12 @@ class OSTrack(Tracker):
         z, x = self.config.template_jitter, self.config.search_jitter
         return SampleSpec(
             template=replace(self.template_crop, jitter_centre=z[0], jitter_size=z[1]),
-            search=replace(self.search_crop, jitter_centre=x[0], jitter_size=x[1]),
+            search=replace(
+                self.search_crop,
+                factor=self.config.train_factor or self.config.search_factor,
+                jitter_centre=x[0],
+                jitter_size=x[1],
+            ),
             order="causal",
             max_gap=40 if short else 200,
             flip=0.5,
