@@ -48,12 +48,14 @@ test-unit: setup
 	$(ONE_THREAD) $(RUN) -m pytest -q -n 2 tests
 
 test-lessons: setup
+	$(RUN) -c "from trackkit.synth.pool import pool; pool()"
 	$(ONE_THREAD) TRACKKIT_SCALE=tiny $(RUN) -m pytest -q $(NBVAL) -n 2 --dist loadfile lessons
 
 lab: setup
 	$(RUN) -m jupyter lab --notebook-dir=lessons
 
 lessons: setup
+	$(RUN) -c "from trackkit.synth.pool import pool; pool()"
 	$(ONE_THREAD) TRACKKIT_SCALE=tiny $(RUN) -m trackkit lessons build lessons/*.ipynb
 
 samples: setup

@@ -50,7 +50,7 @@ def own_home(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_pool(monkeypatch):
-    """No minutes for 320 videos: trainings without data draw theirs as they go (`test_pool.py` has
+    """No minutes for a pool: trainings without data draw theirs as they go (`test_pool.py` has
     the pool; other processes are told `--data stream`).
     """
     monkeypatch.setattr(sampling, "pool", lambda: sampling.training_set(sampling.STREAM))

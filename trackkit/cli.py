@@ -43,7 +43,7 @@ class TrainOptions(Generic[Config]):
     """The tracker's own numbers; the ablations of its paper are among them."""
     data: Path | None = None
     """GOT-10k's root, or "stream": procedural video drawn as it is needed (default:
-    TRACKKIT_GOT10K, else a pool of 320 procedural videos, made at first use in a few minutes)."""
+    TRACKKIT_GOT10K, else a pool of 160 procedural videos, made at first use in a few minutes)."""
     out: Path | None = None
     """Folder of the run (default: TRACKKIT_HOME/runs/NAME-SCALE-SEED)."""
     scale: Literal["tiny", "laptop", "gpu", "paper"] | None = None
@@ -404,7 +404,7 @@ def _synth(
     Args:
         out: folder to write to; a pool needs none.
         pool: make the pool for training with so many videos, which `trackkit train` would make at
-            its first use (with 320), under TRACKKIT_HOME/pool.
+            its first use (with 160), under TRACKKIT_HOME/pool.
         samples: write the sequences that come with trackkit, byte for byte, and nothing else.
         only: attributes to show, all else still, as: --only occlusion scale (default: a mixture of
             all).
