@@ -217,6 +217,5 @@ def made_up(like: Tensor) -> Tensor:
 
 def forget() -> None:
     """What trackkit keeps of a device is not for the next one."""
-    for kept in (devices.constant, getattr(crops, "_plan", None)):
-        if hasattr(kept, "cache_clear"):
-            kept.cache_clear()
+    for kept in (devices.constant, crops._plan):
+        kept.cache_clear()
