@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trackkit
-from trackkit import crops, devices
+from trackkit import crops
+from trackkit.devices import constant
 
 aten = torch.ops.aten
 CUDA, ROOT = torch.device("cuda", 0), str(Path(trackkit.__file__).parent)
@@ -217,6 +218,5 @@ def made_up(like: Tensor) -> Tensor:
 
 def forget() -> None:
     """What trackkit keeps of a device is not for the next one."""
-    for kept in (devices.constant, getattr(crops, "_plan", None)):
-        if hasattr(kept, "cache_clear"):
-            kept.cache_clear()
+    for kept in (constant, crops._plan):
+        kept.cache_clear()

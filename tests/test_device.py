@@ -21,10 +21,10 @@ from trackkit.synth import SynthDataset
 from trackkit.trackers.dastm import MemoryAttention
 
 LEARNED = [name for name, (cls, _) in weights.TRACKERS.items() if cls not in weights.UNTRAINED]
-# what may go up at each frame: the frame, its window, what of the window lies outside the frame,
-# and where in the crop the box is
+# what may go up at each frame: the frame, its windows, what of them lies outside, and where in the
+# crop the box is
 OF_THE_FRAME = {
-    "base.py:moved", "crops.py:cut", "crops.py:resample", "stark.py:encode", "stark.py:_needed",
+    "base.py:moved", "crops.py:cut", "siamfc.py:step", "stark.py:encode", "stark.py:_needed",
     "stmtrack.py:_memorise",
 }  # fmt: skip
 

@@ -178,21 +178,13 @@ def peak_shift(
     response: Tensor, stride: int, upsample: int, side: Tensor, search_size: int
 ) -> Tensor:
     """How far the peak of each map lies from its centre: (B, n, n) and window sides (B,) -> x, y in
-    frame pixels (B, 2), see `cell_shift`.
-    """
-    peak = response.flatten(1).argmax(1).cpu()
-    return cell_shift(peak, response.shape[-1], stride, upsample, side, search_size)
-
-
-def cell_shift(
-    peak: Tensor, size: int, stride: int, upsample: int, side: Tensor, search_size: int
-) -> Tensor:
-    """How far the cells with the indices `peak` (B,) lie from the centre of their maps of `size` x
-    `size`: frame pixels (B, 2), float64, on the CPU as all geometry.
+    frame pixels (B, 2), on the device of both.
 
     One response cell is `stride` search-crop pixels, `upsample` map cells are one response cell,
     and the crop's `search_size` pixels show `side` frame pixels.
     """
+    size = response.shape[-1]
+    peak = response.flatten(1).argmax(1)
     cells = torch.stack([peak % size, peak // size], 1).double() - (size - 1) / 2
     return cells * stride / upsample * (side / search_size)[:, None]
 
@@ -304,10 +296,10 @@ class SiamFC(Tracker):
         blended = (1 - cfg.window_influence) * response + cfg.window_influence * window
 
         # 5. from map cells to frame pixels
-        peak, best, score = to_host(blended.flatten(1).argmax(1), best, score)
-        peak, best = peak.long(), best.long()
-        side = sides.gather(1, best[:, None])[:, 0]
-        centre = state.centre + cell_shift(peak, size, cfg.stride, cfg.upsample, side, pixels)
+        side = sides.to(best.device).gather(1, best[:, None])[:, 0]
+        shift = peak_shift(blended, cfg.stride, cfg.upsample, side, pixels)
+        shift, best, score = to_host(shift, best, score)
+        best, centre = best.long(), state.centre + shift
         growth = damped(factors[best], cfg.scale_rate)
 
         new = replace(
