@@ -94,7 +94,7 @@ def test_train_evaluate_track(tmp_path, capsys):
 
 
 def test_track_a_video_with_a_box(tmp_path, capsys):
-    sequence = SynthDataset(SynthConfig.only("motion", frames=6), seed=0, length=1)[0]
+    sequence = SynthDataset(SynthConfig.only("motion", frames=6, split="val"), seed=0, length=1)[0]
     write_video(tmp_path / "clip.mp4", (sequence.frame(i) for i in range(6)), fps=10)
     box = ",".join(f"{v:.0f}" for v in sequence.boxes_xywh[0].tolist())
     before = (tmp_path / "clip.mp4").read_bytes()

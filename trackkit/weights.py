@@ -14,7 +14,6 @@ from trackkit import checkpoints, paths
 from trackkit.errors import CheckpointError, TrackkitError, nearest
 from trackkit.trackers.base import Tracker
 from trackkit.trackers.dastm import DASTM, DASTMConfig
-from trackkit.trackers.matching import Matching, MatchingConfig
 from trackkit.trackers.mixvit import MixViT, MixViTConfig
 from trackkit.trackers.ostrack import OSTrack, OSTrackConfig
 from trackkit.trackers.procontext import ProContEXT, ProContEXTConfig
@@ -32,13 +31,11 @@ from trackkit.trackers.ustam import USTAM, USTAMConfig
 TRACKERS: dict[str, tuple[type[Tracker], Any]] = {
     "stay": (StayTracker, StayConfig()),
     "ncc": (NccTracker, NccConfig()),
-    "matching-tiny": (Matching, MatchingConfig()),
     "siamfc": (SiamFC, SiamFCConfig()),
     "siamfc-tiny": (SiamFC, SiamFCConfig.tiny()),
     "stark-s50": (STARK, STARKConfig.s50()),
     "stark-st50": (STARK, STARKConfig.st50()),
     "stark-st101": (STARK, STARKConfig.st101()),
-    "stark-s-tiny": (STARK, STARKConfig.tiny(dynamic=False, score=False)),
     "stark-tiny": (STARK, STARKConfig.tiny()),
     "sbt-light": (SBT, SBTConfig.light()),
     "sbt-small": (SBT, SBTConfig.small()),

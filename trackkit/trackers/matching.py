@@ -4,10 +4,14 @@ The papers' trackers start from backbones that have seen ImageNet. Ours learn fr
 whose boxes say where each piece of a target has gone: what lies a third of the way across the box
 in one frame does so in the next. A small network learns to give both places the same features, and
 all others different ones (InfoNCE: van den Oord, Li, Vinyals, arXiv 1807.03748), from many such
-places in each sample. Its weights come with trackkit as matching-tiny; `load_pretrained` of the
-other tiny trackers takes them.
+places in each sample. Its weights come with trackkit, data_samples/weights/matching-tiny; OSTrack's
+tiny member starts from them (`load_pretrained`).
 
-It tracks, too: each piece votes for where the target's centre is, and the size stays.
+It tracks, too: each piece votes for where the target's centre is, and the size stays. As it is of
+no paper it has no name on the command line:
+
+    train(Matching(), Matching().recipe("laptop"), pool(400), "runs/matching")
+    weights.load("runs/matching/tracker.safetensors", classes=(Matching,))
 """
 
 from __future__ import annotations

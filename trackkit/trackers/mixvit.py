@@ -22,15 +22,15 @@ from torch import Tensor, nn
 
 from trackkit import vit
 from trackkit.backbones import normalise
-from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, follow_size, xyxy_to_cxcywh
+from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, xyxy_to_cxcywh
 from trackkit.checkpoints import load_strictly
 from trackkit.crops import Windows, frame_sizes
 from trackkit.devices import to_host
 from trackkit.errors import Range, TrackkitError, check_fields
 from trackkit.frames import FrameRule, SampleSpec
 from trackkit.heads import CornerHead, PyramidCornerHead, soft_argmax
-from trackkit.losses import ciou, localisation, place_cross_entropy
-from trackkit.stages import HOLD_AND_FALL, Stage
+from trackkit.losses import ciou, localisation
+from trackkit.stages import Stage
 from trackkit.trackers.base import Prediction, Tracker, put
 
 
@@ -70,7 +70,6 @@ class MixViTConfig:
     exact: bool = False
     """Boxes go into and out of crops by the crops' own geometry; False: with the authors' habits,
     see `trackkit.crops`."""
-    size_rate: float = 1.0  # share of a change of size that is followed, see `boxes.follow_size`
 
     def __post_init__(self):
         size, factor = Range(1, 4096), Range(0, 100, above=True)
@@ -81,7 +80,7 @@ class MixViTConfig:
             self, stem=("patch", "conv"), head=("pyramid", "corner"), templates=Range(1, 2)
         )
         check_fields(self, drop_path=Range(0, 1, below=True), margin=Range(0, 4096))
-        check_fields(self, update_interval=Range(0), exact=(True, False), size_rate=Range(0, 1))
+        check_fields(self, update_interval=Range(0), exact=(True, False))
         if self.template_size % self.stride or self.search_size % self.stride:
             sizes = "template_size and search_size must be multiples of the stem's stride"
             raise ValueError(f"{sizes}, {self.stride}")
@@ -118,10 +117,9 @@ class MixViTConfig:
     def tiny(cls, **changes) -> Self:
         """A hundredth of the weights: learns from scratch on a laptop's CPU."""
         small = {
-            "template_size": 48, "search_size": 96, "template_factor": 1.5, "search_factor": 3.0,
-            "train_factor": 3.0, "stem": "conv", "width": 64, "depth": 4, "heads": 4,
-            "hidden": 128, "drop_path": 0.0, "head_channels": 64, "update_interval": 10,
-            "margin": 4.0, "exact": True, "size_rate": 0.15,
+            "template_size": 48, "search_size": 96, "search_factor": 4.0, "train_factor": 4.0,
+            "stem": "conv", "width": 64, "depth": 4, "heads": 4, "hidden": 128, "drop_path": 0.0,
+            "head_channels": 64, "margin": 4.0, "exact": True,
         }  # fmt: skip
         return cls(**{**small, **changes})
 
@@ -192,19 +190,14 @@ class MixViT(Tracker):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        if cfg.stem == "conv":
-            vit.start_as_lookup(self.blocks, self.position_t, self.position_s)
 
     def add_layers(self) -> None:
         """For a descendant's own layers, whose weights are drawn before the head's."""
 
     def load_pretrained(self) -> bool:
         """Start the transformer as the authors do, from a masked autoencoder; see
-        `Tracker.load_pretrained`. The tiny one starts from the features of matching-tiny.
+        `Tracker.load_pretrained`.
         """
-        if self.config.stem == "conv":
-            vit.load_stem(self.embed)
-            return True
         weights = vit.mae_weights(self.config.stem, self.config.width)
         if weights is not None:
             self.start_from(weights)
@@ -309,7 +302,6 @@ class MixViT(Tracker):
         peaks = [corner.flatten(1).softmax(1) for corner in answer.corners]
         boxes, score = to_host(answer.boxes, sum(peak.amax(1) for peak in peaks) / 2)
         box = self.search_crop.to_frame(boxes, windows, state.box)
-        box = follow_size(state.box, box, cfg.size_rate)
         box = clip_with_margin(box, frame_sizes(frames), cfg.margin)
 
         # 2. is it time for a new second template
@@ -362,12 +354,7 @@ class MixViT(Tracker):
         for i in range(batch["searches"].shape[1]):
             search = self.tokens(normalise(batch["searches"][:, i]), self.position_s)
             answer = self(cache, search, told)
-            truth = batch["search_boxes"][:, i]
-            parts.append(box_losses(answer.boxes, truth, kind))
-            if self.config.stem == "conv":  # not in the paper: maps that start from nothing
-                places = cxcywh_to_xyxy(truth).clamp(0, 1).split(2, 1)
-                parts[-1]["corner"] = sum(map(place_cross_entropy, answer.corners, places)) / 2
-                parts[-1]["loss"] = parts[-1]["loss"] + parts[-1]["corner"]
+            parts.append(box_losses(answer.boxes, batch["search_boxes"][:, i], kind))
             told = self.for_next_search(answer)
         return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
 
@@ -376,20 +363,16 @@ class MixViT(Tracker):
         return {}
 
     def samples(self) -> SampleSpec:
-        """Templates, then one search; for the tiny network near in time, not mirrored to each
-        other.
-        """
-        cfg, short = self.config, self.config.stem == "conv"
-        far = 0.9 * cfg.train_factor if short else cfg.train_factor
-        jitter = {"jitter_size": 0.4 if short else 0.5, "jitter_centre": far}
+        """Templates, then one search."""
+        cfg, jitter = self.config, {"jitter_size": 0.5, "jitter_centre": self.config.train_factor}
         return SampleSpec(
             template=self.template_crop,
             search=replace(self.search_crop, factor=cfg.train_factor, **jitter),
             templates=cfg.templates,
-            max_gap=40 if short else 400,
+            max_gap=400,
             rule=FrameRule(min_frames=20, min_usable=2 * (cfg.templates + 1) + 1),
             flip=0.5,
-            flip_each=0.0 if short else 0.5,
+            flip_each=0.5,
             grey=0.05,
             brightness=0.2,
             masks=True,
@@ -405,14 +388,14 @@ class MixViT(Tracker):
         self.check_preset(preset)
         cfg, code = self.config, preset != "paper"
         large = cfg.depth == 24 and code
-        batch = {"tiny": 16, "laptop": 16, "gpu": 64, "paper": 288 if large else 256}[scale]
-        lengths = {"tiny": 300, "laptop": 5000, "gpu": 20_000, "paper": 500 * (60_000 // batch)}
+        batch = {"tiny": 16, "laptop": 24, "gpu": 64, "paper": 288 if large else 256}[scale]
+        lengths = {"tiny": 300, "laptop": 3000, "gpu": 20_000, "paper": 500 * (60_000 // batch)}
         steps = lengths[scale]
         rest: dict = {"lr": 1e-4, "drops": (steps * 4 // 5,), "clip": 0.1}
         if code:
             rest |= {"lr": 4e-4, "rates": (("embed.*", 0.1), ("blocks.*", 0.1))}
         if scale in ("tiny", "laptop"):
-            rest = {"lr": 1e-3, "lr_end": 1e-5, "cosine": HOLD_AND_FALL, "warmup": 30, "clip": 1.0}
+            rest = {"lr": 1e-3, "lr_end": 1e-5, "warmup": steps // 30, "clip": 1.0}
         elif large:
             blocks = [f"blocks.{i}" for i in range(6, cfg.depth)]
             others = [name for name, _ in self.named_children() if name not in ("embed", "blocks")]

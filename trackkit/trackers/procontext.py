@@ -89,7 +89,7 @@ class ProContEXTConfig(OSTrackConfig):
     @classmethod
     def tiny(cls, **changes) -> ProContEXTConfig:
         """OSTrack's tiny network, renewed every 10 frames at most: short videos have no 100th."""
-        return super().tiny(**{"update_interval": 10, **changes})
+        return super().tiny(**{"update_interval": 10, "extra_factors": (3.0,), **changes})
 
     @property
     def template_factors(self) -> tuple[float, ...]:

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 
 from trackkit.attention import DecoderLayer, EncoderLayer, LearnedPosition, sine_position
 from trackkit.backbones import ResNet, SmallNet, normalise
-from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, follow_size, xyxy_to_cxcywh
+from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, xyxy_to_cxcywh
 from trackkit.crops import CropSpec, Windows, frame_sizes, outside
 from trackkit.devices import to_host
 from trackkit.errors import Range, check_fields
 from trackkit.frames import FrameRule, SampleSpec
 from trackkit.heads import MLP, CornerHead, soft_argmax
 from trackkit.losses import localisation, place_cross_entropy
-from trackkit.stages import HOLD_AND_FALL, Stage
+from trackkit.stages import Stage
 from trackkit.trackers.base import Prediction, Tracker, put
 
 
@@ -72,7 +72,6 @@ class STARKConfig:
     paper: a learned embedding tells template tokens from search tokens; attention starts as a
     lookup of what is alike (keys start equal to queries, the decoder's values pass unchanged); the
     corner maps also learn by cross-entropy"""
-    size_rate: float = 1.0  # share of a change of size that is followed, see `boxes.follow_size`
 
     strides: ClassVar = {"resnet50": 16, "resnet101": 16, "tiny": 8}  # of the backbones
 
@@ -84,7 +83,7 @@ class STARKConfig:
             encoder_layers=layers, decoder_layers=layers, dropout=Range(0, 1),
             position=("sine", "learned", "none"), head=("corner", "mlp"),
             head_channels=Range(8, 4096), update_interval=Range(1), update_threshold=Range(0, 1),
-            margin=Range(0, 4096), size_rate=Range(0, 1),
+            margin=Range(0, 4096),
         )  # fmt: skip
         stride = self.strides[self.backbone]
         if self.template_size % stride or self.search_size % stride:
@@ -117,7 +116,6 @@ class STARKConfig:
             "search_factor": 3.0, "width": 64, "heads": 4, "feedforward": 128, "encoder_layers": 2,
             "decoder_layers": 2, "dropout": 0.0, "head_channels": 64, "pre_norm": True,
             "update_interval": 10, "margin": 4.0, "exact": True, "from_scratch": True,
-            "size_rate": 0.15,
         }  # fmt: skip
         return cls(**{**small, **changes})
 
@@ -199,10 +197,9 @@ class STARK(Tracker):
             self.score_head = MLP(width, width, 1)
 
     def load_pretrained(self) -> bool:
-        if isinstance(self.backbone, SmallNet):
-            self.backbone.load_pretrained(self.bottleneck)
-        else:
-            self.backbone.load_pretrained()
+        if not isinstance(self.backbone, ResNet):
+            return False
+        self.backbone.load_pretrained()
         return True
 
     # ---- the network (paper, sections 3.1 and 3.2) ----
@@ -329,7 +326,6 @@ class STARK(Tracker):
         answer = self.ask(state, search, maps)
         boxes, score = self.choose(answer)
         box = self.search_crop.to_frame(boxes, windows, state.box)
-        box = follow_size(state.box, box, self.config.size_rate)
         box = clip_with_margin(box, frame_sizes(frames), self.config.margin)
 
         # 2. is this frame fit to be remembered
@@ -430,18 +426,18 @@ class STARK(Tracker):
     def samples(self, negatives: float = 0.0) -> SampleSpec:
         """STARK-S: a pair forward in time. STARK-ST: first template and search anywhere, the
         dynamic template on the first's side of the search. A network that starts from scratch gets
-        four searches a sample, near in time and in any order.
+        four searches a sample, less far off and in any order.
         """
         scratch, templates = self.config.from_scratch, 2 if self.config.dynamic else 1
         searches, order = (4, "any") if scratch else (1, "trident" if templates > 1 else "causal")
-        size, centre = (0.4, 2.7) if scratch else (0.5, 4.5)
+        size, centre = (0.2, 1.2) if scratch else (0.5, 4.5)
         return SampleSpec(
             template=self.template_crop,
             search=replace(self.search_crop, jitter_size=size, jitter_centre=centre),
             templates=templates,
             searches=searches,
             order=order,
-            max_gap=40 if scratch else 200,
+            max_gap=200,
             rule=FrameRule(min_frames=20, min_usable=2 * (templates + searches) + 1),
             flip=0.5,
             flip_each=0.0 if scratch else 0.5,
@@ -461,7 +457,7 @@ class STARK(Tracker):
         self.check_preset(preset)
         first, second, batch = {
             "tiny": (150, 30, 8),
-            "laptop": (3000, 300, 8),
+            "laptop": (2000, 200, 8),
             "gpu": (20_000, 2_000, 64),
             "paper": (500 * 468, 50 * 468, 128),
         }[scale]
@@ -472,7 +468,7 @@ class STARK(Tracker):
         def stage(name: str, steps: int, **rest) -> Stage:
             fall = {"drops": (steps * 4 // 5,)}
             if short:
-                fall = {"lr_end": 3e-5, "cosine": HOLD_AND_FALL, "warmup": 5}
+                fall = {"lr_end": 3e-5, "warmup": 30 if scale == "laptop" else 5}
             return Stage(name, steps, batch, lr=lr, clip=clip, weight_decay=1e-4, **fall, **rest)
 
         # all but the score head and the frozen start of a ResNet

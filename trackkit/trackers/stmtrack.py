@@ -26,7 +26,7 @@ from trackkit.errors import Range, check_fields
 from trackkit.frames import FrameRule, SampleSpec
 from trackkit.heads import SidesHead, hann_window
 from trackkit.losses import detection_losses
-from trackkit.stages import HOLD_AND_FALL, Stage
+from trackkit.stages import Stage
 from trackkit.trackers.base import Prediction, Tracker
 
 
@@ -92,8 +92,8 @@ class STMTrackConfig:
     def tiny(cls, **changes) -> STMTrackConfig:
         """A hundredth of the weights: learns from scratch on a laptop's CPU."""
         small = {
-            "trunk": "tiny", "size": 97, "factor": 3.0, "trim": 1, "width": 64, "head_width": 48,
-            "head_layers": 3, "rate": 0.3, "min_size": 4.0, "exact": True,
+            "trunk": "tiny", "size": 97, "trim": 1, "width": 64, "head_width": 48,
+            "head_layers": 3, "min_size": 4.0, "exact": True,
         }  # fmt: skip
         return cls(**{**small, **changes})
 
@@ -346,11 +346,9 @@ class STMTrack(Tracker):
         return SmallTrunk() if self.config.trunk == "tiny" else Inception()
 
     def load_pretrained(self) -> bool:
-        """Start both trunks from ImageNet's weights; see `Tracker.load_pretrained`. The tiny ones
-        start from matching-tiny: the features of both necks are its features.
-        """
+        """Start both trunks from ImageNet's weights; see `Tracker.load_pretrained`."""
         if self.config.trunk == "tiny":
-            return self._start_as_matching()
+            return False
         self.memory.trunk.load_pretrained()
         self.query.trunk.load_pretrained()
         self.pretrained = True
@@ -368,16 +366,6 @@ class STMTrack(Tracker):
         for layer in (part for part in self.head.modules() if isinstance(part, nn.Conv2d)):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         nn.init.constant_(self.head.score[1].bias, -2.0)
-
-    @torch.no_grad()
-    def _start_as_matching(self) -> bool:
-        project = nn.Conv2d(self.config.width, self.config.width, 1)
-        for encoder in (self.memory, self.query):
-            encoder.trunk.load_pretrained(project)
-            encoder.neck.weight.zero_()
-            encoder.neck.weight[:, :, 1, 1] = project.weight[:, :, 0, 0]
-            encoder.neck.bias.copy_(project.bias)
-        return True
 
     @property
     def template_crop(self) -> CropSpec:
@@ -593,9 +581,9 @@ class STMTrack(Tracker):
         """
         self.check_preset(preset)
         if scale in ("tiny", "laptop") or self.config.trunk == "tiny":
-            steps = {"tiny": 300, "laptop": 4000, "gpu": 20_000, "paper": 100_000}[scale]
-            batch = {"tiny": 16, "laptop": 16, "gpu": 64, "paper": 64}[scale]
-            rest = {"lr": 1e-3, "lr_end": 1e-5, "cosine": HOLD_AND_FALL, "warmup": 30, "clip": 1.0}
+            steps = {"tiny": 300, "laptop": 3000, "gpu": 20_000, "paper": 100_000}[scale]
+            batch = {"tiny": 16, "laptop": 24, "gpu": 64, "paper": 64}[scale]
+            rest = {"lr": 2e-3, "lr_end": 1e-5, "warmup": steps // 30, "clip": 1.0}
             return [self.stage("memory", steps, batch=batch, momentum=None, **rest)]
         epoch, rest = self.epoch(scale), {"lr": 0.08, "lr_end": 1e-6}
         if not self.pretrained:
