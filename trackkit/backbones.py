@@ -21,13 +21,13 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def normalise(crops: Tensor) -> Tensor:
     """uint8 crops (..., 3, S, S), RGB -> float32 with ImageNet's mean 0 and deviation 1."""
-    mean, std = constant(_statistics, device=crops.device)
+    mean, std = constant(_statistics, MEAN, STD, device=crops.device)
     return (crops.float() - mean) / std
 
 
-def _statistics() -> Tensor:
-    """ImageNet's mean and deviation in grey levels: float32 (2, 3, 1, 1)."""
-    return torch.tensor([MEAN, STD], dtype=torch.float32)[..., None, None] * 255
+def _statistics(*given: tuple[float, ...]) -> Tensor:
+    """A mean and a deviation of colours from 0 to 1 in grey levels: float32 (2, 3, 1, 1)."""
+    return torch.tensor(given, dtype=torch.float32)[..., None, None] * 255
 
 
 class ResNet(nn.Module):
