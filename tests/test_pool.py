@@ -51,7 +51,7 @@ def test_it_is_made_once_and_larger_ones_begin_alike(monkeypatch):
 
 def test_videos_are_those_of_the_stream_recorded():
     made = pools.pool(2, processes=1)
-    drawn = SynthDataset(SynthConfig(frames=4), seed=0, length=2)
+    drawn = SynthDataset(SynthConfig(frames=4, **pools.WORLD), seed=0, length=2)
     for index in range(2):
         kept, fresh = made[index], drawn[index]
         assert kept.name == fresh.name and kept.attributes == fresh.attributes

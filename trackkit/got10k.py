@@ -60,11 +60,13 @@ class GOT10k:
 
     Attributes:
         name: for tables and result folders, as "GOT-10k-val". names: of the sequences, in order.
-        folder: where the sequences lie.
+        folder: where the sequences lie. procedural: whether they were drawn by `trackkit.synth`.
 
     Raises DataError that lists every broken file with its line and what to do; FileNotFoundError
     never.
     """
+
+    procedural = False
 
     def __init__(
         self,

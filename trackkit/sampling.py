@@ -141,7 +141,7 @@ class Samples(Dataset):
     byte, where they are rendered.
 
     A sequence with too few usable frames is not used, and not in silence either: each process names
-    it once in its log, and another one is drawn. (Of a procedural stream, whose sequences nobody
+    it once in its log, and another one is drawn. (Of `procedural` data, whose sequences nobody
     can mend, they are named at the level "debug".) A file that cannot be read stops training with
     an error that names it. DataError when 100 draws in a row give nothing to train on.
     """
@@ -266,9 +266,8 @@ class Samples(Dataset):
                 return sequence, usable
             if number not in self._named:
                 self._named.add(number)
-                level = (
-                    logging.DEBUG if isinstance(self.sequences, SynthDataset) else logging.WARNING
-                )
+                made = getattr(self.sequences, "procedural", False)
+                level = logging.DEBUG if made else logging.WARNING
                 text = "%s: %d of %d frames pass %s; another sequence is drawn"
                 log.log(level, text, sequence.name, len(usable), len(sequence), rule)
         text = f"{TRIES} sequences drawn, none with enough frames that pass {rule}"

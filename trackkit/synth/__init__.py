@@ -58,7 +58,9 @@ class SynthConfig:
             pictures.
         blur: of motion and focus. noise: of the sensor.
         size: targets may be much smaller or larger than a quarter of the frame's height. team: more
-            of the target's kind, dressed alike, stand around it.
+            of the target's kind, dressed alike, stand around it. camouflage: with `vary`, every
+            second target may be as like its background as it happens. (These three came later; the
+            pool for training has them, see `synth.pool`.)
 
     Raises DataError for a dial outside 0..1, an unknown split, or a size that makes no video.
     """
@@ -86,8 +88,9 @@ class SynthConfig:
     colourless: float = 1.0
     blur: float = 0.7
     noise: float = 0.7
-    size: float = 1.0
-    team: float = 0.7
+    size: float = 0.0
+    team: float = 0.0
+    camouflage: bool = False
 
     def __post_init__(self):
         for name, low in (("width", 32), ("height", 32), ("frames", 1)):
@@ -199,6 +202,8 @@ class SynthDataset:
     With a large length this is an endless stream: making a video costs about a millisecond once the
     textures of its split have been drawn (two seconds a process, spread over the first videos).
     """
+
+    procedural = True
 
     def __init__(self, config: SynthConfig | None = None, seed: int = 0, length: int = 10_000):
         if length < 1:

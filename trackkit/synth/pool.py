@@ -31,6 +31,7 @@ from trackkit.synth import (
 from trackkit.synth.textures import Draw
 
 VIDEOS, FRAMES = 160, 60
+WORLD = {"size": 1.0, "team": 0.7, "camouflage": True}  # beside the dials that are on by default
 EDITION = 1  # one more with each change of the bytes
 
 
@@ -45,7 +46,7 @@ def pool(videos: int = VIDEOS, seed: int = 0, processes: int | None = None) -> G
     """
     if videos < 1 or seed < 0:
         raise DataError(f"a pool needs a video and a seed of at least 0; got {videos}, {seed}")
-    dataset = SynthDataset(SynthConfig(frames=FRAMES), seed, videos)
+    dataset = SynthDataset(SynthConfig(frames=FRAMES, **WORLD), seed, videos)
     names = [dataset.name_of(index) for index in range(videos)]
     jobs = [(_record, dataset, index) for index in range(videos)]
     return _written(f"synth-{EDITION}-{seed}-{videos}", "train", names, jobs, processes)
@@ -85,7 +86,9 @@ def _written(
                     shown.update()
             with atomic_write(folder / "list.txt") as partial:
                 partial.write_text("\n".join(names) + "\n", "utf-8", newline="\n")
-    return GOT10k(root, split)
+    dataset = GOT10k(root, split)
+    dataset.procedural = True
+    return dataset
 
 
 def _record(folder: Path, dataset: SynthDataset, index: int) -> None:

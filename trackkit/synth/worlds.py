@@ -110,7 +110,7 @@ class World:
 
     def _choose(self, draw: Draw, later: Draw) -> int:
         """The target's texture: of three, the one least like the background; in dull worlds the
-        middle one. Where strengths vary, every second target may be as like it as it happens.
+        middle one.
         """
 
         def distance(which: int) -> int:
@@ -119,7 +119,7 @@ class World:
 
         choice = [self._any_texture(draw) for _ in range(3)]
         rank = 1 if self.strengths["low_contrast"] > 0.3 else 2
-        if self.config.vary and later.below(2):
+        if self.config.vary and self.config.camouflage and later.below(2):
             rank = later.below(3)
         return sorted(choice, key=distance)[rank]
 
