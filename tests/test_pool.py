@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trackkit import sampling, synth
+from trackkit import cli, sampling, synth
 from trackkit.errors import DataError
 from trackkit.got10k import GOT10k
 from trackkit.synth import SynthConfig, SynthDataset
@@ -79,6 +79,13 @@ def test_enlarged_is_softer_and_as_large():
     assert abs(float(soft.float().mean() - frame.float().mean())) < 1
     plain = torch.full((3, 61, 83), 77, dtype=torch.uint8)
     assert torch.equal(pools.enlarged(plain, 3.0), plain)
+
+
+def test_the_command_makes_one_and_needs_a_place_for_anything_else(capsys):
+    assert cli.main(["synth", "--pool", "1"]) == 0
+    assert f"synth-{pools.EDITION}-0-1: 1 videos" in capsys.readouterr().out
+    assert cli.main(["synth"]) == 1 and "name the folder" in capsys.readouterr().err
+    assert cli.main(["synth", "--pool", "0"]) == 1 and "--pool must be" in capsys.readouterr().err
 
 
 def test_held_out_videos_are_further_ones_of_each_kind(monkeypatch):
