@@ -21,7 +21,7 @@ from trackkit.attention import (
     look_by_few,
     sine_position,
 )
-from trackkit.backbones import MEAN, STD, ResNet, SmallNet, normalise
+from trackkit.backbones import MEAN, STD, ConvNorm, MobileOne, ResNet, SmallNet, normalise
 from trackkit.heads import MLP, CornerHead, soft_argmax
 from trackkit.losses import localisation, place_cross_entropy
 
@@ -610,3 +610,23 @@ def test_attention_that_starts_as_a_lookup_finds_the_like_in_the_other_crop(head
     assert across.mean() > 0.5  # of 180 tokens 36 are the template's, and one is itself
     unlike = [i for i in range(144) if i not in set(where.tolist())]
     assert share[36:][unlike][:, :36].max() < share[36 + where][:, :36].max(1).values.median()
+
+
+@pytest.mark.parametrize("kind", ["convolution", "mobileone"])
+def test_folded_norms_follow_statistics_that_training_changes(kind):
+    """A training step without an optimiser's changes the statistics of norms and nothing else."""
+    crops = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    if kind == "mobileone":
+        network = MobileOne("mobileone_s0", stage=1)
+    else:
+        network, crops = ConvNorm(3, 8, kernel_size=3), normalise(crops)
+
+    def error():
+        network.eval()
+        plain = network(crops).detach()
+        with torch.no_grad():
+            return float((network(crops) - plain).abs().max() / plain.abs().max())
+
+    assert error() < 1e-4
+    network.train()(crops)
+    assert error() < 1e-4

@@ -130,9 +130,9 @@ class SmallNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
 
-    def load_pretrained(self, project: nn.Conv2d | None = None) -> None:
-        """Take the weights of matching-tiny, which come with trackkit; with `project`, a 1x1
-        convolution behind this network, also its features: mean 0 and variance 1 in each channel.
+    def load_pretrained(self, project: nn.Conv2d) -> None:
+        """Take the weights of matching-tiny, which come with trackkit, and for `project`, a 1x1
+        convolution behind this network, those with which its channels have mean 0 and variance 1.
 
         Raises CheckpointError if `project` is not as wide.
         """
@@ -140,11 +140,11 @@ class SmallNet(nn.Module):
         weights, _ = checkpoints.read(path)
         own = {key: weights[f"net.{key}"] for key in self.state_dict()}
         checkpoints.load_strictly(self, own, str(path))
-        if project is not None:
-            std = (weights["norm.running_var"].float() + 1e-5).sqrt()
-            weight = weights["project.weight"].float() / std[:, None, None, None]
-            bias = (weights["project.bias"].float() - weights["norm.running_mean"].float()) / std
-            checkpoints.load_strictly(project, {"weight": weight, "bias": bias}, str(path))
+        # the norm behind it, multiplied into it
+        std = (weights["norm.running_var"].float() + 1e-5).sqrt()
+        weight = weights["project.weight"].float() / std[:, None, None, None]
+        bias = (weights["project.bias"].float() - weights["norm.running_mean"].float()) / std
+        checkpoints.load_strictly(project, {"weight": weight, "bias": bias}, str(path))
 
 
 class SmallTrunk(SmallNet):
@@ -177,7 +177,8 @@ def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 
 class Memo:
     """A value made of tensors, kept until one of them changes (in place, or by another in its
-    stead).
+    stead). Training changes the statistics of a norm without a trace, but counts its batches: that
+    count belongs among the tensors.
     """
 
     def __init__(self):
@@ -237,7 +238,7 @@ class ConvNorm(nn.Module):
         if self.training or torch.is_grad_enabled():
             return F.relu(self.bn(self.conv(x)))
         norm = self.bn
-        sources = [self.conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var]
+        sources = [self.conv.weight, *norm.parameters(), *norm.buffers()]
         weight, bias = self._memo(sources, lambda: fused([(self.conv, norm)], self.conv))
         return F.conv2d(x, weight, bias, self.conv.stride, self.conv.padding).relu_()
 
@@ -335,7 +336,7 @@ class MobileOne(nn.Module):
         if self.training or torch.is_grad_enabled():
             return block(x)
         conv = block.conv_kxk[0].conv
-        sources = [*block.parameters(), *(b for b in block.buffers() if b.is_floating_point())]
+        sources = [*block.parameters(), *block.buffers()]
         weight, bias = self._memos[index](sources, lambda: fused(_branches(block), conv))
         return block.act(
             block.attn(F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=conv.groups))
