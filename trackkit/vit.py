@@ -37,9 +37,7 @@ def patch_embedding(stem: str, width: int) -> nn.Module:
 
 
 def load_stem(embed: nn.Sequential) -> None:
-    """Give a patch embedding "conv" the features of matching-tiny, whose channels have mean 0 and
-    variance 1.
-    """
+    """Give a patch embedding "conv" the features of matching-tiny."""
     embed[0].load_pretrained(embed[1])
 
 
