@@ -5,13 +5,12 @@ choice was made, and, with --real, on real sequences in GOT-10k's layout. AO is 
 sequences; the difference to template matching (ncc) is taken sequence by sequence, with its
 standard error.
 
-    python benchmarks/scoreboard.py [--real DIR] [--trackers NAME ...] [--json FILE]
+    python benchmarks/scoreboard.py [--real DIR]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 
 from trackkit.evaluation import Scores, compare_attributes, evaluate
 from trackkit.got10k import GOT10k
-from trackkit.paths import SAMPLES, atomic_write
+from trackkit.paths import SAMPLES
 from trackkit.synth.pool import held_out
 from trackkit.weights import TRACKERS, load, shipped
 
@@ -35,23 +34,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = [name for name in TRACKERS if shipped(name)]
     parser.add_argument("--real", type=Path, help="a folder of sequences, or with val/")
-    parser.add_argument("--trackers", nargs="+", default=known, help="names or files")
-    parser.add_argument("--json", type=Path, help="also write all scores to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     sets = {"val": GOT10k(SAMPLES, "val"), "further": held_out()}
     if options.real:
         sets["real"] = GOT10k(options.real, "val")
-    everything: dict[str, dict[str, Scores]] = {}
+    names = [*(name for name in TRACKERS if shipped(name)), "ncc", "stay"]
     with tempfile.TemporaryDirectory() as folder:
         for title, dataset in sets.items():
-            everything[title] = scores = {}
-            for name in dict.fromkeys([*options.trackers, "ncc", "stay"]):
-                label = Path(name).stem
-                out = Path(folder) / title / label
-                scores[label] = evaluate(load(name), dataset, out, label)
+            scores = {
+                name: evaluate(load(name), dataset, Path(folder) / title / name, name)
+                for name in names
+            }
             print(f"\n{title}, {len(dataset)} sequences")
             print(f"{'':22}    AO  - ncc, points  frames per second")
             for name, score in sorted(scores.items(), key=lambda kv: -kv[1].sequence_mean.ao):
@@ -59,12 +54,6 @@ def main() -> None:
                 print(f"{name:22} {score.sequence_mean.ao:.3f}  {against:13}  {score.fps:8.0f}")
             if title == "val":
                 print(compare_attributes(scores))
-    if options.json:
-        plain = {
-            t: {n: json.loads(s.to_json()) for n, s in v.items()} for t, v in everything.items()
-        }
-        with atomic_write(options.json) as partial:
-            partial.write_text(json.dumps(plain, indent=1))
 
 
 if __name__ == "__main__":

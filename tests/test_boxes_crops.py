@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trackkit import boxes as B
-from trackkit.boxes import follow_size
+from trackkit.boxes import bias_of, follow_size, without_bias
 from trackkit.crops import (
     Windows,
     context_side,
@@ -346,3 +346,18 @@ def test_a_size_is_followed_by_a_share_around_the_new_centre():
     flat = torch.tensor([[0.0, 0.0, 1e9, 1e-9]], dtype=torch.float64)  # a network may say anything
     assert torch.isfinite(follow_size(old, flat, 0.3)).all()
     assert (follow_size(old, flat, 0.3)[:, 2:] > 0).all()
+
+
+def test_a_bias_that_was_seen_is_taken_off_wherever_the_target_has_gone():
+    truth = torch.tensor([[100.0, 50.0, 40.0, 60.0]], dtype=torch.float64)
+    found = torch.tensor([[104.0, 44.0, 50.0, 45.0]], dtype=torch.float64)
+    bias = bias_of(found, truth)
+    assert torch.allclose(without_bias(found, bias), truth)
+    # elsewhere, and twice as large: the same share of it
+    far = torch.tensor([[300.0, 10.0, 0.0, 0.0]]) + 2 * found
+    assert torch.allclose(without_bias(far, bias), torch.tensor([[300.0, 10, 0, 0]]) + 2 * truth)
+    # a first answer that is somewhere else says nothing about later ones: it is not believed
+    lost = bias_of(torch.tensor([[500.0, 500.0, 4.0, 4.0]], dtype=torch.float64), truth)
+    assert lost[0].tolist() == [-0.3, -0.3, 2, 2]
+    none = bias_of(truth, truth)
+    assert torch.equal(without_bias(found, none), found)

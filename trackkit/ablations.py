@@ -41,7 +41,6 @@ from trackkit.paths import SAMPLES, atomic_write, home, writable
 from trackkit.progress import bar
 from trackkit.sampling import training_set
 from trackkit.stages import Stage, shortened
-from trackkit.synth import SynthDataset
 from trackkit.trackers.base import Tracker
 from trackkit.tracking import device_called
 from trackkit.training import train
@@ -327,7 +326,7 @@ def run(
             f"{stage.name} {stage.steps} steps of {stage.batch}" for stage in stages
         ),
         "train": "procedural video"
-        if isinstance(training_set(data), SynthDataset)
+        if getattr(training_set(data), "procedural", False)
         else training_set(data).name,
         "test": f"{'the procedural samples' if SAMPLES in test.folder.parents else test.name} "
         f"({len(test)} sequences)",

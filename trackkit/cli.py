@@ -429,11 +429,7 @@ def _synth(
         from trackkit.synth.pool import pool as make
 
         made = make(pool, seed)
-        print(
-            _typeable(
-                f"{made.folder.parent}: {len(made)} videos; train with `--data` and this folder"
-            )
-        )
+        print(f"{made.folder.parent}: {len(made)} videos; train with --data and this folder")
         return
     if out is None:
         raise TrackkitError("name the folder to write to: trackkit synth OUT (or --pool N)")

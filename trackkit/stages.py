@@ -99,22 +99,6 @@ class Stage:
         rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         return self.lr * fall * rise
 
-    @property
-    def held(self) -> int:
-        """Steps before the rate begins to fall; 0 if it falls from the first on, or in other ways
-        than along a cosine. A training writes down the weights that it has then.
-        """
-        if self.cosine is None or self.cosine[0] >= 0:
-            return 0
-        first, last = self.cosine
-        return round(self.steps * first / (first - last))
-
-    def fall(self, steps: int) -> Stage:
-        """The same stage's fall alone, in `steps` steps: for a network from before it."""
-        if not self.held:
-            raise TrackkitError(f"stage {self.name}: its rate is not held before it falls")
-        return dataclasses.replace(self, steps=steps, cosine=(0.0, self.cosine[1]), warmup=0)
-
     def resized(self, steps: int) -> Stage:
         """The same stage in another number of steps; its warm-up and its drops keep their shares of
         them.

@@ -1,12 +1,10 @@
 """One training loop for all trackers: stages, mixed precision, several GPUs, exact resume.
 
 A run is a folder: `log.jsonl` (one line every few steps), `state.safetensors` (everything needed to
-go on; also loads as a tracker) and, when the last stage is done, `tracker.safetensors`; of a stage
-whose rate is first held and then falls also `STAGE-start.safetensors`, the network before the fall.
-Files are replaced whole, so a run that is killed at any moment continues from its last state with
-the same command, and on a CPU ends with the same weights as one that was never interrupted: each
-sample depends only on (seed, its number), each step's other random numbers only on (seed, the
-step).
+go on; also loads as a tracker) and, when the last stage is done, `tracker.safetensors`. Files are
+replaced whole, so a run that is killed at any moment continues from its last state with the same
+command, and on a CPU ends with the same weights as one that was never interrupted: each sample
+depends only on (seed, its number), each step's other random numbers only on (seed, the step).
 """
 
 from __future__ import annotations
@@ -103,8 +101,8 @@ def train(
     # of several processes the first one writes
     held = alone(out, "trains") if accelerator.is_main_process else nullcontext()
     with held, _Stop() as stop:
-        run = _Run(tracker, stages, sequences, out, seed, precision, accelerator)
-        run.packed = crops == "device" or (crops == "auto" and accelerator.device.type == "cuda")
+        packed = crops == "device" or (crops == "auto" and accelerator.device.type == "cuda")
+        run = _Run(tracker, stages, sequences, out, seed, precision, accelerator, packed)
         return run.train(workers, save_seconds, log_steps, progress, stop)
 
 
@@ -140,13 +138,13 @@ class _Stop:
 class _Run:
     """One training run: its loop, its files, and what identifies it."""
 
-    def __init__(self, tracker, stages, sequences, out: Path, seed, precision, accelerator):
+    def __init__(self, tracker, stages, sequences, out: Path, seed, precision, accelerator, packed):
         self.tracker, self.stages, self.sequences, self.seed = tracker, stages, sequences, seed
         self.accelerator, self.out = accelerator, out
         self.state_path, self.final_path, self.log_path = (
             out / name for name in ("state.safetensors", "tracker.safetensors", "log.jsonl")
         )
-        self.packed = False  # whether the loader hands on rectangles in place of crops
+        self.packed = packed  # whether the loader hands on rectangles in place of crops
         self.log: list[dict] = []
         mine = {
             **describe(tracker),
@@ -245,10 +243,6 @@ class _Run:
                     self.sums[key] = self.sums.get(key, 0) + value.detach()
                 self.count += 1
                 shown.update()
-                if step + 1 == first + stage.held and accelerator.is_main_process:
-                    save(
-                        tracker, self.out / f"{stage.name}-start.safetensors", trained=self.identity
-                    )
                 last = step + 1 == first + stage.steps
                 line = (step + 1) % log_steps == 0 or last
                 if line:

@@ -25,6 +25,7 @@ from trackkit.synth import (
     SAMPLE_QUALITY,
     SynthConfig,
     SynthDataset,
+    SynthSequence,
     labels_of,
     sample,
 )
@@ -38,8 +39,8 @@ EDITION = 1  # one more with each change of the bytes
 def pool(videos: int = VIDEOS, seed: int = 0, processes: int | None = None) -> GOT10k:
     """The train split of `videos` procedural videos of 60 frames, 320 x 240 pixels.
 
-    They lie under `TRACKKIT_HOME`/pool and are made at first use, in about a minute and a half on
-    two cores, 0.6 MB each. Video i depends on (seed, i) alone, so a pool is the same with any
+    They lie under `TRACKKIT_HOME`/pool and are made at first use; 160 of them take two minutes of
+    one core and 120 MB. Video i depends on (seed, i) alone, so a pool is the same with any
     number of `processes` (default: one a core); one whose making was interrupted goes on.
 
     Raises DataError if the place cannot be written.
@@ -56,7 +57,7 @@ def held_out(each: int = 8, processes: int | None = None) -> GOT10k:
     """The val split of `each` further videos of each of the 13 kinds in data_samples/val, in the
     same textures and outlines, which no training sees: 104, for comparisons that 13 cannot decide.
 
-    Made at first use, as a pool is; by default in half a minute, 60 MB.
+    Made at first use, as a pool is; 104 take half a minute of one core and 41 MB.
     """
     kinds = [(kind, 1001 + k) for kind in EMBEDDED["val"] for k in range(each)]
     names = [f"synth_val_{kind}_{seed}" for kind, seed in kinds]
@@ -93,24 +94,19 @@ def _written(
 
 def _record(folder: Path, dataset: SynthDataset, index: int) -> None:
     """Write one video of a pool."""
-    torch.set_num_threads(1)
-    sequence, draw = dataset[index], Draw(23, dataset.seed, index)
+    draw = Draw(23, dataset.seed, index)
     quality = 40 + draw.below(56)
-    coarse = (1.0, 1.0, 1.0, 1.5, 2.0)[draw.below(5)]
-    frames = (enlarged(sequence.frame(t), coarse) for t in range(len(sequence)))
-    write_sequence(
-        folder / sequence.name, frames, meta=sequence.meta, quality=quality, **labels_of(sequence)
-    )
+    _write(folder, dataset[index], quality, (1.0, 1.0, 1.0, 1.5, 2.0)[draw.below(5)])
 
 
 def _record_sample(folder: Path, kind: str, seed: int) -> None:
-    torch.set_num_threads(1)
-    sequence = sample("val", kind, seed)
-    frames = map(sequence.frame, range(len(sequence)))
-    labels = labels_of(sequence)
-    write_sequence(
-        folder / sequence.name, frames, meta=sequence.meta, quality=SAMPLE_QUALITY, **labels
-    )
+    _write(folder, sample("val", kind, seed), SAMPLE_QUALITY)
+
+
+def _write(folder: Path, video: SynthSequence, quality: int, coarse: float = 1.0) -> None:
+    frames = (enlarged(video.frame(t), coarse) for t in range(len(video)))
+    labels = labels_of(video)
+    write_sequence(folder / video.name, frames, meta=video.meta, quality=quality, **labels)
 
 
 def enlarged(frame: Tensor, coarse: float) -> Tensor:

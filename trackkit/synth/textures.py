@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +42,7 @@ class Bank(NamedTuple):
 
 # by `SynthConfig.bank`: what is trained on has to be as various as possible
 BANK_SIZES = (Bank(64, 160, 192), Bank(16, 40, 48), Bank(16, 40, 48))
+TRAIN = 0
 
 
 class Draw:
@@ -202,7 +203,7 @@ def dead_leaves(
     Huang, "Occlusion models for natural images", IJCV 2001). n: texels along a side, a power of
     two. small, large: radii in texels. shading: slope of brightness across a leaf. detail: contrast
     of the grain inside leaves. blur: passes of a binomial filter. corners: share of rectangles
-    among the ellipses. crisp: as sharp and grainy as photographs, which the first worlds are not
+    among the ellipses. crisp: nearly as sharp as photographs, which the worlds to test on are not
     (`test_pictures_have_the_statistics_of_natural_images`).
     """
     owner = np.zeros((n, n), np.int64)
@@ -292,15 +293,15 @@ def background(bank: int, index: int) -> Texture:
         middle + spread,
     )
     soft = draw.below(4)
-    style = index // 4 % 4
+    style, leaves = index // 4 % 4, partial(dead_leaves, draw, 512, crisp=bank == TRAIN)
     if style == 0:  # busy
-        lanes = dead_leaves(draw, 512, 900, 5, 120, palette, 0.5, 36, 1 + soft, 0.3, bank == 0)
+        lanes = leaves(900, 5, 120, palette, 0.5, 36, 1 + soft, 0.3)
     elif style == 1:  # few large things, out of focus
-        lanes = dead_leaves(draw, 512, 160, 16, 200, palette, 1.0, 12, 8 + 4 * soft, 0.2, bank == 0)
+        lanes = leaves(160, 16, 200, palette, 1.0, 12, 8 + 4 * soft, 0.2)
     elif style == 2:  # walls, streets: corners and grain
-        lanes = dead_leaves(draw, 512, 300, 9, 170, palette, 0.6, 30, 1 + soft, 0.85, bank == 0)
+        lanes = leaves(300, 9, 170, palette, 0.6, 30, 1 + soft, 0.85)
     else:  # foliage, ground: grain over leaves
-        lanes = dead_leaves(draw, 512, 500, 7, 90, palette, 0.8, 70, 2 + 2 * soft, 0.0, bank == 0)
+        lanes = leaves(500, 7, 90, palette, 0.8, 70, 2 + 2 * soft, 0.0)
     tile = _pyramid(lanes, 6)
     return Texture(tuple(np.pad(level, (0, 1), mode="wrap") for level in tile.levels), tile.mean)
 
@@ -319,17 +320,17 @@ def texture(bank: int, index: int) -> Texture:
         middle - spread,
         middle + spread,
     )
-    style = index // 4 % 5
+    style, leaves = index // 4 % 5, partial(dead_leaves, draw, 256, crisp=bank == TRAIN)
     if style == 0:
-        lanes = dead_leaves(draw, 256, 200, 6, 60, palette, 0.7, 40, 1, 0.3, bank == 0)
+        lanes = leaves(200, 6, 60, palette, 0.7, 40, 1, 0.3)
     elif style == 1:  # faces, plain clothes: large soft patches
-        lanes = dead_leaves(draw, 256, 60, 12, 90, palette, 1.2, 12, 8, 0.1, bank == 0)
+        lanes = leaves(60, 12, 90, palette, 1.2, 12, 8, 0.1)
     elif style == 2:  # vehicles: plates and edges
-        lanes = dead_leaves(draw, 256, 90, 10, 80, palette, 0.8, 10, 1, 0.9, bank == 0)
+        lanes = leaves(90, 10, 80, palette, 0.8, 10, 1, 0.9)
     elif style == 3:  # fur, leaves
-        lanes = dead_leaves(draw, 256, 200, 6, 50, palette, 0.6, 90, 2, 0.0, bank == 0)
+        lanes = leaves(200, 6, 50, palette, 0.6, 90, 2, 0.0)
     else:
-        lanes = dead_leaves(draw, 256, 100, 8, 70, palette, 1.0, 30, 3, 0.4, bank == 0)
+        lanes = leaves(100, 8, 70, palette, 1.0, 30, 3, 0.4)
     return _pyramid(lanes, SPRITE_LEVELS)
 
 
