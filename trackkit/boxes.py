@@ -122,8 +122,12 @@ def bias_of(found_xywh: Tensor, truth_xywh: Tensor) -> Tensor:
     return torch.cat([move, (truth[..., 2:] / found[..., 2:]).clamp(0.5, 2)], -1)
 
 
-def without_bias(found_xywh: Tensor, bias: Tensor) -> Tensor:
-    """Boxes (..., 4) as they would be if they were off by as much as those that `bias_of` saw."""
+def without_bias(found_xywh: Tensor, bias: Tensor | None) -> Tensor:
+    """Boxes (..., 4) as they would be if they were off by as much as those that `bias_of` saw; as
+    they are without a bias.
+    """
+    if bias is None:
+        return found_xywh
     found = xywh_to_cxcywh(found_xywh)
     sides = found[..., 2:] * bias[..., 2:]
     return cxcywh_to_xywh(torch.cat([found[..., :2] + bias[..., :2] * sides, sides], -1))

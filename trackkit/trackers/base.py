@@ -18,9 +18,11 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from trackkit import checkpoints
 from trackkit.boxes import check_boxes
 from trackkit.crops import CropSpec
 from trackkit.errors import DataError, TrackkitError
+from trackkit.paths import SAMPLES
 
 State = TypeVar("State")
 
@@ -131,6 +133,19 @@ class Tracker(nn.Module):
         neither has them.
         """
         return False
+
+    def inherit(self, ancestor: str, rename: dict[str, str] | None = None) -> bool:
+        """Take over what the tiny tracker `ancestor`, whose weights come with trackkit, has by the
+        same names; `rename` gives ours for some of its own. The rest stays. True.
+
+        Raises CheckpointError if an entry is of another size.
+        """
+        path = SAMPLES / "weights" / f"{ancestor}.safetensors"
+        theirs, rename = checkpoints.read(path)[0], rename or {}
+        theirs = {rename.get(key, key): value for key, value in theirs.items()}
+        own = {key: theirs.get(key, value) for key, value in self.state_dict().items()}
+        checkpoints.load_strictly(self, own, str(path))
+        return True
 
     def checked(self, frames: list[Tensor], boxes_xywh: Tensor) -> tuple[list[Tensor], Tensor]:
         """Frames on the tracker's device and boxes as float64 (B, 4), or DataError. For `start`."""

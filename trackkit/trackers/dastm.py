@@ -242,6 +242,12 @@ class DASTM(STMTrack):
         if self.config.attention:
             self.attention = MemoryAttention(self.config)
 
+    def load_pretrained(self) -> bool:
+        """As STMTrack's; the tiny one is stmtrack-tiny to begin with."""
+        if self.config.trunk == "tiny":
+            return self.inherit("stmtrack-tiny")
+        return super().load_pretrained()
+
     @property
     def search_crop(self) -> CropSpec:
         cfg = self.config

@@ -22,15 +22,22 @@ from torch import Tensor, nn
 
 from trackkit import vit
 from trackkit.backbones import normalise
-from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, xyxy_to_cxcywh
+from trackkit.boxes import (
+    bias_of,
+    clip_with_margin,
+    cxcywh_to_xyxy,
+    follow_size,
+    without_bias,
+    xyxy_to_cxcywh,
+)
 from trackkit.checkpoints import load_strictly
 from trackkit.crops import Windows, frame_sizes
 from trackkit.devices import to_host
 from trackkit.errors import Range, TrackkitError, check_fields
 from trackkit.frames import FrameRule, SampleSpec
 from trackkit.heads import CornerHead, PyramidCornerHead, soft_argmax
-from trackkit.losses import ciou, localisation
-from trackkit.stages import Stage
+from trackkit.losses import ciou, localisation, place_cross_entropy
+from trackkit.stages import HOLD_AND_FALL, Stage
 from trackkit.trackers.base import Prediction, Tracker, put
 
 
@@ -70,6 +77,8 @@ class MixViTConfig:
     exact: bool = False
     """Boxes go into and out of crops by the crops' own geometry; False: with the authors' habits,
     see `trackkit.crops`."""
+    first_look: bool = False  # see `OSTrackConfig.first_look`; not in the paper
+    size_rate: float = 1.0  # share of a change of size that is followed, see `boxes.follow_size`
 
     def __post_init__(self):
         size, factor = Range(1, 4096), Range(0, 100, above=True)
@@ -81,6 +90,7 @@ class MixViTConfig:
         )
         check_fields(self, drop_path=Range(0, 1, below=True), margin=Range(0, 4096))
         check_fields(self, update_interval=Range(0), exact=(True, False))
+        check_fields(self, first_look=(True, False), size_rate=Range(0, 1))
         if self.template_size % self.stride or self.search_size % self.stride:
             sizes = "template_size and search_size must be multiples of the stem's stride"
             raise ValueError(f"{sizes}, {self.stride}")
@@ -115,11 +125,12 @@ class MixViTConfig:
 
     @classmethod
     def tiny(cls, **changes) -> Self:
-        """A hundredth of the weights: learns from scratch on a laptop's CPU."""
+        """A hundredth of the weights: OSTrack's tiny transformer, for a laptop's CPU."""
         small = {
-            "template_size": 48, "search_size": 96, "search_factor": 4.0, "train_factor": 4.0,
-            "stem": "conv", "width": 64, "depth": 4, "heads": 4, "hidden": 128, "drop_path": 0.0,
-            "head_channels": 64, "margin": 4.0, "exact": True,
+            "template_size": 48, "search_size": 96, "template_factor": 1.5, "search_factor": 2.5,
+            "train_factor": 3.0, "stem": "conv", "width": 64, "depth": 4, "heads": 4,
+            "hidden": 256, "drop_path": 0.0, "head_channels": 64, "margin": 4.0, "exact": True,
+            "first_look": True, "size_rate": 0.15,
         }  # fmt: skip
         return cls(**{**small, **changes})
 
@@ -156,6 +167,7 @@ class MixViTState:
     cache: TemplateCache
     # (B, T / 2, D), tokens of the first template, to be joined by a new second one
     first: Tensor | None
+    bias: Tensor | None  # (B, 4), see `MixViTConfig.first_look`; None without it
 
 
 def attention_map(q: Tensor, k: Tensor) -> Tensor:
@@ -196,8 +208,11 @@ class MixViT(Tracker):
 
     def load_pretrained(self) -> bool:
         """Start the transformer as the authors do, from a masked autoencoder; see
-        `Tracker.load_pretrained`.
+        `Tracker.load_pretrained`. The tiny one starts from that of ostrack-tiny, positions and all.
         """
+        if self.config.stem == "conv":
+            positions = {"position_z": "position_t", "position_x": "position_s"}
+            return self.inherit("ostrack-tiny", positions)
         weights = vit.mae_weights(self.config.stem, self.config.width)
         if weights is not None:
             self.start_from(weights)
@@ -286,8 +301,13 @@ class MixViT(Tracker):
         frames, boxes = self.checked(frames, boxes_xywh)
         first = self._template(frames, boxes)
         cache, _ = self.encode(first.repeat(1, cfg.templates, 1))
-        count = torch.zeros(len(frames), dtype=torch.long)
-        return MixViTState(boxes, count, cache, first if cfg.update_interval else None)
+        count, bias = torch.zeros(len(frames), dtype=torch.long), None
+        if cfg.first_look:
+            crops, windows = self.search_crop.around(frames, boxes)
+            answer = self(cache, self.tokens(normalise(crops), self.position_s))
+            (found,) = to_host(answer.boxes)
+            bias = bias_of(self.search_crop.to_frame(found, windows, boxes), boxes)
+        return MixViTState(boxes, count, cache, first if cfg.update_interval else None, bias)
 
     def step(
         self, state: MixViTState, frames: list[Tensor], maps: bool = False
@@ -302,6 +322,7 @@ class MixViT(Tracker):
         peaks = [corner.flatten(1).softmax(1) for corner in answer.corners]
         boxes, score = to_host(answer.boxes, sum(peak.amax(1) for peak in peaks) / 2)
         box = self.search_crop.to_frame(boxes, windows, state.box)
+        box = follow_size(state.box, without_bias(box, state.bias), cfg.size_rate)
         box = clip_with_margin(box, frame_sizes(frames), cfg.margin)
 
         # 2. is it time for a new second template
@@ -346,7 +367,9 @@ class MixViT(Tracker):
     # ---- training ----
 
     def loss(self, batch: dict[str, Tensor], kind: str = "giou") -> dict[str, Tensor]:
-        """5 L1 + 2 times the overlap loss, mean over the searches; see `box_losses` for `kind`."""
+        """5 L1 + 2 times the overlap loss, mean over the searches; see `box_losses` for `kind`. The
+        tiny network's corner maps also learn by cross-entropy, which needs less data.
+        """
         crops = normalise(batch["templates"])  # (B, T, 3, S, S)
         tokens = self.tokens(crops.flatten(0, 1), self.position_t)
         cache, _ = self.encode(tokens.unflatten(0, crops.shape[:2]).flatten(1, 2))
@@ -354,7 +377,12 @@ class MixViT(Tracker):
         for i in range(batch["searches"].shape[1]):
             search = self.tokens(normalise(batch["searches"][:, i]), self.position_s)
             answer = self(cache, search, told)
-            parts.append(box_losses(answer.boxes, batch["search_boxes"][:, i], kind))
+            truth = batch["search_boxes"][:, i]
+            parts.append(box_losses(answer.boxes, truth, kind))
+            if self.config.stem == "conv":
+                places = cxcywh_to_xyxy(truth).clamp(0, 1).split(2, 1)
+                corner = sum(map(place_cross_entropy, answer.corners, places)) / 2
+                parts[-1] |= {"loss": parts[-1]["loss"] + corner, "corner": corner}
             told = self.for_next_search(answer)
         return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
 
@@ -363,16 +391,20 @@ class MixViT(Tracker):
         return {}
 
     def samples(self) -> SampleSpec:
-        """Templates, then one search."""
+        """Templates, then one search; for the tiny network near ones, not mirrored to each
+        other.
+        """
         cfg, jitter = self.config, {"jitter_size": 0.5, "jitter_centre": self.config.train_factor}
+        short = cfg.stem == "conv"
+        z = {"jitter_centre": 0.2, "jitter_size": 0.1} if short else {}
         return SampleSpec(
-            template=self.template_crop,
+            template=replace(self.template_crop, **z),
             search=replace(self.search_crop, factor=cfg.train_factor, **jitter),
             templates=cfg.templates,
-            max_gap=400,
+            max_gap=40 if short else 400,
             rule=FrameRule(min_frames=20, min_usable=2 * (cfg.templates + 1) + 1),
             flip=0.5,
-            flip_each=0.5,
+            flip_each=0.0 if short else 0.5,
             grey=0.05,
             brightness=0.2,
             masks=True,
@@ -383,19 +415,20 @@ class MixViT(Tracker):
 
         `preset` "code" (or none) is the authors' code: CIoU, 4e-4 for the head and a tenth of it
         for the rest, batches of 256; Large: 288, its first six blocks frozen. "paper": GIoU, 1e-4
-        for all. The short scales are for the tiny network, which starts from nothing.
+        for all. The short scales are for the tiny network, most of which can already track.
         """
         self.check_preset(preset)
         cfg, code = self.config, preset != "paper"
         large = cfg.depth == 24 and code
-        batch = {"tiny": 16, "laptop": 24, "gpu": 64, "paper": 288 if large else 256}[scale]
+        batch = {"tiny": 16, "laptop": 16, "gpu": 64, "paper": 288 if large else 256}[scale]
         lengths = {"tiny": 300, "laptop": 3000, "gpu": 20_000, "paper": 500 * (60_000 // batch)}
         steps = lengths[scale]
         rest: dict = {"lr": 1e-4, "drops": (steps * 4 // 5,), "clip": 0.1}
         if code:
             rest |= {"lr": 4e-4, "rates": (("embed.*", 0.1), ("blocks.*", 0.1))}
         if scale in ("tiny", "laptop"):
-            rest = {"lr": 1e-3, "lr_end": 1e-5, "warmup": steps // 30, "clip": 1.0}
+            rest = {"lr": 1e-3, "lr_end": 1e-5, "cosine": HOLD_AND_FALL, "warmup": 30, "clip": 1.0}
+            rest["rates"] = (("box_head.*", 1.0), ("*", 0.3))
         elif large:
             blocks = [f"blocks.{i}" for i in range(6, cfg.depth)]
             others = [name for name, _ in self.named_children() if name not in ("embed", "blocks")]

@@ -331,8 +331,7 @@ class OSTrack(Tracker):
     ) -> tuple[OSTrackState, Prediction]:
         cfg, frames = self.config, self.moved(frames)
         box, score, shown = self.look(self.template_of(state), frames, state.box, maps)
-        if state.bias is not None:
-            box = without_bias(box, state.bias)
+        box = without_bias(box, state.bias)
         box = follow_size(state.box, box, cfg.size_rate)
         box = clip_with_margin(box, frame_sizes(frames), cfg.margin)
         return replace(state, box=box), Prediction(box, score, shown)

@@ -33,16 +33,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trackkit import vit
 from trackkit.attention import DropPath, sine_position
 from trackkit.backbones import normalise, timm_weights
-from trackkit.boxes import clip_with_margin, cxcywh_to_xyxy, giou
+from trackkit.boxes import (
+    bias_of,
+    clip_with_margin,
+    cxcywh_to_xyxy,
+    follow_size,
+    giou,
+    without_bias,
+)
 from trackkit.crops import frame_sizes
 from trackkit.devices import constant, to_host
 from trackkit.errors import Range, check_fields
 from trackkit.frames import SampleSpec
 from trackkit.heads import MLP, MixHead, hann_window
 from trackkit.losses import mean_of
-from trackkit.stages import Stage
+from trackkit.stages import HOLD_AND_FALL, Stage
 from trackkit.trackers.base import Prediction, Tracker
 from trackkit.trackers.sbt_backbone import (
     check_grids,
@@ -70,6 +78,7 @@ class SBTConfig:
     search_size: int = 256  # side of the search crop, pixels; a multiple of the same
     template_factor: float = 2.0  # side of the template's window over sqrt(target's area)
     search_factor: float = 5.0  # the same of the search window; 5 in the code, 4 in the paper
+    train_factor: float | None = None  # the same in training; None: as in tracking
 
     dims: tuple[int, ...] = (64, 128, 320)  # channels of each stage
     heads: tuple[int, ...] = (1, 2, 5)  # of each stage's attentions; they divide `dims`
@@ -96,10 +105,16 @@ class SBTConfig:
     first embedding. "relative": a learned bias for each offset between query and key, in SA
     (between two images offsets mean nothing). "none"."""
     embedding: str = "conv"
-    """Table 1. "conv": overlapping patches. "patches": side by side (both H1 and H2)."""
+    """Table 1. "conv": overlapping patches. "patches": side by side (both H1 and H2). "net" (not in
+    the paper): for the first stage a small convolutional network of stride 8, with which the rest
+    learns from little data; for the others as "conv"."""
     head: str = "released"
     """"released" as in the authors' code, "eq7" as the paper has it, "mlp3" or "mlp5", MLPs on each
     token, which explain the counts in Table 1."""
+
+    anchored: bool = False
+    """A token's box begins at the token's own place, in the size that targets have, and the head
+    says by how much it differs, in logits (not in the paper: learns from less data)."""
 
     drop_path: float = 0.1
     """Probability of dropping the last block's branches in training; it rises from 0 block by
@@ -123,6 +138,8 @@ class SBTConfig:
     exact: bool = False
     """Boxes go into and out of crops by the crops' own geometry; False imitates the authors, see
     `STARKConfig`."""
+    first_look: bool = False  # see `OSTrackConfig.first_look`; not in the paper
+    size_rate: float = 1.0  # share of a change of size that is followed, see `boxes.follow_size`
 
     correlation: str = "embedded"
     """Table 7, without its DCF and ResNet rows. "embedded": CA in the backbone alone (row 7, with
@@ -141,7 +158,7 @@ class SBTConfig:
             attention=("srg", "vg", "vl", "sl"),
             order=("simultaneous", "sequential"),
             position=("conditional", "absolute", "relative", "none"),
-            embedding=("conv", "patches"),
+            embedding=("conv", "patches", "net"),
             head=("released", "eq7", "mlp3", "mlp5"),
             positives=("clipped", "wrapped"),
             correlation=("embedded", "depthwise", "cross"),
@@ -154,7 +171,12 @@ class SBTConfig:
             **dict.fromkeys(("weights", "background", "margin"), weight),
             drop_path=Range(0, 1, below=True),
             window_influence=Range(0, 1),
+            first_look=(True, False),
+            size_rate=Range(0, 1),
+            anchored=(True, False),
         )
+        if self.train_factor is not None:
+            check_fields(self, train_factor=Range(0, 100, above=True))
         if self.pretrained_blocks is not None:
             check_fields(self, pretrained_blocks=Range(0))
         check_stages(self)
@@ -186,12 +208,16 @@ class SBTConfig:
 
     @classmethod
     def tiny(cls, **changes) -> SBTConfig:
-        """SBT with a hundredth of the weights: learns from scratch on a laptop's CPU."""
+        """SBT with a hundredth of the weights: learns from scratch on a laptop's CPU. Its stages
+        are as SBT's second and third, behind a network that has learned to match.
+        """
         tiny = {
-            "template_size": 64, "search_size": 128, "search_factor": 4.0,
-            "dims": (16, 32, 64), "heads": (1, 2, 4), "blocks": (1, 1, 4), "ratios": (4, 4, 4),
-            "cross": ((), (), (2, 4)), "levels": (2, 3, 4), "adjust": 64,
-            "drop_path": 0.0, "margin": 4.0, "exact": True,
+            "template_size": 48, "search_size": 96, "template_factor": 1.5, "search_factor": 2.5,
+            "train_factor": 3.0, "embedding": "net", "dims": (64, 64), "heads": (4, 4),
+            "blocks": (1, 4), "strides": (8, 1), "ratios": (4, 4), "reductions": (2, 1),
+            "cross": ((), (2, 4)), "levels": (2, 3, 4), "adjust": 64, "drop_path": 0.0,
+            "head": "mlp3", "anchored": True, "margin": 4.0, "exact": True,
+            "first_look": True, "size_rate": 0.15,
         }  # fmt: skip
         return cls(**{**tiny, **changes})
 
@@ -215,9 +241,11 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         inputs = config.dims[stage - 1] if stage else 3
         stride, width = config.strides[stage], config.dims[stage]
-        overlap = config.embedding == "conv"
+        overlap = config.embedding != "patches"
         kernel = (3 if stage else 7) if overlap else stride
         self.proj = nn.Conv2d(inputs, width, kernel, stride, kernel // 2 if overlap else 0)
+        if config.embedding == "net" and stage == 0:
+            self.proj = vit.patch_embedding("conv", width)
         self.norm = nn.LayerNorm(width)
         self.absolute = config.position == "absolute" and stage == 0
 
@@ -434,6 +462,8 @@ class Backbone(nn.Module):
         at_levels = [i for i, (name, _, _) in enumerate(steps) if name in self.levels]
         self.last_read = max([i - 1 for i in crossed] + at_levels)
         self.apply(initialise)
+        if config.embedding == "net":
+            self.start_as_lookup()
         # as the maps: kernels need not be turned in every frame
         self.to(memory_format=torch.channels_last)
 
@@ -501,9 +531,13 @@ class Backbone(nn.Module):
 
         They take pvt_v2_b3 for base and large; small's blocks are among its own too. For light,
         whose authors' weights are not public, it is pvt_v2_b0, which has a third of the blocks of
-        the last stage. From timm's cache or the network; TrackkitError if neither has them.
+        the last stage. From timm's cache or the network; TrackkitError if neither has them. The
+        tiny one starts from the features of matching-tiny.
         """
         cfg = self.config
+        if cfg.embedding == "net":
+            vit.load_stem(self.stages[0].embed.proj)
+            return True
         name = {(64, 128, 320): "pvt_v2_b3", (32, 64, 160): "pvt_v2_b0"}.get(cfg.dims)
         sizes = cfg.heads, cfg.ratios, cfg.reductions
         kinds = cfg.attention, cfg.position, cfg.embedding
@@ -515,6 +549,25 @@ class Backbone(nn.Module):
             return False
         load_blocks(self, timm_weights(name), blocks)
         return True
+
+    @torch.no_grad()
+    def start_as_lookup(self) -> None:
+        """Let attention begin as a lookup of what is alike, see `vit.start_as_lookup`; what stands
+        between two such lookups begins as hardly anything.
+        """
+        for stage, width in zip(self.stages, self.config.dims, strict=True):
+            if stage is not self.stages[0]:
+                nn.init.dirac_(stage.embed.proj.weight)
+            for block in stage.blocks:
+                part = torch.linalg.qr(torch.randn(width, width))[0]
+                block.q.weight.copy_(1.4 * part)
+                block.kv.weight.copy_(torch.cat([1.4 * part, part]))
+                block.proj.weight.copy_(0.5 * part.T)
+                block.mlp.fc2.weight.mul_(0.5)
+                if block.reduce is not None:  # the mean of the cells that become one
+                    nn.init.zeros_(block.reduce.weight)
+                    size = block.reduce.kernel_size[0]
+                    block.reduce.weight.diagonal(dim1=0, dim2=1).fill_(size**-2)
 
 
 # ---- section 3.4: heads, and the tracker ----
@@ -556,6 +609,7 @@ class SBTState:
 
     box: Tensor  # (B, 4) xywh, frame pixels, float64
     template: Encoded  # up to the first CA block
+    bias: Tensor | None  # (B, 4), see `SBTConfig.first_look`; None without it
 
 
 class SBT(Tracker):
@@ -585,7 +639,12 @@ class SBT(Tracker):
         seen = {} if maps else None
         x, z = self.backbone.together(self.backbone.alone(images, seen), template, seen=seen)
         features = self.features(x, z).flatten(1, 2)  # (B, N, C)
-        logits, boxes = self.class_head(features), self.box_head(features).sigmoid()
+        logits, boxes = self.class_head(features), self.box_head(features)
+        if self.config.anchored:
+            size = 1 / (self.config.train_factor or self.config.search_factor)
+            side = self.config.search_size // self.config.stride
+            boxes = boxes + constant(anchors, side, size, device=boxes.device)
+        boxes = boxes.sigmoid()
         return Answer(logits, boxes, {"features": features} | (seen or {}))
 
     def features(self, x: Encoded, z: Encoded) -> Tensor:
@@ -600,24 +659,38 @@ class SBT(Tracker):
     def start(self, frames: list[Tensor], boxes_xywh: Tensor) -> SBTState:
         frames, boxes = self.checked(frames, boxes_xywh)
         crops, _ = self.template_crop.around(frames, boxes)
-        return SBTState(boxes, self.encode(normalise(crops)))
+        template, bias = self.encode(normalise(crops)), None
+        if self.config.first_look:
+            bias = bias_of(self.look(template, frames, boxes)[0], boxes)
+        return SBTState(boxes, template, bias)
 
     def step(
         self, state: SBTState, frames: list[Tensor], maps: bool = False
     ) -> tuple[SBTState, Prediction]:
-        cfg, frames, rows = self.config, self.moved(frames), torch.arange(len(frames))
-        crops, windows = self.search_crop.around(frames, state.box)
-        answer = self(state.template, normalise(crops), maps)
+        cfg, frames = self.config, self.moved(frames)
+        box, score, seen = self.look(state.template, frames, state.box, maps)
+        box = follow_size(state.box, without_bias(box, state.bias), cfg.size_rate)
+        box = clip_with_margin(box, frame_sizes(frames), cfg.margin)
+        return replace(state, box=box), Prediction(box, score, seen)
+
+    def look(
+        self, template: Encoded, frames: list[Tensor], boxes: Tensor, maps: bool = False
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor] | None]:
+        """Where the network sees the targets in the surroundings of boxes (B, 4): boxes in the
+        frame, their scores (B,), and maps if asked for.
+        """
+        cfg, rows = self.config, torch.arange(len(frames))
+        crops, windows = self.search_crop.around(frames, boxes)
+        answer = self(template, normalise(crops), maps)
 
         # the best token, where far tokens are less likely
-        score, boxes = to_host(answer.logits.softmax(-1)[..., 0], answer.boxes)  # (B, N), (B, N, 4)
+        score, found = to_host(answer.logits.softmax(-1)[..., 0], answer.boxes)  # (B, N), (B, N, 4)
         side = cfg.search_size // cfg.stride
         near = constant(hann_window, side, "zero", torch.float64, device=score.device).flatten()
         blended = (1 - cfg.window_influence) * score + cfg.window_influence * near
         best = blended.argmax(1)
 
-        box = self.search_crop.to_frame(boxes[rows, best], windows, state.box)
-        box = clip_with_margin(box, frame_sizes(frames), cfg.margin)
+        box = self.search_crop.to_frame(found[rows, best], windows, boxes)
         seen = None
         if maps:
             grids = {"score": score, "blended": blended}
@@ -625,7 +698,7 @@ class SBT(Tracker):
                 key: grid.unflatten(1, (side, side)) for key, grid in grids.items()
             }
             seen |= {"crop": crops, "boxes": answer.boxes, "window": windows.rows}
-        return replace(state, box=box), Prediction(box, score[rows, best], seen)
+        return box, score[rows, best], seen
 
     # ---- training (section 6.1 and appendix A.1) ----
 
@@ -658,15 +731,22 @@ class SBT(Tracker):
         return {"loss": total, "class": classes, "l1": l1, "giou": overlap}
 
     def samples(self) -> SampleSpec:
-        """Pairs forward in time, at most 200 frames apart."""
-        jitter = 4.5 * self.config.search_factor / 5
+        """Pairs forward in time, at most 200 frames apart; for the tiny network near ones, not
+        mirrored to each other.
+        """
+        factor, short = (
+            self.config.train_factor or self.config.search_factor,
+            self.config.embedding == "net",
+        )
+        jitter = {"jitter_size": 0.4 if short else 0.5, "jitter_centre": 4.5 * factor / 5}
+        z = {"jitter_centre": 0.2, "jitter_size": 0.1} if short else {}
         return SampleSpec(
-            template=self.template_crop,
-            search=replace(self.search_crop, jitter_size=0.5, jitter_centre=jitter),
+            template=replace(self.template_crop, **z),
+            search=replace(self.search_crop, factor=factor, **jitter),
             order="causal",
-            max_gap=200,
+            max_gap=40 if short else 200,
             flip=0.5,
-            flip_each=0.5,
+            flip_each=0.0 if short else 0.5,
             grey=0.05,
             brightness=0.2,
             masks=True,
@@ -682,16 +762,25 @@ class SBT(Tracker):
         epochs, drops, pairs, size, rate = PRESETS[preset or self.presets[0]]
         steps, batch = {
             "tiny": (300, 16),
-            "laptop": (3000, 24),
+            "laptop": (6000, 16),
             "gpu": (20_000, 64),
             "paper": (epochs * (pairs // size), size),
         }[scale]
         if scale in ("tiny", "laptop"):
-            rates = {"lr": 1e-3, "lr_end": 1e-5, "warmup": steps // 30, "clip": 1.0}
+            rates = {"lr": 1e-3, "lr_end": 1e-5, "cosine": HOLD_AND_FALL, "warmup": 30, "clip": 1.0}
         else:
             drops = tuple(drop * steps // epochs for drop in drops)
             rates = {"lr": rate, "drops": drops, "rates": (("backbone.*", 0.1),), "clip": 0.1}
         return [Stage("pairs", steps, batch, self.samples(), weight_decay=1e-4, **rates)]
+
+
+def anchors(side: int, size: float) -> Tensor:
+    """Boxes in the middles of side x side tokens, row by row, as logits: (N, 4), the sigmoid of
+    which is cxcywh in units of the crop.
+    """
+    middles = (torch.arange(side) + 0.5) / side
+    at = torch.cartesian_prod(middles, middles).flip(1)
+    return torch.cat([at, torch.full_like(at, size)], 1).logit()
 
 
 def positive_tokens(boxes: Tensor, side: int, wrapped: bool = False) -> Tensor:

@@ -31,7 +31,8 @@ def initialise(module: nn.Module) -> None:
         cells = module.kernel_size[0] * module.kernel_size[1]
         outputs = cells * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=(2 / outputs) ** 0.5)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def note(seen: dict | None, name: str, x: Tensor | None, share: Tensor | None) -> None:

@@ -26,7 +26,7 @@ from trackkit.errors import Range, check_fields
 from trackkit.frames import FrameRule, SampleSpec
 from trackkit.heads import SidesHead, hann_window
 from trackkit.losses import detection_losses
-from trackkit.stages import Stage
+from trackkit.stages import HOLD_AND_FALL, Stage
 from trackkit.trackers.base import Prediction, Tracker
 
 
@@ -92,8 +92,8 @@ class STMTrackConfig:
     def tiny(cls, **changes) -> STMTrackConfig:
         """A hundredth of the weights: learns from scratch on a laptop's CPU."""
         small = {
-            "trunk": "tiny", "size": 97, "trim": 1, "width": 64, "head_width": 48,
-            "head_layers": 3, "min_size": 4.0, "exact": True,
+            "trunk": "tiny", "size": 97, "factor": 3.0, "trim": 1, "width": 64, "head_width": 48,
+            "head_layers": 3, "rate": 0.3, "min_size": 4.0, "exact": True,
         }  # fmt: skip
         return cls(**{**small, **changes})
 
@@ -166,6 +166,15 @@ class FrameEncoder(nn.Module):
             x = x + self.label(foreground[:, None].to(x))
         x = self.trunk.rest(x)  # (B, c', S / 8, S / 8)
         return self.neck(x[:, :, trim : x.shape[2] - trim, trim : x.shape[3] - trim])
+
+    @torch.no_grad()
+    def load_matching(self) -> None:
+        """Give a tiny trunk and the middle of the neck's kernels the features of matching-tiny."""
+        project = nn.Conv2d(self.trunk.channels, self.config.width, 1)
+        self.trunk.load_pretrained(project)
+        nn.init.zeros_(self.neck.weight)
+        self.neck.weight[:, :, 1, 1] = project.weight[:, :, 0, 0]
+        self.neck.bias.copy_(project.bias)
 
 
 # ---- the memory: which past frames are kept, and which are looked at ----
@@ -346,9 +355,13 @@ class STMTrack(Tracker):
         return SmallTrunk() if self.config.trunk == "tiny" else Inception()
 
     def load_pretrained(self) -> bool:
-        """Start both trunks from ImageNet's weights; see `Tracker.load_pretrained`."""
+        """Start both trunks from ImageNet's weights; see `Tracker.load_pretrained`. The tiny ones
+        start from matching-tiny.
+        """
         if self.config.trunk == "tiny":
-            return False
+            for part in (self.memory, self.query):
+                part.load_matching()
+            return True
         self.memory.trunk.load_pretrained()
         self.query.trunk.load_pretrained()
         self.pretrained = True
@@ -361,6 +374,7 @@ class STMTrack(Tracker):
         the target (in STMTrack's head, the norm behind the bias that was to say so removes it).
         """
         nn.init.kaiming_normal_(self.memory.neck.weight, nonlinearity="linear")
+        nn.init.normal_(self.memory.label.weight, std=0.1)  # so that the map is felt
         for name, parameter in self.query.named_parameters():
             parameter.copy_(self.memory.get_parameter(name))
         for layer in (part for part in self.head.modules() if isinstance(part, nn.Conv2d)):
@@ -563,9 +577,12 @@ class STMTrack(Tracker):
         0.001 to 0.6 of the frame's area; here sides are limited.
         """
         crop = replace(self.template_crop, shift_px=0.2 * self.config.size, scale=0.265)
+        # the tiny one, which forgets its targets otherwise, searches farther off
+        far = 0.42 if self.config.trunk == "tiny" else 0.2
+        search = replace(crop, shift_px=far * self.config.size)
         rule = FrameRule(min_share=0.01, max_share=0.8, max_aspect=10)
         frames = {"templates": self.config.train_frames, "order": "any", "max_gap": 50}
-        return SampleSpec(template=crop, search=crop, rule=rule, negatives=1 / 3, **frames)
+        return SampleSpec(template=crop, search=search, rule=rule, negatives=1 / 3, **frames)
 
     # parameters without pretrained weights; Inception's norms learn with them, its Mixed layers
     # later, its stem never
@@ -581,9 +598,9 @@ class STMTrack(Tracker):
         """
         self.check_preset(preset)
         if scale in ("tiny", "laptop") or self.config.trunk == "tiny":
-            steps = {"tiny": 300, "laptop": 3000, "gpu": 20_000, "paper": 100_000}[scale]
-            batch = {"tiny": 16, "laptop": 24, "gpu": 64, "paper": 64}[scale]
-            rest = {"lr": 2e-3, "lr_end": 1e-5, "warmup": steps // 30, "clip": 1.0}
+            steps = {"tiny": 300, "laptop": 5000, "gpu": 20_000, "paper": 100_000}[scale]
+            batch = {"tiny": 16, "laptop": 16, "gpu": 64, "paper": 64}[scale]
+            rest = {"lr": 1e-3, "lr_end": 1e-5, "cosine": HOLD_AND_FALL, "warmup": 30, "clip": 1.0}
             return [self.stage("memory", steps, batch=batch, momentum=None, **rest)]
         epoch, rest = self.epoch(scale), {"lr": 0.08, "lr_end": 1e-6}
         if not self.pretrained:

@@ -116,6 +116,12 @@ class USTAM(MixViT):
 
     Config = USTAMConfig
 
+    def load_pretrained(self) -> bool:
+        """As MixViT's; the tiny one is mixvit-tiny to begin with."""
+        if self.config.stem == "conv":
+            return self.inherit("mixvit-tiny")
+        return super().load_pretrained()
+
     def add_layers(self) -> None:
         cfg = self.config
         if cfg.spatial:
