@@ -404,19 +404,3 @@ def test_checkpoints_of_the_authors(monkeypatch):
         torch.device("meta"),
     ):
         official.load("ostrack-384", {k: torch.empty(v.shape) for k, v in theirs.items()})
-
-
-def test_the_first_look_takes_off_what_it_was_off_by(tracker, video):
-    """In a second frame that equals the first, the answer is then nearer to the box given."""
-    images, boxes = video
-    truth = torch.tensor(boxes[:1], dtype=torch.float64)
-    plain = OSTrack(replace(OSTrackConfig.tiny(), size_rate=1.0, first_look=False)).eval()
-    plain.load_state_dict(tracker.state_dict())
-    looking = OSTrack(replace(plain.config, first_look=True)).eval()
-    looking.load_state_dict(tracker.state_dict())
-    found = plain.step(plain.start(images[:1], truth), images[:1])[1].box
-    state = looking.start(images[:1], truth)
-    corrected = looking.step(state, images[:1])[1].box
-    assert plain.start(images[:1], truth).bias is None
-    assert (found - truth).abs().max() > 1
-    assert (corrected - truth).abs().max() < (found - truth).abs().max()

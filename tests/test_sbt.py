@@ -68,7 +68,8 @@ SMALL = {
     "template_size": 64, "search_size": 128, "template_factor": 2.0, "search_factor": 4.0,
     "train_factor": None, "embedding": "conv", "dims": (16, 32, 64), "heads": (1, 2, 4),
     "blocks": (1, 1, 4), "strides": (4, 2, 1), "ratios": (4, 4, 4), "reductions": (8, 4, 2),
-    "cross": ((), (), (2, 4)), "head": "released", "anchored": False, "first_look": False, "size_rate": 1.0,
+    "cross": ((), (), (2, 4)), "head": "released", "anchored": False, "first_look": False,
+    "size_rate": 1.0,
 }  # fmt: skip
 
 
