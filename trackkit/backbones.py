@@ -169,8 +169,8 @@ class _Residual(nn.Module):
         return F.relu(x + self.second(F.relu(self.first(x))))
 
 
-def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
+def _conv(inputs: int, outputs: int, stride: int = 1) -> ConvStack:
+    return ConvStack(
         nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs)
     )
 
@@ -184,10 +184,11 @@ class Memo:
     def __init__(self):
         self._version, self._value, self._sources = None, None, []
 
-    def __call__(self, sources: list[Tensor], make: Callable[[], Any]) -> Any:
+    def __call__(self, sources: list[Tensor], make: Callable[[], Any], also: Any = None) -> Any:
+        """`make()`, or what it gave last time if `sources` and `also` are the same."""
         if any(t.is_inference() for t in sources):  # such tensors do not count their changes
             return make()
-        version = tuple((t.data_ptr(), t._version) for t in sources)
+        version = also, [(t.data_ptr(), t._version) for t in sources]
         if self._version != version:
             self._version, self._value = version, make()
             # kept, so that no other tensor gets their addresses
@@ -215,10 +216,55 @@ def fused(
             kernel = F.pad(conv.weight.double(), [margin] * 4)
         scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
         weight = weight + kernel * scale[:, None, None, None]
-        bias = bias + norm.bias.double() - norm.running_mean.double() * scale
+        shift = 0.0 if conv is None or conv.bias is None else conv.bias.double()
+        bias = bias + norm.bias.double() + (shift - norm.running_mean.double()) * scale
     return weight.to(like.weight).contiguous(memory_format=torch.channels_last), bias.to(
         like.weight
     )
+
+
+class ConvStack(nn.Sequential):
+    """Convolutions and what follows them, in a row: (B, C, H, W) -> (B, D, h, w). In inference a
+    norm behind a convolution is multiplied into it, and maps lie with channels last.
+    """
+
+    def __init__(self, *layers: nn.Module):
+        super().__init__(*layers)
+        self._memo = Memo()
+        self.shortcut = True  # norms may be multiplied into convolutions
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or torch.is_grad_enabled() or not self.shortcut:
+            return super().forward(x)
+        steps: list[tuple[nn.Module, nn.BatchNorm2d | None]] = []
+        for layer in self:
+            if steps and isinstance(layer, nn.BatchNorm2d) and isinstance(steps[-1][0], nn.Conv2d):
+                steps[-1] = steps[-1][0], layer
+            else:
+                steps.append((layer, None))
+        convs = [step for step in steps if isinstance(step[0], nn.Conv2d)]
+        sources = [t for conv, norm in convs for t in _numbers(conv, norm)]
+        eps = [norm.eps for _, norm in convs if norm is not None]
+        kernels = iter(self._memo(sources, lambda: [_kernel(*step) for step in convs], eps))
+        x = x.contiguous(memory_format=torch.channels_last)
+        for layer, _ in steps:
+            x = layer._conv_forward(x, *next(kernels)) if isinstance(layer, nn.Conv2d) else layer(x)
+        return x
+
+
+def _numbers(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> list[Tensor]:
+    """All that a convolution and its norm in evaluation are made of.
+
+    A norm's count of batches is among it: in training, torch changes running means without a trace.
+    """
+    return [*conv.parameters(), *([*norm.parameters(), *norm.buffers()] if norm else [])]
+
+
+def _kernel(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None]:
+    """Weight, with channels last, and bias of a convolution and its norm, if it has one."""
+    if norm is not None:
+        return fused([(conv, norm)], conv)
+    return conv.weight.contiguous(memory_format=torch.channels_last), conv.bias
 
 
 class ConvNorm(nn.Module):
@@ -237,10 +283,10 @@ class ConvNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training or torch.is_grad_enabled():
             return F.relu(self.bn(self.conv(x)))
-        norm = self.bn
-        sources = [self.conv.weight, *norm.parameters(), *norm.buffers()]
-        weight, bias = self._memo(sources, lambda: fused([(self.conv, norm)], self.conv))
-        return F.conv2d(x, weight, bias, self.conv.stride, self.conv.padding).relu_()
+        parts = self.conv, self.bn
+        return self.conv._conv_forward(
+            x, *self._memo(_numbers(*parts), lambda: _kernel(*parts))
+        ).relu_()
 
 
 class Inception(nn.Module):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from trackkit.attention import Attention, DecoderLayer
+from trackkit.backbones import ConvStack
 from trackkit.errors import DataError, TrackkitError
 from trackkit.trackers.base import Tracker
 from trackkit.trackers.dastm import DASTM, DASTMConfig
@@ -130,8 +131,11 @@ def _fused_attention(query, key, value, *rest, out_shape=None, **named) -> int:
 
 @contextmanager
 def without_shortcuts(network: nn.Module) -> Iterator[None]:
-    """Decoders compute what they are said to compute, not the same result with fewer products."""
-    layers = [module for module in network.modules() if isinstance(module, DecoderLayer)]
+    """Decoders compute what they are said to compute, not the same result with fewer products, and
+    norms stay beside their convolutions.
+    """
+    kinds = (DecoderLayer, ConvStack)
+    layers = [module for module in network.modules() if isinstance(module, kinds)]
     before = [layer.shortcut for layer in layers]
     try:
         for layer in layers:
@@ -165,7 +169,7 @@ def by_layers(network: nn.Module, function: Callable[[], object], norm: int = 4)
         if isinstance(module, kinds)
     ]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_shortcuts(network):
             function()
     finally:
         for hook in hooks:

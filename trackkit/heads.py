@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trackkit.backbones import ConvStack
+
 
 def soft_argmax(logits: Tensor) -> Tensor:
     """Expected position of a softmax over a map: (B, s, s) -> x and y (B, 2), in [0, (s - 1) / s].
@@ -74,8 +76,8 @@ def _tower(width: int, channels: int, outputs: int = 1) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Conv2d(sizes[-1], outputs, 1))
 
 
-def _conv_norm(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(
+def _conv_norm(inputs: int, outputs: int) -> ConvStack:
+    return ConvStack(
         nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
     )
 

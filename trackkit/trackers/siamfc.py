@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trackkit.backbones import ConvStack
 from trackkit.boxes import cxcywh_to_xywh, xywh_to_cxcywh
 from trackkit.crops import CropSpec, Windows, context_side, cut, mean_colour
 from trackkit.devices import constant, to_host
@@ -140,7 +141,7 @@ class Backbone(nn.Module):
                 layers += [nn.BatchNorm2d(c_out, eps=1e-6, momentum=0.05), nn.ReLU(inplace=True)]
             if index < config.pools:
                 layers += [nn.MaxPool2d(3, stride=2)]
-            self.add_module(f"conv{index + 1}", nn.Sequential(*layers))
+            self.add_module(f"conv{index + 1}", ConvStack(*layers))
             nn.init.xavier_uniform_(layers[0].weight)
             nn.init.zeros_(layers[0].bias)
 
