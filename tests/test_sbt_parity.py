@@ -492,7 +492,7 @@ def test_presets_are_those_of_paper_and_code():
         assert [stage.rate(first) for first, _ in pairwise(edges)] == pytest.approx(rates)
     assert tracker.recipe("paper", "paper")[0].drops == (200 * 312, 400 * 312)
     assert tracker.recipe("paper")[0].drops == (80 * 375,)
-    sample = SBT(SBTConfig.tiny(search_factor=5.0, exact=False)).samples()
+    sample = SBT(SBTConfig.light()).samples()
     assert (
         sample.order,
         sample.max_gap,

@@ -112,13 +112,11 @@ def macs(function: Callable[[], object]) -> int:
     One multiply-accumulate is two floating-point operations; papers call either of the two a FLOP.
     Additions of biases, norms, activations, softmax and interpolation are not counted.
     """
-    # torch's counter knows the fused kernels of GPUs only, and not nn.MultiheadAttention's fast
-    # path
-    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention}
+    # torch's counter does not know nn.MultiheadAttention's fast path
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=fused) as counter:
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=FUSED) as counter:
             function()
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -127,6 +125,10 @@ def macs(function: Callable[[], object]) -> int:
 
 def _fused_attention(query, key, value, *rest, out_shape=None, **named) -> int:
     return sdpa_flop_count(query, key, value)
+
+
+# torch's counter knows the fused kernels of GPUs only
+FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention}
 
 
 @contextmanager
