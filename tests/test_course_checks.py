@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from IPython.core.interactiveshell import InteractiveShell
 
+from trackkit.boxes import iou
+from trackkit.course import checks
 from trackkit.course.checks import (
     CheckFailed,
     Exercise,
@@ -68,8 +73,8 @@ def test_an_unknown_mistake_shows_the_smallest_failing_input():
     [
         (lambda v: v[:1] / 2, r"the shape is \(1,\); \(2,\) was expected"),
         (lambda v: (v / 2).sum(), r"that of a single number, \(\); \(2,\) was expected"),
-        (lambda v: v.numpy() / 2, "a ndarray was returned; a torch tensor"),
-        (lambda v: (v / 2, v), "1 values were expected and 2 returned"),
+        (lambda v: "half", "a str was returned; a torch tensor"),
+        (lambda v: (v / 2, v[:1]), "1 values were expected and 2 returned"),
         (lambda v: torch.where(v > 3, torch.nan, v / 2), "1 of 2 numbers are NaN or infinite"),
         (lambda v: None, "returned None. Is the `return` missing"),
     ],
@@ -88,16 +93,95 @@ def test_not_done_yet():
     assert isinstance(caught.value, (NotImplementedError, AssertionError))
 
 
-def test_a_learners_own_exception_is_not_touched():
-    with pytest.raises(ZeroDivisionError):
-        run_check(TOY, lambda v: 1 / 0)
+def test_a_learners_exception_comes_with_its_line_and_the_input():
+    def broken(values):
+        wanted = 0
+        return values[0] + 1 // wanted
+
+    text = failure(broken)
+    assert text.startswith("halves: your function raised ZeroDivisionError: ")
+    assert text.count("\n") == 2 and "return values[0] + 1 // wanted" in text
+    assert text.endswith("values = [2, 4]")
 
 
-def test_a_function_that_changes_its_input_does_not_disturb_the_check():
-    def in_place(values):
-        return values.div_(2)
+def test_lists_and_arrays_of_right_numbers_pass():
+    run_check(TOY, lambda v: (v / 2).tolist())
+    run_check(TOY, lambda v: v.numpy() / 2)
 
-    run_check(TOY, in_place)
+
+def test_a_mask_of_numbers_is_no_mask():
+    item = Exercise("mask", lambda v: v > 3, inputs)
+    assert "True and False were expected" in failure(lambda v: (v > 3).float(), item)
+    run_check(item, lambda v: torch.where(v > 3, True, False))
+
+
+def test_a_function_that_changes_its_input_is_told_so():
+    assert "Your function changes its input values" in failure(lambda v: v.div_(2))
+    item = Exercise("in place", lambda v: v.div_(2), inputs)
+    run_check(item, lambda v: v.div_(2))  # where the exercise is to do so
+
+
+def test_a_mistake_is_named_although_one_input_differs():
+    item = Exercise("three", halves, lambda g: [*inputs(g), (torch.ones(2),)], TOY.mistakes)
+    assert failure(lambda v: v * 2 if v.mean() != 1 else v * 3, item).endswith("You doubled.")
+    assert "Wrong on input 1" in failure(lambda v: v * 2 if v.ndim == 1 else v * 3)
+
+
+def test_cut_and_wrong_gradients_are_found():
+    item = Exercise("halves", halves, inputs, gradient=True)
+    run_check(item, halves)
+    for cut in (lambda v: (v / 2).detach(), lambda v: torch.tensor((v / 2).tolist())):
+        assert "no gradient flows back to values" in failure(cut, item)
+    assert "not what flows back to values" in failure(lambda v: v - v.detach() / 2, item)
+
+
+def in_a_notebook(monkeypatch, name, function):
+    """`check` as in a learner's notebook, where nobody counts."""
+    monkeypatch.delenv("NBGRADER_EXECUTION", raising=False)
+    monkeypatch.delenv("TRACKKIT_CHECKS", raising=False)
+    shell = type("Shell", (), {"kernel": None})()
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    return check(name, function)
+
+
+@pytest.fixture
+def session(monkeypatch):
+    monkeypatch.setattr(checks, "_solved", {})
+    monkeypatch.setattr(checks, "_tries", Counter())
+
+
+def test_in_a_notebook_run_all_goes_on_with_the_librarys_function(monkeypatch, session, capsys):
+    def stub(a, b):
+        raise NotImplementedError
+
+    def mine(a, b):
+        return iou(a, b)
+
+    assert in_a_notebook(monkeypatch, "iou", stub) is iou
+    assert "The cells below go on with the library's iou." in capsys.readouterr().out
+    checks.summary()
+    assert capsys.readouterr().out == "0 of 1 exercises solved; open: iou\n"
+    assert in_a_notebook(monkeypatch, "iou", mine) is mine
+    checks.summary()
+    assert capsys.readouterr().out.endswith("1 of 1 exercises solved\n")
+
+
+@pytest.mark.parametrize("grader", ["NBGRADER_EXECUTION", "TRACKKIT_CHECKS"])
+def test_where_somebody_counts_a_wrong_answer_is_an_error(grader, monkeypatch, session):
+    in_a_notebook(monkeypatch, "iou", lambda a, b: a)
+    monkeypatch.setenv(grader, "strict")
+    with pytest.raises(CheckFailed):
+        check("iou", lambda a, b: a)
+
+
+def test_the_solution_is_shown_after_three_tries(monkeypatch, session, capsys):
+    for left in (3, 2, 1):
+        checks.solution("iou")
+        assert f"iou: {left} more tr" in capsys.readouterr().out
+        in_a_notebook(monkeypatch, "iou", lambda a, b: a)
+    assert 'solution("iou") shows it.' in capsys.readouterr().out
+    checks.solution("iou")
+    assert capsys.readouterr().out.startswith("def iou(")
 
 
 def test_numbers_tuples_and_dataclasses_are_compared():

@@ -7,7 +7,7 @@ needed.
 
 from __future__ import annotations
 
-from trackkit.course.checks import check
+from trackkit.course.checks import check, solution, summary
 from trackkit.course.figures import (
     figure_curves,
     figure_frames,
@@ -35,5 +35,7 @@ __all__ = [
     "number",
     "show",
     "show_source",
+    "solution",
+    "summary",
     "switch",
 ]

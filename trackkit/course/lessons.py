@@ -49,6 +49,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "PYTHONHASHSEED": "0",
+    "TRACKKIT_CHECKS": "strict",
 }
 
 

@@ -32,6 +32,7 @@ def _each_channel(exemplar: Tensor, search: Tensor) -> Tensor:
 @exercise(
     "cross_correlation",
     reference=cross_correlation,
+    gradient=True,
     mistakes={
         "The exemplar is turned by 180 degrees. That is a convolution in the mathematical sense; "
         "correlation slides the exemplar as it is, and so does "
@@ -141,6 +142,7 @@ def _means_without_guard(logits: Tensor, labels: Tensor) -> Tensor:
 @exercise(
     "balanced_bce",
     reference=balanced_bce,
+    gradient=True,
     mistakes={
         "This is the plain mean: the few positives hardly count. Give each class one half of the "
         "weight.": _bce,

@@ -53,6 +53,7 @@ def _no_softmax(query: Tensor, key: Tensor, value: Tensor, ignore: Tensor) -> Te
 @exercise(
     "attend",
     reference=attend,
+    gradient=True,
     mistakes={
         "The softmax runs over the queries. Each query shares itself out among the tokens, so each "
         "row (the last axis) "
@@ -118,6 +119,7 @@ def split_heads(tokens: Tensor, heads: int) -> Tensor:
 @exercise(
     "split_heads",
     reference=split_heads,
+    gradient=True,
     mistakes={
         "You only reshaped to (B, H, T, D / H). That cuts the row of tokens, not the width: first "
         "(B, T, H, D / H), then "
@@ -267,6 +269,7 @@ def _layer(
 @exercise(
     "encoder_layer",
     reference=encoder_layer,
+    gradient=True,
     mistakes={
         "You added the positions to the values too. They say where to look and must not become "
         "part of what is seen.": (lambda *a: _layer(*a, on=(True, True, True))),
@@ -344,6 +347,7 @@ def _hard_argmax(logits: Tensor) -> Tensor:
 @exercise(
     "soft_argmax",
     reference=soft_argmax,
+    gradient=True,
     mistakes={
         "x and y are swapped. x counts columns, the last axis; to get a column's probability, sum "
         "over the rows.": (lambda logits: soft_argmax(logits).flip(1)),
@@ -406,6 +410,7 @@ def _from_areas(combine, **options):
 @exercise(
     "giou",
     reference=boxes.giou,
+    gradient=True,
     mistakes={
         "This is the IoU. Subtract the share of the hull that neither box covers.": _from_areas(
             lambda i, u, h: i / u
@@ -489,6 +494,7 @@ def _box_loss(
 @exercise(
     "box_loss",
     reference=box_loss,
+    gradient=True,
     mistakes={
         "The weights are swapped: 2 for GIoU, 5 for L1.": lambda *a: _box_loss(*a, weights=(5, 2)),
         "The weights are missing: 2 for GIoU, 5 for L1.": lambda *a: _box_loss(*a, weights=(1, 1)),

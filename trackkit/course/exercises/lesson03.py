@@ -172,6 +172,7 @@ def _from_probabilities(probability: Tensor, labels: Tensor) -> Tensor:
 @exercise(
     "score_loss",
     reference=score_loss,
+    gradient=True,
     mistakes={
         "The minus sign is missing, as in the paper's Eq. 3. Both logarithms are negative, so "
         "minimising this makes "
