@@ -148,12 +148,14 @@ def test_changes_must_be_fields_of_the_config(tmp_path, data):
 # ---- the numbers ----
 
 
-def made_up(**ao: list[float]) -> Result:
+def made_up(**ao: list[list[float]]) -> Result:
+    """Rows -> seeds -> AO of each video."""
     about = {
         "command": "trackkit ablate toy",
         "stages": "pairs 2 steps of 16",
         "train": "a",
         "test": "b",
+        "start": "stark-tiny",
         "files": "toy",
     }
     rest = {"machine": "m", "trackkit": "0", "samples_per_second": 9.0}
@@ -161,57 +163,65 @@ def made_up(**ao: list[float]) -> Result:
         TOY,
         about,
         [
-            {"row": k.replace("_", " "), "seed": s, "ao": v, **rest}
+            {"row": k.replace("_", " "), "seed": s, "ao": sum(v) / len(v), **rest}
+            | {"videos": {f"v{i}": one for i, one in enumerate(v)}}
             for k, vs in ao.items()
             for s, v in enumerate(vs)
         ],
     )
 
 
-def test_rows_are_compared_seed_by_seed():
+def test_rows_are_compared_video_by_video_and_seed_by_seed():
     base, window, scale = made_up(
-        base=[0.50, 0.60, 0.70], no_window=[0.48, 0.58, 0.66], one_scale=[0.53, 0.55]
+        base=[[0.2, 0.8], [0.3, 0.9]],
+        no_window=[[0.1, 0.6], [0.2, 0.7]],
+        one_scale=[[0.3, 0.9], [0.2, 0.8]],
     ).rows
-    assert (
-        base["mean"] == pytest.approx(60)
-        and base["std"] == pytest.approx(10)
-        and base["ao"] == pytest.approx({0: 50, 1: 60, 2: 70})
-    )
-    assert (base["difference"], base["spread"], base["direction"]) == (None, None, "-")
-    assert window["difference"] == pytest.approx(-8 / 3) and window["spread"] == pytest.approx(
-        (4 / 3) ** 0.5
-    )
-    assert window["paper_difference"] == -5.0 and window["direction"] == "agrees", (
-        "though its std over seeds is 9"
-    )
-    assert scale["mean"] == pytest.approx(54) and scale["difference"] == pytest.approx(-1), (
-        "against the two seeds that both have"
-    )
-    assert scale["direction"] == "disagrees (within the spread)"
+    assert base["mean"] == pytest.approx(55) and base["ao"] == pytest.approx({0: 50, 1: 60})
+    assert (base["difference"], base["error"], base["verdict"]) == (None, None, "-")
+    # -10 on one video, -20 on the other, in both seeds
+    assert window["difference"] == pytest.approx(-15)
+    assert window["by_video"] == pytest.approx(5) and window["by_seed"] == pytest.approx(0)
+    assert window["error"] == pytest.approx(5) and window["verdict"] == "agrees"
+    assert window["paper_difference"] == -5.0
+    # +10 with one seed, -10 with the other, on both videos
+    assert scale["difference"] == pytest.approx(0) and scale["by_seed"] == pytest.approx(10)
+    assert scale["by_video"] == pytest.approx(0) and scale["verdict"] == "cannot be told"
 
 
-def test_one_seed_no_difference_and_no_runs():
-    rows = made_up(base=[0.5], no_window=[0.5], one_scale=[0.6]).rows
-    assert [row["direction"] for row in rows] == [
-        "-",
-        "no difference (one seed)",
-        "agrees (one seed)",
-    ]
-    assert rows[2]["std"] is None and rows[2]["spread"] is None
-    text = made_up(one_scale=[0.6, 0.4]).text()
-    assert "| one scale | 50.0 ± 14.1 (2)   | -  " in text and "| base      | - (0)  " in text
+def test_both_errors_count():
+    window = made_up(base=[[0.5, 0.5]] * 2, no_window=[[0.3, 0.5], [0.4, 0.6]]).rows[1]
+    errors = window["by_video"], window["by_seed"]
+    assert errors == pytest.approx((10, 5)) and window["error"] == pytest.approx(125**0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"), [(0.1, "disagrees"), (-0.1, "agrees"), (0.001, "cannot be told")]
+)
+def test_verdicts(change, verdict):
+    base = [[0.5, 0.6, 0.7]]
+    row = [[0.5 + change, 0.61 + change, 0.7 + change]]
+    assert made_up(base=base, no_window=row).rows[1]["verdict"] == verdict
+
+
+def test_one_seed_and_no_runs():
+    _, window, scale = made_up(base=[[0.5, 0.5]], no_window=[[0.5, 0.6]]).rows
+    assert window["by_seed"] is None and window["error"] == window["by_video"]
+    assert (scale["mean"], scale["difference"], scale["verdict"]) == (None, None, "-")
+    text = made_up(one_scale=[[0.6], [0.4]]).text()
+    assert "| one scale | 50.0 (2)   | -  " in text and "| base      | - (0)  " in text
 
 
 def test_rows_without_a_papers_figure():
     rows = (*TOY.rows[:2], Row("ours", {"scales": 5}))
-    made = made_up(base=[0.5, 0.6], no_window=[0.4, 0.4], ours=[0.6, 0.8])
+    made = made_up(base=[[0.5, 0.6]] * 2, no_window=[[0.4, 0.5]] * 2, ours=[[0.6, 0.6], [0.6, 0.6]])
     own = dataclasses.replace(made, table=dataclasses.replace(TOY, rows=rows))
     *_, window, ours = own.rows
-    assert window["direction"] == "agrees" and ours["difference"] == pytest.approx(15)
-    assert (ours["paper"], ours["paper_difference"], ours["direction"]) == (None, None, None)
+    assert window["verdict"] == "agrees" and ours["difference"] == pytest.approx(5)
+    assert (ours["paper"], ours["paper_difference"], ours["verdict"]) == (None, None, None)
     bare = tuple(dataclasses.replace(row, paper=None) for row in rows)
     text = dataclasses.replace(made, table=dataclasses.replace(TOY, rows=bare)).text()
-    assert "| ours      | 70.0 ± 14.1 (2)   | +15.0 ± 7.1        |\n" in text
+    assert "| ours      | 60.0 (2)   | +5.0 ± 5.0         |\n" in text
 
 
 def test_a_variant_must_be_of_the_tables_tracker(tmp_path, data):
@@ -221,24 +231,57 @@ def test_a_variant_must_be_of_the_tables_tracker(tmp_path, data):
 
 
 def test_text_is_a_markdown_table_that_says_what_it_is():
-    text = made_up(base=[0.50, 0.60], no_window=[0.48, 0.59]).text()
-    assert (
-        "| base      | 55.0 ± 7.1 (2)    | -                  | 60.0  | -                  | -  "
-        in text
-    )
-    assert (
-        "| no window | 53.5 ± 7.8 (2)    | -1.5 ± 0.7         | 55.0  | -5.0               | "
-        "agrees  " in text
-    )
+    text = made_up(base=[[0.50, 0.60]] * 2, no_window=[[0.48, 0.57]] * 2).text()
+    assert "| base      | 55.0 (2)   | -                  | 60.0  | -  " in text
+    assert "| no window | 52.5 (2)   | -2.5 ± 0.5         | 55.0  | -5.0  " in text
     assert len({len(line) for line in text.splitlines() if line.startswith("|")}) == 1
     for said in (
         "seeds 0, 1",
-        "the spread",
+        "± its standard error",
+        "from stark-tiny",
         "pairs 2 steps of 16",
         "directions, not sizes",
         "trackkit ablate toy",
     ):
         assert said in text
+
+
+# ---- where rows start ----
+
+
+def test_rows_start_from_the_same_trained_weights(tmp_path):
+    torch.manual_seed(5)
+    weights.save(SiamFC(SiamFCConfig.tiny()), tmp_path / "start.safetensors")
+    table = dataclasses.replace(TOY, start=str(tmp_path / "start.safetensors"))
+    trained = weights.load(tmp_path / "start.safetensors").state_dict()
+    for row in TOY.rows:
+        for seed in (0, 1):
+            tracker, _ = table.build(row, "tiny", seed=seed)
+            assert all(torch.equal(v, trained[k]) for k, v in tracker.state_dict().items())
+
+
+def test_what_the_start_does_not_have_is_the_seeds():
+    table = TABLES["stark-table6"]
+    row = next(row for row in table.rows if row.label == "MLP head")
+    shipped = weights.load("stark-tiny").state_dict()
+    a, b = (table.build(row, "tiny", seed=seed)[0].state_dict() for seed in (0, 1))
+    assert all(torch.equal(a[k], shipped[k]) for k in a.keys() & shipped.keys())
+    new = [key for key in a.keys() - shipped.keys() if a[key].ndim > 1]
+    assert new and not any(torch.equal(a[key], b[key]) for key in new)
+
+
+def test_a_start_that_does_not_fit_is_refused(tmp_path, data):
+    with pytest.raises(TrackkitError, match="no weight of ostrack-tiny fits SiamFC"):
+        small(TOY, tmp_path, data, start="ostrack-tiny")
+
+
+def test_another_start_is_another_run(whole, data, tmp_path):
+    torch.manual_seed(5)
+    weights.save(SiamFC(SiamFCConfig.tiny()), tmp_path / "start.safetensors")
+    options = {"start": tmp_path / "start.safetensors", "seeds": 1, "rows": ("one scale",)}
+    result = small(TOY, tmp_path, data, **options)
+    assert {r["folder"] for r in result.runs}.isdisjoint(r["folder"] for r in whole[0].runs)
+    assert "--start=" in result.about["command"] and "from random" not in result.text()
 
 
 # ---- running ----
@@ -281,7 +324,7 @@ def test_json_holds_everything(whole):
     )
     assert (
         values["rows"][1]["mean"] == result.rows[1]["mean"]
-        and values["rows"][1]["direction"] == result.rows[1]["direction"]
+        and values["rows"][1]["verdict"] == result.rows[1]["verdict"]
     )
     config = weights.load(out / "runs" / one["folder"] / "tracker.safetensors").config
     assert config.window_influence == 0.0
@@ -361,6 +404,7 @@ def test_mistakes(tmp_path, data):
     for options, message in (
         ({"rows": ("no encoder",)}, "no row 'no encoder'; it has base, no window"),
         ({"jobs": 0}, "at least 1"),
+        ({"jobs": 2, "backend": "abacus"}, "--backend abacus: "),
     ):
         with pytest.raises(TrackkitError, match=message):
             small(TOY, tmp_path, data, **options)

@@ -1,12 +1,14 @@
 """The ablation tables of the papers as runnable rows: train each row with several seeds, compare it
-with its base.
+with its base, pair by pair.
 
     result = run(TABLES["stark-table6"], seeds=3)
     print(result.text())
 
-A run is stored under what it is made of (config, stages, seed, data, version), not under its table:
-tables share runs, an interrupted table continues, more seeds add to those that are there. One
-command at a time may use a folder.
+The rows of a table start from the same trained tracker, see the same samples in the same order and
+are scored on the same videos, so that they differ by their change alone: what is compared is each
+video with itself. A run is stored under what it is made of (start, config, stages, seed, data,
+version), not under its table: tables share runs, an interrupted table continues, more seeds add to
+those that are there. One command at a time may use a folder.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
-import multiprocessing
+import math
 import os
 import platform
 import re
@@ -24,27 +26,29 @@ import signal
 import statistics
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import joblib
 import torch
 
 from trackkit import __version__
 from trackkit.errors import DataError, TrackkitError, nearest
 from trackkit.evaluation import evaluate
 from trackkit.got10k import GOT10k
-from trackkit.paths import SAMPLES, atomic_write, home, writable
+from trackkit.paths import atomic_write, home, writable
 from trackkit.progress import bar
 from trackkit.sampling import training_set
 from trackkit.stages import Stage, shortened
+from trackkit.synth.pool import held_out
 from trackkit.trackers.base import Tracker
 from trackkit.tracking import device_called
 from trackkit.training import train
 from trackkit.weights import create, describe, known_classes
+from trackkit.weights import load as load_weights
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ class Row:
 @dataclass(frozen=True)
 class Table:
     """A paper's table: what its figures are, and the (tiny) tracker that is changed, by its name
-    or, if it is your own, its class. The first row is the base.
+    or, if it is your own, its class. The first row is the base. `start` names the trained tracker
+    (or the file) with whose weights all rows begin; none for random ones.
     """
 
     name: str
@@ -70,6 +75,7 @@ class Table:
     metric: str
     tracker: str | type[Tracker]
     rows: tuple[Row, ...]
+    start: str = ""
 
     @property
     def tracker_name(self) -> str:
@@ -84,8 +90,9 @@ class Table:
         batch: int | None = None,
         seed: int = 0,
     ) -> tuple[Tracker, list[Stage]]:
-        """A row's tracker with the random weights of a seed, and its stages at `scale`, or
-        shortened to `steps` and with another `batch`.
+        """A row's tracker, and its stages at `scale`, or shortened to `steps` and with another
+        `batch`. Its weights are those of `start` that have the same name and size, all others the
+        random ones of the seed.
 
         Raises TrackkitError for changes that are no fields of the config or out of range, and for
         a variant of another tracker.
@@ -109,11 +116,25 @@ class Table:
             tracker = cls(cls.Config(**{**vars(chosen.config), **row.changes}))
         except ValueError as error:
             raise TrackkitError(f"{self.name}, {row.label}: {error}") from error
+        if self.start:
+            begin(tracker, self.start)
         stages = tracker.recipe(scale)
         stages = stages if steps is None else shortened(stages, steps)
         if batch is not None:
             stages = [dataclasses.replace(stage, batch=batch) for stage in stages]
         return tracker, stages
+
+
+def begin(tracker: Tracker, start: str) -> None:
+    """Give a tracker those weights of the trained one (a name or a file) that fit it.
+
+    Raises TrackkitError if none fits; CheckpointError as `weights.load` does.
+    """
+    own, trained = tracker.state_dict(), load_weights(start).state_dict()
+    fits = {k: v for k, v in trained.items() if k in own and own[k].shape == v.shape}
+    if not fits:
+        raise TrackkitError(f"no weight of {start} fits {type(tracker).__name__}")
+    tracker.load_state_dict(own | fits)
 
 
 _TABLE6 = (
@@ -142,27 +163,38 @@ TABLES = {
         "AO of ST50 and S50 on GOT-10k's test split",
         "stark-tiny",
         _TABLE1,
+        "stark-tiny",
     ),
     "stark-table6": Table(
-        "stark-table6", "STARK, Table 6", "LaSOT success of ST50", "stark-tiny", _TABLE6
+        "stark-table6",
+        "STARK, Table 6",
+        "LaSOT success of ST50",
+        "stark-tiny",
+        _TABLE6,
+        "stark-tiny",
     ),
     "stark-table7": Table(
-        "stark-table7", "STARK, Table 7", "LaSOT success of ST50", "stark-tiny", _TABLE7
+        "stark-table7",
+        "STARK, Table 7",
+        "LaSOT success of ST50",
+        "stark-tiny",
+        _TABLE7,
+        "stark-tiny",
     ),
 }
 
 
 _ABOUT_PAPER = """\
-direction: whether our difference has the sign of the paper's; within the spread: it is \
-smaller than that.
+verdict: whether our difference has the sign of the paper's; it cannot be told if our difference \
+is less than twice its error.
 Other data than the paper's and, for a tiny tracker, another network: compare directions, not sizes.
 """
 
 
 @dataclass(frozen=True)
 class Result:
-    """The runs of a table so far: `about` the command, `runs` with row, seed, ao (0..1), machine
-    and more.
+    """The runs of a table so far: `about` the command, `runs` with row, seed, ao (0..1), videos
+    (name -> AO), machine and more.
     """
 
     table: Table
@@ -174,43 +206,36 @@ class Result:
         """The numbers of each row of the table in percent, None where there are no runs to compute
         them from.
 
-        label; ao, of each seed; mean and std over them; difference, the mean of row minus base over
-        the seeds that both have; spread, the std of these differences; paper and paper_difference;
-        direction, whether the two differences have the same sign, None without a paper's figure.
-        Stds are of a sample, so one seed has none.
+        label; ao, of each seed; mean over them; difference, the mean of row minus base over all
+        videos and the seeds that both have; error, its standard error: of the videos (`by_video`)
+        and of the seeds (`by_seed`, None for one seed), together the root of the sum of their
+        squares; paper and paper_difference; verdict, None without a paper's figure.
         """
         first, rows, base = self.table.rows[0], [], {}
         for row in self.table.rows:
+            runs = {r["seed"]: r["videos"] for r in self.runs if r["row"] == row.label}
             ao = {r["seed"]: 100 * r["ao"] for r in self.runs if r["row"] == row.label}
-            mean, std = _mean_std(list(ao.values()))
-            difference, spread = _mean_std([ao[seed] - base[seed] for seed in ao if seed in base])
-            numbers = {
-                "label": row.label,
-                "ao": ao,
-                "mean": mean,
-                "std": std,
-                "difference": difference,
-                "spread": spread,
-            }
+            numbers = {"label": row.label, "ao": ao, "mean": _mean(list(ao.values()))}
+            numbers |= paired(runs, base)
             known = None not in (row.paper, first.paper)
             papers = row.paper - first.paper if known else None
-            direction = _direction(difference, spread, papers) if known else None
-            paper = {"paper": row.paper, "paper_difference": papers, "direction": direction}
+            verdict = _verdict(numbers["difference"], numbers["error"], papers) if known else None
+            paper = {"paper": row.paper, "paper_difference": papers, "verdict": verdict}
             rows.append(numbers | paper)
-            base = ao if row is first else base
+            base = runs if row is first else base
         return rows
 
     def text(self) -> str:
         """A Markdown table, and below it what its numbers are."""
         figures = any(row.paper is not None for row in self.table.rows)
-        heads = ["row", "AO mean ± std (n)", "difference to base"]
-        lines = [heads + (["paper", "paper's difference", "direction"] if figures else [])]
+        heads = ["row", "AO (seeds)", "difference to base"]
+        lines = [heads + (["paper", "paper's difference", "verdict"] if figures else [])]
         for row in self.rows:
-            line = [row["label"], f"{_f(row['mean'], row['std'])} ({len(row['ao'])})"]
-            line.append(_f(row["difference"], row["spread"], "+"))
+            line = [row["label"], f"{_f(row['mean'])} ({len(row['ao'])})"]
+            line.append(_f(row["difference"], row["error"], "+"))
             if figures:
                 difference = row["paper_difference"] if len(lines) > 1 else None
-                line += [_f(row["paper"]), _f(difference, sign="+"), row["direction"] or "-"]
+                line += [_f(row["paper"]), _f(difference, sign="+"), row["verdict"] or "-"]
             lines.append(line)
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         lines.insert(1, ["-" * width for width in widths])
@@ -231,19 +256,31 @@ class Result:
 {shown}
 
 {paper}Ours: AO, percent, on {self.about["test"]}; seeds {seeds}.
-Trained on {self.about["train"]}; base: {self.about["stages"]}.
-difference: mean over seeds of row minus base of the same seed ± the std of these \
-differences, the spread.
+Trained on {self.about["train"]}, from {self.about["start"]}; base: {self.about["stages"]}.
+difference: mean over videos and seeds of row minus base of the same seed ± its standard error.
 {_ABOUT_PAPER if figures else ""}{self.about["command"]}
 {made}; {speed} training samples/s
 """
 
 
-_WORDS = (
-    "difference: mean over seeds of row minus base of the same seed ± the std of these "
-    "differences, the spread.\ndirection: whether our difference has the sign of the paper's; "
-    "within the spread: it is smaller than that."
-)
+def paired(runs: dict[int, dict[str, float]], base: dict[int, dict[str, float]]) -> dict[str, Any]:
+    """Runs and their base, seed -> video -> AO, compared video by video: difference, error,
+    by_video and by_seed in percent as in `Result.rows`, None where there is nothing to compute them
+    from.
+    """
+    seeds = sorted(runs.keys() & base.keys())
+    each = [
+        [100 * (runs[seed][video] - base[seed][video]) for video in base[seed]] for seed in seeds
+    ]
+    by_video = _error([statistics.fmean(video) for video in zip(*each, strict=True)])
+    by_seed = _error([statistics.fmean(videos) for videos in each])
+    known = [error for error in (by_video, by_seed) if error is not None]
+    return {
+        "difference": _mean([value for videos in each for value in videos]),
+        "error": math.hypot(*known) if known else None,
+        "by_video": by_video,
+        "by_seed": by_seed,
+    }
 
 
 def load(path: str | Path) -> Result:
@@ -252,7 +289,7 @@ def load(path: str | Path) -> Result:
         values = json.loads(Path(path).read_text("utf-8"))
         rows = tuple(Row(**row) for row in values["table"].pop("rows"))
         result = Result(Table(**values["table"], rows=rows), values["about"], values["runs"])
-        result.text()
+        result.text()  # which needs all the rest
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path}: not the result of an ablation ({error!r}); make it anew: trackkit ablate"
@@ -272,6 +309,8 @@ def run(
     steps: int | None = None,
     batch: int | None = None,
     progress: bool = True,
+    start: str | Path | None = None,
+    backend: str = "loky",
 ) -> Result:
     """Train and evaluate the rows that have no result yet: all with seed 0, then all with seed 1,
     ...
@@ -283,14 +322,20 @@ def run(
         out: folder (default: TRACKKIT_HOME/ablations) of TABLE_TRACKER_SCALE.json and .md, written
             anew after each run, and of the runs themselves.
         data: GOT-10k's root, to train on its train and evaluate on its val split (default:
-            TRACKKIT_GOT10K, else procedural video and the embedded samples).
+            TRACKKIT_GOT10K, else procedural video and 104 held-out videos, `pool.held_out`).
         rows: labels of the rows to run, beside the base (default: all). All that have results are
             shown.
         jobs: runs side by side, each a process with one thread.
+        start: whose weights all rows begin with, a name or a file, "scratch" for none (default: the
+            table's).
+        backend: joblib's, for jobs: "loky" has processes here; dask's and ray's, once they are
+            registered with joblib, have machines that share the folder `out`.
 
     An error or an interruption stops all; the same call goes on. Raises TrackkitError for an
-    unknown row.
+    unknown row or backend.
     """
+    if start is not None:
+        table = dataclasses.replace(table, start="" if start == "scratch" else str(start))
     labels = [row.label for row in table.rows]
     if odd := [label for label in rows if label not in labels]:
         raise TrackkitError(
@@ -302,11 +347,12 @@ def run(
     device_called(device)
     out, test, wanted = (
         writable(out or home() / "ablations"),
-        GOT10k(data, "val"),
+        test_set(data),
         {labels[0], *(rows or labels)},
     )
     plan, waiting, stages = [], {}, table.build(table.rows[0], scale, steps, batch)[1]
     options = {"seeds": seeds, "scale": scale, "steps": steps, "batch": batch, "data": data}
+    options["start"] = start
     given = {key: value for key, value in options.items() if value is not None}
     if isinstance(table.tracker, str):
         flags = [f"--{key}={value}" for key, value in {**given, "tracker": table.tracker}.items()]
@@ -328,9 +374,10 @@ def run(
         "train": "procedural video"
         if getattr(training_set(data), "procedural", False)
         else training_set(data).name,
-        "test": f"{'the procedural samples' if SAMPLES in test.folder.parents else test.name} "
-        f"({len(test)} sequences)",
+        "test": f"{test.name} ({len(test)} sequences)",
+        "start": table.start or "random weights",
     }
+    begun = _digest(table.start)
     for seed in range(seeds):
         sequences = training_set(data, seed)
         for row in table.rows:
@@ -341,6 +388,7 @@ def run(
                 seed,
                 repr(sequences),
                 repr(test),
+                begun,
                 *version,
             ]
             key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
@@ -349,10 +397,25 @@ def run(
             if row.label in wanted and not (folder / "result.json").exists():
                 waiting[folder] = (folder, table, row, seed, scale, steps, batch, data, device)
     with bar(total=len(waiting), desc=table.name, unit="run", shown=progress) as shown:
-        for _ in _measured(list(waiting.values()), jobs, progress):
+        for _ in _measured(list(waiting.values()), jobs, backend, progress):
             shown.update()
             _write(table, about, plan, out)
     return _write(table, about, plan, out)
+
+
+def test_set(data: str | Path | None) -> GOT10k:
+    """GOT-10k's val split where there is one, else `pool.held_out`."""
+    return GOT10k(data, "val") if data or os.environ.get("TRACKKIT_GOT10K") else held_out()
+
+
+def _digest(start: str) -> str:
+    """Of the weights themselves: a file may change under its name."""
+    if not start:
+        return ""
+    summed = hashlib.sha256()
+    for name, value in sorted(load_weights(start).state_dict().items()):
+        summed.update(name.encode() + value.cpu().numpy().tobytes())
+    return summed.hexdigest()
 
 
 def _source(tracker: type[Tracker]) -> str:
@@ -418,13 +481,12 @@ def _measure(
             f"{row.label}, seed {seed}: {error}; to go on without this row, name the others by "
             "--rows"
         ) from error
-    scores = evaluate(tracker, GOT10k(data, "val"), folder / "results", folder.name)
+    scores = evaluate(tracker, test_set(data), folder / "results", folder.name)
     if scores is None:
         raise TrackkitError("the val split has no labels, so no row can be scored on it")
     result = {
-        "ao": scores.ao,
-        "sr50": scores.sr50,
-        "sr75": scores.sr75,
+        "ao": scores.sequence_mean.ao,
+        "videos": {name: rates.ao for name, rates in scores.sequences.items()},
         "loss": log[-1]["loss"],
         "folder": folder.name,
     }
@@ -437,32 +499,37 @@ def _measure(
     (folder / "state.safetensors").unlink()
 
 
-def _measured(waiting: list[tuple], jobs: int, progress: bool) -> Iterator[None]:
-    """Measure in this order, here or in `jobs` processes; yields after each."""
+def _measured(waiting: list[tuple], jobs: int, backend: str, progress: bool) -> Iterator[None]:
+    """Measure in this order, here or as `jobs` jobs of joblib's; yields after each."""
     if jobs == 1:
         for job in waiting:
             yield _measure(progress, *job)
         return
-    alive, mine = multiprocessing.Pipe(duplex=False)
-    with ProcessPoolExecutor(
-        max(1, min(jobs, len(waiting))), multiprocessing.get_context("spawn"), _alone, (alive,)
-    ) as pool:
-        try:
-            for future in as_completed([pool.submit(_measure, False, *job) for job in waiting]):
-                yield future.result()
-        except BaseException:
-            mine.close()  # ends the processes in the middle of their runs
-            pool.shutdown(cancel_futures=True)
-            raise
+    try:
+        parallel = joblib.Parallel(jobs, backend=backend, return_as="generator_unordered")
+    except ValueError as error:
+        raise TrackkitError(f"--backend {backend}: {error}") from error
+    yield from parallel(joblib.delayed(_alone)(*job) for job in waiting)
 
 
-def _alone(alive: Connection) -> None:
-    """Make this process one of several: one thread, no interest in ctrl-C, and its end when its
-    parent closes or dies.
+def _alone(*job: Any) -> None:
+    """Measure as one of several, with one thread and no bar. When the parent was killed this
+    process ends too, saved, and takes none of the jobs that wait for it.
     """
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: (alive.poll(None), os._exit(1)), daemon=True).start()
+    parent = os.getppid()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    try:
+        _measure(False, *job)
+    finally:
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)  # a training saves its state
 
 
 def _machine(device: torch.device) -> str:
@@ -477,20 +544,24 @@ def _machine(device: torch.device) -> str:
     )
 
 
-def _direction(difference: float | None, spread: float | None, paper: float | None) -> str:
-    if None in (difference, paper):
+def _verdict(difference: float | None, error: float | None, paper: float | None) -> str:
+    if not paper or difference is None or error is None:
         return "-"
-    word = "agrees" if difference * paper > 0 else "disagrees" if difference else "no difference"
-    if spread is None:
-        return f"{word} (one seed)"
-    return f"{word} (within the spread)" if abs(difference) < spread else word
+    if abs(difference) < 2 * error:
+        return "cannot be told"
+    return "agrees" if difference * paper > 0 else "disagrees"
 
 
-def _mean_std(values: list[float]) -> tuple[float | None, float | None]:
-    return statistics.fmean(values) if values else None, statistics.stdev(values) if len(
-        values
-    ) > 1 else None
+def _mean(values: list[float]) -> float | None:
+    return statistics.fmean(values) if values else None
 
 
-def _f(mean: float | None, std: float | None = None, sign: str = "") -> str:
-    return "-" if mean is None else f"{mean:{sign}.1f}" + ("" if std is None else f" ± {std:.1f}")
+def _error(values: list[float]) -> float | None:
+    """Standard error of the mean of a sample; one value has none."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+
+
+def _f(mean: float | None, error: float | None = None, sign: str = "") -> str:
+    return (
+        "-" if mean is None else f"{mean:{sign}.1f}" + ("" if error is None else f" ± {error:.1f}")
+    )

@@ -338,6 +338,8 @@ def _ablate(
     steps: int | None = None,
     batch: int | None = None,
     tracker: str | None = None,
+    start: str | None = None,
+    backend: str = "loky",
 ) -> None:
     """Train and score the rows of a paper's ablation table, beside the paper's figures. Without
     TABLE, list the tables.
@@ -354,12 +356,16 @@ def _ablate(
         out: folder of the runs and of TABLE_TRACKER_SCALE.md and .json, which are up to date after
             each run (default: TRACKKIT_HOME/ablations).
         data: GOT-10k's root, to train on its train split and score on its val split (default:
-            TRACKKIT_GOT10K, else procedural video and the embedded samples).
+            TRACKKIT_GOT10K, else procedural video and 104 held-out videos).
         jobs: runs side by side, each a process with one thread.
         device: where to run.
         steps: steps of the longest stage, in place of the recipe's; the others shrink alike.
         batch: samples in a step, in place of the recipe's.
         tracker: another tracker with the same config fields (default: the table's, a tiny one).
+        start: the trained tracker, a name or a file, with whose weights all rows begin, as far as
+            they fit; "scratch" for random ones (default: the table's).
+        backend: of joblib, for jobs: loky has processes here; dask's and ray's have machines that
+            share the folder `out`.
     """
     from trackkit import ablations
     from trackkit.paths import home
@@ -378,7 +384,10 @@ def _ablate(
         near = nearest(table, tables)
         raise TrackkitError(f"no table is called {table!r}{near}; there are {', '.join(tables)}")
     chosen = dataclasses.replace(tables[table], tracker=tracker or tables[table].tracker)
-    result = ablations.run(chosen, seeds, scale, out, data, rows, jobs, device, steps, batch)
+    options = {"start": start, "backend": backend}
+    result = ablations.run(
+        chosen, seeds, scale, out, data, rows, jobs, device, steps, batch, **options
+    )
     print(f"{result.text()}{(out or home() / 'ablations') / result.about['files']}.md and .json")
 
 
