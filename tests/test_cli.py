@@ -451,10 +451,21 @@ def test_a_name_means_trained_weights(tmp_path, monkeypatch, capsys):
     assert "siamfc-tiny: with the weights that come with trackkit" in capsys.readouterr().out
     shipped = load(weights.shipped("siamfc-tiny")).state_dict()
     assert all(torch.equal(v, shipped[k]) for k, v in load("siamfc-tiny").state_dict().items())
-    for command in (["track", video, "--tracker", "sbt-tiny"], ["evaluate", "sbt-tiny"]):
+    for command in (["track", video, "--tracker", "sbt-light"], ["evaluate", "sbt-light"]):
         assert run(*command) == 1
         said = capsys.readouterr().err
-        assert "no trained weights of sbt-tiny" in said and "trackkit train sbt-tiny" in said
+        assert "no trained weights of sbt-light" in said and "trackkit train sbt-light" in said
+
+
+def test_training_begins_with_the_weights_of_another(tmp_path, capsys):
+    short = ("--hold", "ostrack-tiny", "--steps", 1, "--batch", 2, "--out", tmp_path)
+    assert run("train", *short, "--start", "ostrack-tiny") == 0
+    theirs = load("ostrack-tiny").state_dict()
+    own = load(tmp_path / "tracker.safetensors").state_dict()
+    # one step of a rate that is still rising
+    assert all((own[k] - v).abs().max() < 2e-3 for k, v in theirs.items() if v.ndim > 1)
+    assert run("train", *short, "--start", "procontext-tiny") == 1
+    assert "holds another run (other start)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

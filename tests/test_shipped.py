@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from trackkit import checkpoints, weights
-from trackkit.errors import CheckpointError
+from trackkit.errors import CheckpointError, TrackkitError
 from trackkit.evaluation import sequence_overlaps
 from trackkit.got10k import GOT10k
 from trackkit.paths import SAMPLES
@@ -34,7 +34,30 @@ def sequence():
 
 
 def test_they_are_small():
-    assert sum(f.stat().st_size for f in (SAMPLES / "weights").iterdir()) < 12e6
+    assert sum(f.stat().st_size for f in (SAMPLES / "weights").iterdir()) < 16e6
+
+
+@pytest.mark.parametrize("name", ["siamfc", "stark", "ostrack", "sbt", "stmtrack", "mixvit"])
+def test_every_ancestor_has_a_half_trained_start(name):
+    start, trained = weights.load(f"{name}-tiny-start"), weights.load(f"{name}-tiny")
+    assert start.config == trained.config
+    theirs = trained.state_dict()
+    assert any(not torch.equal(v, theirs[k]) for k, v in start.state_dict().items())
+
+
+def test_what_fits_of_a_start_is_taken(tmp_path):
+    torch.manual_seed(1)
+    tracker = weights.create("procontext-tiny")
+    random = {k: v.clone() for k, v in tracker.state_dict().items()}
+    digest = weights.begin(tracker, "stark-tiny-start")
+    own, theirs = tracker.state_dict(), weights.load("stark-tiny-start").state_dict()
+    fits = [k for k, v in own.items() if k in theirs and theirs[k].shape == v.shape]
+    for key, value in own.items():
+        assert torch.equal(value, theirs[key] if key in fits else random[key])
+    assert digest == weights.begin(tracker, "stark-tiny-start")
+    assert digest != weights.begin(tracker, "ostrack-tiny")
+    with pytest.raises(TrackkitError, match="no weight of ostrack-tiny fits SiamFC"):
+        weights.begin(weights.create("siamfc-tiny"), "ostrack-tiny")
 
 
 @pytest.mark.parametrize("name", SHIPPED)

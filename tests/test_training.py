@@ -29,7 +29,7 @@ from trackkit.errors import CheckpointError, DataError, Stopped, TrackkitError
 from trackkit.got10k import GOT10k
 from trackkit.paths import alone
 from trackkit.sampling import CropSpec, Samples, SampleSpec, batches
-from trackkit.stages import Stage
+from trackkit.stages import Stage, held
 from trackkit.synth import SynthConfig, SynthDataset, write_dataset
 from trackkit.trackers.base import Tracker
 from trackkit.trackers.siamfc import SiamFC, SiamFCConfig
@@ -599,6 +599,12 @@ def test_half_a_cosine_in_one_stage_and_in_two():
         optimiser.step()
         theirs.step()
     assert [whole.rate(i) for i in (0, 4, 9)] == pytest.approx([0.008, 0.04, 0.08])
+
+
+def test_held_stages_keep_the_rate():
+    for stage in held(weights.create("sbt-tiny").recipe("laptop")):
+        rates = [stage.rate(step) for step in range(stage.warmup, stage.steps)]
+        assert set(rates) == {stage.lr}
 
 
 def test_rate_by_steps_constant_and_resized():

@@ -47,8 +47,7 @@ from trackkit.synth.pool import held_out
 from trackkit.trackers.base import Tracker
 from trackkit.tracking import device_called
 from trackkit.training import train
-from trackkit.weights import create, describe, known_classes
-from trackkit.weights import load as load_weights
+from trackkit.weights import begin, create, describe, known_classes
 
 
 @dataclass(frozen=True)
@@ -123,18 +122,6 @@ class Table:
         if batch is not None:
             stages = [dataclasses.replace(stage, batch=batch) for stage in stages]
         return tracker, stages
-
-
-def begin(tracker: Tracker, start: str) -> None:
-    """Give a tracker those weights of the trained one (a name or a file) that fit it.
-
-    Raises TrackkitError if none fits; CheckpointError as `weights.load` does.
-    """
-    own, trained = tracker.state_dict(), load_weights(start).state_dict()
-    fits = {k: v for k, v in trained.items() if k in own and own[k].shape == v.shape}
-    if not fits:
-        raise TrackkitError(f"no weight of {start} fits {type(tracker).__name__}")
-    tracker.load_state_dict(own | fits)
 
 
 _TABLE6 = (
@@ -377,7 +364,6 @@ def run(
         "test": f"{test.name} ({len(test)} sequences)",
         "start": table.start or "random weights",
     }
-    begun = _digest(table.start)
     for seed in range(seeds):
         sequences = training_set(data, seed)
         for row in table.rows:
@@ -388,7 +374,7 @@ def run(
                 seed,
                 repr(sequences),
                 repr(test),
-                begun,
+                begin(tracker, table.start) if table.start else "",
                 *version,
             ]
             key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
@@ -406,16 +392,6 @@ def run(
 def test_set(data: str | Path | None) -> GOT10k:
     """GOT-10k's val split where there is one, else `pool.held_out`."""
     return GOT10k(data, "val") if data or os.environ.get("TRACKKIT_GOT10K") else held_out()
-
-
-def _digest(start: str) -> str:
-    """Of the weights themselves: a file may change under its name."""
-    if not start:
-        return ""
-    summed = hashlib.sha256()
-    for name, value in sorted(load_weights(start).state_dict().items()):
-        summed.update(name.encode() + value.cpu().numpy().tobytes())
-    return summed.hexdigest()
 
 
 def _source(tracker: type[Tracker]) -> str:

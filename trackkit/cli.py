@@ -65,6 +65,11 @@ class TrainOptions(Generic[Config]):
     crops: Literal["auto", "loader", "device"] = "auto"
     """Where crops are resized and coloured: device takes the work from the workers (auto: if it is
     a GPU)."""
+    start: str | None = None
+    """Begin with the weights of this trained tracker (a file, or a name such as sbt-tiny-start) as
+    far as they fit."""
+    hold: bool = False
+    """Leave out the fall of the rate at the end, for a network that is to learn on."""
     pretrained: bool = True
     """Start from the backbone that the paper starts from (ImageNet, MAE), if it starts from one."""
 
@@ -74,10 +79,10 @@ def train(argv: list[str]) -> None:
 
     from trackkit.paths import home
     from trackkit.sampling import training_set
-    from trackkit.stages import shortened
+    from trackkit.stages import held, shortened
     from trackkit.tracking import device_called
     from trackkit.training import train as run
-    from trackkit.weights import TRACKERS
+    from trackkit.weights import TRACKERS, begin
 
     name = _positional(argv, TRACKERS)
     if name is None and not {"-h", "--help"} & set(argv):
@@ -94,7 +99,8 @@ def train(argv: list[str]) -> None:
 
     torch.manual_seed(options.seed)
     tracker = type(chosen)(options.config)
-    if options.pretrained:
+    start = begin(tracker, options.start) if options.start else ""
+    if options.pretrained and not start:
         tracker.load_pretrained()
     scale = options.scale or ("tiny" if name.endswith("-tiny") else "paper")
     stages = tracker.recipe(scale, options.preset)
@@ -102,6 +108,8 @@ def train(argv: list[str]) -> None:
         stages = shortened(stages, options.steps)
     if options.batch is not None:
         stages = [dataclasses.replace(stage, batch=options.batch) for stage in stages]
+    if options.hold:
+        stages = held(stages)
     out = options.out or home() / "runs" / f"{name}-{scale}-{options.seed}"
     data = training_set(options.data, options.seed)
     print(
@@ -118,6 +126,7 @@ def train(argv: list[str]) -> None:
         precision=options.precision,
         workers=options.workers,
         crops=options.crops,
+        start=start,
     )
     # each stage has a loss of its own
     rows = [row for row in log if row["stage"] == log[-1]["stage"]]
@@ -151,7 +160,7 @@ def _positional(argv: list[str], names: Collection[str]) -> str | None:
     """The word of `argv` that is no option and no option's value: the tracker's name, wherever it
     stands. A word behind an option is its value, unless there is no other that could be the name.
     """
-    flags = {"--pretrained", "--no-pretrained", "-h", "--help"}
+    flags = {"--pretrained", "--no-pretrained", "--hold", "--no-hold", "-h", "--help"}
     words, values = [], []
     for before, word in zip(["", *argv], argv, strict=False):
         if not word.startswith("-"):

@@ -109,6 +109,11 @@ class Stage:
         )
 
 
+def held(stages: list[Stage]) -> list[Stage]:
+    """The stages without the fall of the rate at their end, for a network that is to learn on."""
+    return [dataclasses.replace(s, lr_end=None, drops=(), cosine=None) for s in stages]
+
+
 def shortened(stages: list[Stage], steps: int) -> list[Stage]:
     """The stages in the same proportion, the longest of them with `steps` steps (>= 1, else
     TrackkitError).

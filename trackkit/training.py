@@ -69,6 +69,7 @@ def train(
     save_seconds: float = 30.0,
     log_steps: int = 20,
     progress: bool = True,
+    start: str = "",
 ) -> list[dict]:
     """Train through all stages, or go on where an earlier call with the same arguments stopped.
 
@@ -86,6 +87,7 @@ def train(
             that a worker only decodes; "auto" is the device if that is a GPU. The same bytes.
         save_seconds: least time between two saved states.
         log_steps: steps between two lines of the log.
+        start: what the weights began as (`weights.begin`): a run that began otherwise is another.
 
     Returns the log as a list of {"stage", "step", "loss", ..., "lr", "samples_per_second"}; `step`
     counts over all stages, the losses are means since the last line.
@@ -103,6 +105,7 @@ def train(
     with held, _Stop() as stop:
         packed = crops == "device" or (crops == "auto" and accelerator.device.type == "cuda")
         run = _Run(tracker, stages, sequences, out, seed, precision, accelerator, packed)
+        run.identity |= {"start": start} if start else {}
         return run.train(workers, save_seconds, log_steps, progress, stop)
 
 

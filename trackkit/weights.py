@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -93,7 +94,7 @@ def shipped(name: str) -> Path | None:
     one.
     """
     path = paths.SAMPLES / "weights" / f"{name}.safetensors"
-    return path if name in TRACKERS and path.is_file() else None
+    return path if name.removesuffix("-start") in TRACKERS and path.is_file() else None
 
 
 def save(tracker: Tracker, path: str | Path, **about) -> None:
@@ -110,17 +111,18 @@ def describe(tracker: Tracker) -> dict:
 
 def load(source: str | Path, classes: Iterable[type[Tracker]] = ()) -> Tracker:
     """A trained tracker, from a file that `save` or `trackkit train` wrote or by its name: then
-    with the weights that come with trackkit (`shipped`), or one that needs none, ncc or stay. With
-    float32 weights on the CPU, whatever torch's defaults are.
+    with the weights that come with trackkit (`shipped`), or one that needs none, ncc or stay.
+    NAME-start has learned for a part of the time only: where a lesson's minute of training begins.
+    With float32 weights on the CPU, whatever torch's defaults are.
 
     `classes` are tracker classes of your own that the file may be of.
 
     Raises CheckpointError for a file that is damaged, a pickle, or of another tracker or config,
     and for a name without weights: `create` makes trackers with random ones.
     """
-    if str(source) in TRACKERS:
+    if str(source).removesuffix("-start") in TRACKERS:
         name = str(source)
-        if TRACKERS[name][0] in UNTRAINED:
+        if name in TRACKERS and TRACKERS[name][0] in UNTRAINED:
             return create(name)
         source = shipped(name)
         if source is None:
@@ -138,6 +140,23 @@ def load(source: str | Path, classes: Iterable[type[Tracker]] = ()) -> Tracker:
     tracker = _fitting(weights or tensors, about, str(source), classes)
     checkpoints.load_strictly(tracker, weights or tensors, str(source))
     return tracker.eval()
+
+
+def begin(tracker: Tracker, start: str | Path) -> str:
+    """Give a tracker those weights of a trained one (a name or a file, see `load`) that have the
+    same name and size, and return a digest of all of that one's.
+
+    Raises TrackkitError if none fits, CheckpointError as `load` does.
+    """
+    own, trained = tracker.state_dict(), load(start).state_dict()
+    fits = {k: v for k, v in trained.items() if k in own and own[k].shape == v.shape}
+    if not fits:
+        raise TrackkitError(f"no weight of {start} fits {type(tracker).__name__}")
+    tracker.load_state_dict(own | fits)
+    summed = hashlib.sha256()
+    for name, value in sorted(trained.items()):
+        summed.update(name.encode() + value.numpy().tobytes())
+    return summed.hexdigest()[:16]
 
 
 def _fitting(tensors: dict, about: dict, source: str, classes: Iterable[type[Tracker]]) -> Tracker:
