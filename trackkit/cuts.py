@@ -202,6 +202,9 @@ def _stark(tracker: STARK) -> list[Cut]:
             Cut("decoder-without-template", hidden, patches=patched("run_decoder", search_alone))
         )
     cuts.append(Cut("uniform-attention", UNIFORM, patches=_uniform_stark))
+    if cfg.head == "corner":
+        flat = "the head does not weigh search tokens by how much they resemble the answer"
+        cuts.append(Cut("no-weighing", flat, patches=_unweighed))
     if cfg.position != "none":
         cuts.append(Cut("no-positions", NO_POSITIONS, {"position": "none"}))
     return cuts + (_dynamic("ask") if cfg.dynamic else [])
@@ -215,6 +218,22 @@ def _dynamic(method: str) -> list[Cut]:
         Cut("dynamic-never-renewed", never, {"update_interval": NEVER}),
         Cut("dynamic-of-another", foreign, patches=lambda t: [_exchanged(t, method, "dynamic")]),
     ]
+
+
+def _unweighed(tracker: STARK) -> Iterator[Patch]:
+    """The corner head is given all search tokens times the mean of their similarities."""
+    seen: dict[str, Tensor] = {}
+
+    def locate(original: Callable, memory: Tensor, decoded: Tensor, *rest: Any) -> Any:
+        similarity = decoded @ memory.transpose(1, 2)  # (B, Q, N)
+        seen["flat"] = similarity.mean(-1)[..., None, None] * memory[:, None]  # (B, Q, N, D)
+        return original(memory, decoded, *rest)
+
+    def head(original: Callable, grid: Tensor) -> tuple[Tensor, Tensor]:
+        return original(seen["flat"].flatten(0, 1).transpose(1, 2).reshape(grid.shape))
+
+    yield _around(tracker, "locate", locate)
+    yield _around(tracker.box_head, "forward", head)
 
 
 def _uniform_stark(tracker: STARK) -> Iterator[Patch]:
@@ -282,9 +301,9 @@ def _ostrack(tracker: OSTrack) -> list[Cut]:
         return cuts
     if cfg.keep_ratio < 1:
         random = "pruning keeps search tokens that are drawn at random"
-        cuts.append(Cut("prune-random", random, patches=_prune_random))
+        cuts.append(Cut("keep-random", random, patches=_keep_random))
         worst = "pruning keeps the search tokens that the templates look at least"
-        cuts.append(Cut("prune-best", worst, patches=_prune_best))
+        cuts.append(Cut("keep-worst", worst, patches=_keep_worst))
     for ratio in (1.0, 0.5, 0.2):
         share = f"each pruning keeps {ratio:.0%} of the search tokens"
         if ratio != cfg.keep_ratio:
@@ -333,7 +352,7 @@ def _no_positions(tracker: OSTrack | MixViT) -> Iterator[Patch]:
     yield _around(tracker, "tokens", tokens)
 
 
-def _prune_random(tracker: OSTrack) -> Iterator[Patch]:
+def _keep_random(tracker: OSTrack) -> Iterator[Patch]:
     draws = torch.Generator().manual_seed(0)
 
     def score(original: Callable, *given: Any) -> Tensor:
@@ -343,7 +362,7 @@ def _prune_random(tracker: OSTrack) -> Iterator[Patch]:
     yield _around(tracker, "pruning_score", score)
 
 
-def _prune_best(tracker: OSTrack) -> Iterator[Patch]:
+def _keep_worst(tracker: OSTrack) -> Iterator[Patch]:
     yield _around(tracker, "pruning_score", lambda original, *given: -original(*given))
 
 
