@@ -426,7 +426,7 @@ def _dastm(tracker: DASTM) -> list[Cut]:
         yield _around(tracker.attention, "chosen", chosen)
 
     for number, name in enumerate(["none", *tracker.attention.branches]):
-        choice = f"the gate chooses {name} for every memory frame"
+        choice = f"the gate chooses {'no module' if name == 'none' else name} for all memory frames"
         cuts.append(Cut(f"gate-{name}", choice, patches=partial(forced, number)))
     if "random" not in (cfg.test_gate, cfg.gate):
         cuts.append(Cut("gate-random", "the gate chooses at random", {"test_gate": "random"}))
@@ -467,7 +467,7 @@ def _ustam(tracker: USTAM) -> list[Cut]:
 
     cuts = []
     if tracker.config.spatial:
-        zeroed = "the spatial layer answers 0; that without it equals MixViT needs `residual` map"
+        zeroed = "the spatial layer answers 0"
         silent = lambda t: [(t.spatial_attention.fc, "forward", torch.zeros_like)]  # noqa: E731
         cuts.append(Cut("spatial-zero", zeroed, patches=silent))
         without = "without spatial attention: the last block's map is as it is"
