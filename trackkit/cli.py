@@ -365,8 +365,8 @@ def _ablate(
         out: folder of the runs and of TABLE_TRACKER_SCALE.md and .json, which are up to date after
             each run (default: TRACKKIT_HOME/ablations).
         data: GOT-10k's root, to train on its train split and score on its val split (default:
-            TRACKKIT_GOT10K, else procedural video and 104 held-out videos). Cuts are measured on the
-            val split, else on the embedded samples.
+            TRACKKIT_GOT10K, else procedural video and 104 held-out videos). Cuts are measured on
+            the val split, else on the embedded samples.
         jobs: runs side by side, each a process with one thread.
         device: where to run.
         steps: steps of the longest stage, in place of the recipe's; the others shrink alike.
