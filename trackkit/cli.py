@@ -340,6 +340,8 @@ def _ablate(
     seeds: int = 3,
     scale: Literal["tiny", "laptop", "gpu", "paper"] = "tiny",
     rows: tuple[str, ...] = (),
+    cut: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    how: Literal["probe", "track"] = "probe",
     out: Path | None = None,
     data: Path | None = None,
     jobs: int = 1,
@@ -356,16 +358,24 @@ def _ablate(
     An interrupted table continues; rows with a result are not trained again, in whichever table
     they stand.
 
+    With --cut: switch parts of a trained tracker off, without training anything, as
+    `trackkit ablate stark-tiny --cut no-encoder --cut template-apart`.
+
     Args:
-        table: a table's name, as `trackkit ablate` lists them.
+        table: a table's name, as `trackkit ablate` lists them; with --cut a tracker whose weights
+            come with trackkit, or a checkpoint.
         seeds: each row is trained with so many seeds: all rows with the first, then all with the
             second, ...
         scale: length of training.
         rows: labels of the rows to train, beside the base (default: all).
+        cut: a part to switch off; may be given several times. "all", or "list" to print them.
+        how: cuts are measured by the "probe", on each frame around the true last box (seconds), or
+            as they "track".
         out: folder of the runs and of TABLE_TRACKER_SCALE.md and .json, which are up to date after
             each run (default: TRACKKIT_HOME/ablations).
         data: GOT-10k's root, to train on its train split and score on its val split (default:
-            TRACKKIT_GOT10K, else procedural video and 104 held-out videos).
+            TRACKKIT_GOT10K, else procedural video and 104 held-out videos). Cuts are measured on
+            the val split, else on the embedded samples.
         jobs: runs side by side, each a process with one thread.
         device: where to run.
         steps: steps of the longest stage, in place of the recipe's; the others shrink alike.
@@ -378,7 +388,11 @@ def _ablate(
     """
     from trackkit import ablations
     from trackkit.paths import home
+    from trackkit.weights import TRACKERS
 
+    if cut:
+        _cuts(table, cut, how, out or home() / "ablations", data, device)
+        return
     tables = ablations.TABLES
     few = Range(1, 1024)
     _in_range(seeds=(seeds, few), jobs=(jobs, few), steps=(steps, COUNT), batch=(batch, BATCH))
@@ -389,6 +403,8 @@ def _ablate(
                 f"{', '.join(row.label for row in one.rows)}"
             )
         return
+    if table in TRACKERS:
+        raise TrackkitError(f"{table} is a tracker; its cuts: trackkit ablate {table} --cut list")
     if table not in tables:
         near = nearest(table, tables)
         raise TrackkitError(f"no table is called {table!r}{near}; there are {', '.join(tables)}")
@@ -398,6 +414,42 @@ def _ablate(
         chosen, seeds, scale, out, data, rows, jobs, device, steps, batch, **options
     )
     print(f"{result.text()}{(out or home() / 'ablations') / result.about['files']}.md and .json")
+
+
+def _cuts(
+    name: str, names: tuple[str, ...], how: str, out: Path, data: Path | None, device: str
+) -> None:
+    """The cuts of these names of a tracker, or all; writes NAME_cuts_HOW.json and .md."""
+    from trackkit import cuts
+    from trackkit.got10k import GOT10k
+    from trackkit.paths import atomic_write, writable
+    from trackkit.weights import TRACKERS, create
+
+    if not name:
+        raise TrackkitError("name the tracker to cut: trackkit ablate stark-tiny --cut list")
+    if names == ("list",):  # needs no weights
+        tracker = create(name) if name in TRACKERS else _load([name], "cpu")[0]
+        for one in cuts.cuts_of(tracker).values():
+            print(f"{one.name:<26}{one.sentence}")
+        return
+    tracker, [label] = _load([name], device)[0], _labels([name])
+    there = cuts.cuts_of(tracker)
+    for wanted in names:
+        if wanted != "all" and wanted not in there:
+            raise TrackkitError(
+                f"{label} has no cut {wanted!r}{nearest(wanted, there)}; it has "
+                f"{', '.join(there) or 'none'}"
+            )
+    if not there:
+        raise TrackkitError(f"{label} has no cuts")
+    chosen = [one for key, one in there.items() if key in names or "all" in names]
+    result = cuts.compare(tracker, chosen, GOT10k(data, "val"), how, label, progress=True)
+    files = writable(out) / f"{label}_cuts_{how}"
+    everything = dataclasses.asdict(result) | {"rows": result.rows, "trackkit": __version__}
+    for suffix, text in ((".json", json.dumps(everything, indent=1)), (".md", result.text())):
+        with atomic_write(f"{files}{suffix}") as partial:
+            partial.write_text(text, "utf-8")
+    print(f"{result.text()}{files}.md and .json")
 
 
 def synth(argv: list[str]) -> None:
@@ -657,7 +709,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "train": (train, "train a tracker, or continue its training"),
     "track": (track, "follow an object through a video"),
     "evaluate": (evaluate, "score trackers as GOT-10k does"),
-    "ablate": (ablate, "train and score the rows of a paper's ablation table"),
+    "ablate": (ablate, "train a paper's ablation table, or cut parts of a trained tracker"),
     "synth": (synth, "write procedural video in GOT-10k's layout"),
     "import": (import_, "turn a checkpoint of a tracker's authors into one of ours"),
     "profile": (profile, "count parameters, multiply-accumulates, frames per second"),
