@@ -168,7 +168,7 @@ def test_ablate(tmp_path, capsys, monkeypatch):
     assert re.search(r"^\| base +\| \d+\.\d \(1\) ", shown, re.M) and re.search(
         r"^\| MLP head +\| \d+\.\d \(1\) ", shown, re.M
     )
-    assert re.search(r"^\| no decoder +\| - \(0\) ", shown, re.M) and "one seed" in shown
+    assert re.search(r"^\| no decoder +\| - \(0\) ", shown, re.M) and "seeds 0." in shown
     path = tmp_path / "out" / "stark-table6_stark-tiny_tiny_2-steps.json"
     assert str(path.with_suffix(".md")) in shown and path.with_suffix(".md").read_text() in shown
     assert [row["label"] for row in ablations.load(path).rows if row["ao"]] == [

@@ -382,7 +382,7 @@ def _ablate(
         batch: samples in a step, in place of the recipe's.
         tracker: another tracker with the same config fields (default: the table's, a tiny one).
         start: the trained tracker, a name or a file, with whose weights all rows begin, as far as
-            they fit; "scratch" for random ones (default: the table's).
+            they fit; "scratch" for random ones (default: the table's, for the table's tracker).
         backend: of joblib, for jobs: loky has processes here; dask's and ray's have machines that
             share the folder `out`.
     """
@@ -408,7 +408,9 @@ def _ablate(
     if table not in tables:
         near = nearest(table, tables)
         raise TrackkitError(f"no table is called {table!r}{near}; there are {', '.join(tables)}")
-    chosen = dataclasses.replace(tables[table], tracker=tracker or tables[table].tracker)
+    chosen = tables[table]
+    if tracker not in (None, chosen.tracker):  # the start is that of the table's own tracker
+        chosen = dataclasses.replace(chosen, tracker=tracker, start="")
     options = {"start": start, "backend": backend}
     result = ablations.run(
         chosen, seeds, scale, out, data, rows, jobs, device, steps, batch, **options
