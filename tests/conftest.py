@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from trackkit import sampling
+from trackkit import ablations, sampling
+from trackkit.got10k import GOT10k
+from trackkit.paths import SAMPLES
 
 torch.set_num_threads(1)
 
@@ -54,3 +56,4 @@ def no_pool(monkeypatch):
     the pool; other processes are told `--data stream`).
     """
     monkeypatch.setattr(sampling, "pool", lambda: sampling.training_set(sampling.STREAM))
+    monkeypatch.setattr(ablations, "held_out", lambda: GOT10k(SAMPLES, "val"))

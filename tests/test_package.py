@@ -66,7 +66,7 @@ def test_the_sdist_has_all_that_is_needed_to_build_test_and_read(built):
 
 def test_the_wheel_is_small_and_holds_the_course_as_it_is(built):
     (wheel,) = built.glob("*.whl")
-    assert wheel.stat().st_size <= 15e6
+    assert wheel.stat().st_size <= 24e6  # 16 of them weights
     data = built / "site" / "trackkit" / "_data"
     for folder, pattern in (("lessons", "*.ipynb"), ("data_samples", "**/*.*")):
         ours = {p.relative_to(ROOT): p for p in (ROOT / folder).glob(pattern) if p.is_file()}

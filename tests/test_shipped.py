@@ -47,14 +47,14 @@ def test_every_ancestor_has_a_half_trained_start(name):
 
 def test_what_fits_of_a_start_is_taken(tmp_path):
     torch.manual_seed(1)
-    tracker = weights.create("procontext-tiny")
+    tracker = weights.create("mixvit-tiny")
     random = {k: v.clone() for k, v in tracker.state_dict().items()}
-    digest = weights.begin(tracker, "stark-tiny-start")
-    own, theirs = tracker.state_dict(), weights.load("stark-tiny-start").state_dict()
+    digest = weights.begin(tracker, "ostrack-tiny-start")
+    own, theirs = tracker.state_dict(), weights.load("ostrack-tiny-start").state_dict()
     fits = [k for k, v in own.items() if k in theirs and theirs[k].shape == v.shape]
     for key, value in own.items():
         assert torch.equal(value, theirs[key] if key in fits else random[key])
-    assert digest == weights.begin(tracker, "stark-tiny-start")
+    assert digest == weights.begin(tracker, "ostrack-tiny-start")
     assert digest != weights.begin(tracker, "ostrack-tiny")
     with pytest.raises(TrackkitError, match="no weight of ostrack-tiny fits SiamFC"):
         weights.begin(weights.create("siamfc-tiny"), "ostrack-tiny")

@@ -332,24 +332,20 @@ def run(
     if min(seeds, jobs) < 1:
         raise TrackkitError(f"seeds and jobs must be at least 1, got {seeds} and {jobs}")
     device_called(device)
-    out, test, wanted = (
-        writable(out or home() / "ablations"),
-        test_set(data),
-        {labels[0], *(rows or labels)},
-    )
-    plan, waiting, stages = [], {}, table.build(table.rows[0], scale, steps, batch)[1]
+    # now, not after the rows before it, and before held-out videos are made
+    stages, *_ = (table.build(row, scale, steps, batch)[1] for row in table.rows)
+    version = [__version__, *([] if isinstance(table.tracker, str) else [_source(table.tracker)])]
+    out, test = writable(out or home() / "ablations"), test_set(data)
+    plan, waiting, wanted = [], {}, {labels[0], *(rows or labels)}
     options = {"seeds": seeds, "scale": scale, "steps": steps, "batch": batch, "data": data}
     options["start"] = start
     given = {key: value for key, value in options.items() if value is not None}
     if isinstance(table.tracker, str):
         flags = [f"--{key}={value}" for key, value in {**given, "tracker": table.tracker}.items()]
-        command, version = shlex.join(["trackkit", "ablate", table.name, *flags]), [__version__]
+        command = shlex.join(["trackkit", "ablate", table.name, *flags])
     else:
         arguments = ", ".join(f"{key}={value!r}" for key, value in given.items())
-        command, version = (
-            f"ablations.run(table, {arguments})",
-            [__version__, _source(table.tracker)],
-        )
+        command = f"ablations.run(table, {arguments})"
     about = {
         "files": f"{table.name}_{table.tracker_name}_{scale}"
         + ("" if steps is None else f"_{steps}-steps")
