@@ -72,6 +72,7 @@ benchmarks: setup
 	$(RUN) benchmarks/demo_margin.py
 	$(RUN) benchmarks/sampling_speed.py
 	$(RUN) benchmarks/tiny_steps.py
+	$(ONE_THREAD) $(RUN) benchmarks/limits.py
 	for tracker in stark sbt procontext ustam dastm; do $(ONE_THREAD) $(RUN) benchmarks/$${tracker}_speed.py || exit 1; done
 
 clean:
