@@ -472,6 +472,7 @@ def test_training_begins_with_the_weights_of_another(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["ablate", "stark-table6", "--batch", "0"], "--batch must be at least 1"),
+        (["ablate", "stark-tiny", "--cut", "all", "--seeds", "5"], "--seeds is for training"),
         (["ablate", "stark-table6", "--jobs", "0"], "--jobs must be at least 1"),
         (["train", "siamfc-tiny", "--batch", "0"], "--batch must be at least 1"),
         (["train", "siamfc-tiny", "--workers", "-1"], "--workers must be at least 0"),

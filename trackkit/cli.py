@@ -391,6 +391,10 @@ def _ablate(
     from trackkit.weights import TRACKERS
 
     if cut:
+        training = {"seeds": seeds != 3, "scale": scale != "tiny", "jobs": jobs != 1, "rows": rows}
+        training |= {"steps": steps, "batch": batch, "tracker": tracker, "start": start}
+        if odd := [name for name, given in training.items() if given]:
+            raise TrackkitError(f"--{odd[0]} is for training, and with --cut nothing is trained")
         _cuts(table, cut, how, out or home() / "ablations", data, device)
         return
     tables = ablations.TABLES
